@@ -1,0 +1,202 @@
+"""Trains the demo checkpoint from scratch: a small Mistral that knows Python's own documentation.
+
+The text is what every Python carries (see python_documents in train.py): the language reference's topics, the standard
+library's docstrings and sources, less the one module in ten that is held out. The model is this project's own, in
+bfloat16 autocast; matrices learn by Muon (their update is orthogonalised), the rest by AdamW; the learning rate warms
+up, holds, and falls to zero over the last third. Runs of 256 tokens, then of 512 for the last sixth.
+
+    python demo/make_demo.py                   # about 80 minutes on 2 cores; saved every ten minutes, resumes by itself
+    python demo/make_demo.py --steps 300       # a trial
+
+The result is an ordinary Hugging Face folder: config.json, model.safetensors (bfloat16), tokenizer.model.
+"""
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from model import Model, load_tokenizer, read_config  # noqa: E402
+from train import keep_freed_memory, python_documents  # noqa: E402
+
+CONFIG = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "torch_dtype": "bfloat16",
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "sliding_window": None, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "attention_dropout": 0.0, "use_cache": True,
+}
+
+
+class Trainee(Model):
+    """The model, with attention written out: PyTorch's fused CPU kernel is three times slower in bfloat16 at T = 256."""
+
+    def attend(self, q, k, v):
+        B, H, T, d = q.shape
+        K = k.shape[1]
+        past = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(H // K, 1)            # (G·T, T)
+        q, k, v = q.reshape(B * K, -1, d), k.reshape(B * K, T, d), v.reshape(B * K, T, d)
+        scores = torch.baddbmm(past, q, k.transpose(1, 2), alpha=d ** -0.5)
+        return (scores.softmax(-1) @ v).view(B, H, T, d)
+
+
+def train_tokenizer(documents: list[str]) -> None:
+    """A SentencePiece BPE that gives every text back unchanged: bytes for what it does not know (newlines among
+    them), runs of spaces as pieces, nothing normalised."""
+    import sentencepiece
+    model = io.BytesIO()
+    lines = [line for text in documents for line in text.splitlines() if line.strip()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=CONFIG["vocab_size"],
+        byte_fallback=True, character_coverage=0.9999, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True, max_sentence_length=10000,
+        num_threads=os.cpu_count(), minloglevel=2)
+    write(HERE / "tokenizer.model", model.getvalue())
+
+
+def write(path: Path, data: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def encode(tokenizer, documents: list[str]) -> torch.Tensor:
+    ids = [i for text in documents for i in [tokenizer.bos_id()] + tokenizer.encode(text)]
+    return torch.from_numpy(np.array(ids, dtype=np.int64))
+
+
+def build() -> Model:
+    model = Trainee(read_config(HERE / "config.json"))
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(model.layers)) if deep else 0.02)
+    return model
+
+
+def rate(step: int, steps: int) -> float:
+    """Warm-up over 100 steps, constant, then linear to zero over the last third."""
+    return min((step + 1) / 100, 1.0, (steps - step) / (steps / 3))
+
+
+def batch(tokens: torch.Tensor, step: int, steps: int) -> torch.Tensor:
+    """The 8,192 tokens of a step, a function of the step alone, so that a resumed run sees what it would have seen."""
+    T = 256 if step < steps * 5 / 6 else 512
+    start = torch.randint(len(tokens) - T, (8192 // T,), generator=torch.Generator().manual_seed(step))
+    return tokens[start[:, None] + torch.arange(T + 1)]
+
+
+@torch.no_grad()
+def held_out_loss(model: Model, tokens: torch.Tensor, T: int = 512) -> float:
+    """Mean cross-entropy in nats a token over consecutive runs of the held-out documents."""
+    total = count = 0
+    for block in tokens[:len(tokens) // (T + 1) * (T + 1)].view(-1, T + 1).split(8):
+        loss = F.cross_entropy(model(block[:, :-1]).flatten(0, 1).float(), block[:, 1:].flatten(), reduction="sum")
+        total, count = total + loss.item(), count + block[:, 1:].numel()
+    return total / count
+
+
+def save(model: Model, optimizers: list, step: int, state: Path) -> None:
+    """The checkpoint as users see it, and beside it all that a resumed run needs (float32 weights and moments)."""
+    weights = {(n if n.startswith("lm_head.") else f"model.{n}"): p.detach() for n, p in model.named_parameters()}
+    save_file({n: p.bfloat16().contiguous() for n, p in weights.items()}, HERE / "model.safetensors.part",
+              metadata={"format": "pt"})
+    (HERE / "model.safetensors.part").replace(HERE / "model.safetensors")
+    tensors = {f"weight.{n}": p for n, p in model.named_parameters()}
+    for o, optimizer in enumerate(optimizers):
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors.update({f"moment.{o}.{i}.{key}": torch.as_tensor(value) for key, value in moments.items()})
+    save_file({n: t.detach().contiguous() for n, t in tensors.items()}, str(state) + ".part",
+              metadata={"step": str(step)})
+    Path(str(state) + ".part").replace(state)
+
+
+def resume(model: Model, optimizers: list, state: Path) -> int:
+    from safetensors import safe_open
+    with safe_open(state, "pt") as file:
+        step = int(file.metadata()["step"])
+    tensors = load_file(state)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(tensors[f"weight.{n}"])
+    for o, optimizer in enumerate(optimizers):
+        packed = optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith(f"moment.{o}."):
+                _, _, i, moment = key.split(".")
+                packed["state"].setdefault(int(i), {})[moment] = value
+        optimizer.load_state_dict(packed)
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--lr", type=float, default=0.004)
+    parser.add_argument("--restart", action="store_true", help="begin anew, even if there is something to resume")
+    args = parser.parse_args()
+
+    state = HERE / "make_demo.state"
+    if args.restart:
+        state.unlink(missing_ok=True)
+        (HERE / "tokenizer.model").unlink(missing_ok=True)
+    write(HERE / "config.json", (json.dumps(CONFIG, indent=2) + "\n").encode())
+    documents, held = python_documents(sources=True)
+    if not (HERE / "tokenizer.model").exists():
+        train_tokenizer(documents)
+    tokenizer = load_tokenizer(HERE)
+    docs, held = python_documents()                          # the held-out loss is that of documentation, not of code
+    tokens, held_tokens = encode(tokenizer, documents + docs), encode(tokenizer, held)   # documentation counts twice
+    characters = sum(map(len, held)) / len(held_tokens)
+    print(f"{len(tokens):,} tokens to train on, {len(held_tokens):,} held out, {characters:.2f} characters a token")
+
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = build()
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
+    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)]
+    first = resume(model, optimizers, state) if state.exists() else 0
+    saved = last = time.time()
+    for step in range(first, args.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * rate(step, args.steps)
+        block = batch(tokens, step, args.steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(block[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), block[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 10 == 0:
+            now = time.time()
+            speed = 8192 * 10 / (now - last) if step > first else 0
+            left = (args.steps - step) * 8192 / speed / 60 if speed else 0
+            last = now
+            print(f"step {step:5d}  loss {loss.item():.4f}  {speed:6.0f} tokens/s  {left:5.1f} min left", flush=True)
+        if time.time() - saved > 600 or step == args.steps - 1:
+            save(model, optimizers, step + 1, state)
+            nats = held_out_loss(model, held_tokens[:64 * 513])
+            print(f"saved at step {step + 1}; held-out {nats:.4f} nats a token, "
+                  f"{nats / characters:.4f} a character", flush=True)
+            saved = last = time.time()
+    nats = held_out_loss(model, held_tokens)
+    print(f"held-out loss over all {len(held_tokens):,} tokens: {nats:.4f} nats a token, {nats / characters:.4f} a character")
+
+
+if __name__ == "__main__":
+    main()

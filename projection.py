@@ -1,0 +1,340 @@
+"""Orthogonal projections of keys and values: where the KV cache becomes smaller.
+
+Every layer and every key-value head has two orthogonal d × d matrices, U_k for keys and U_v for values, columns sorted by
+importance, and the mean μ of its values. At rank r only the first r columns U_r count; with P = U_r U_rᵀ
+
+    k̂ = k P                     cached as k U_r, r numbers in place of d; q · k̂ = (q U_r) · (k U_r)
+    v̂ = v P + μ (I − P)         cached as v U_r; the rest of v is replaced by its mean          (paper, section 3)
+
+Keys are projected after RoPE and need no mean: it would add the same q · const to every score, which softmax ignores.
+The matrices start as eigenvectors over a calibration text and are then rotated by training, U = U₀ C(A), where the Cayley
+map of a skew-symmetric A is orthogonal by construction and the identity at A = 0:
+
+    C(A) = (I − A/2)⁻¹ (I + A/2)
+
+Nested dolls: one U serves every rank, since a smaller rank uses a prefix of the same columns. Ranks are multiples of d/8.
+A plan of ranks is an integer tensor (2, L, K): [0] for keys, [1] for values.
+
+    python projection.py         # calibrates the demo: what its leading columns hold, and a check of folding
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+STEPS = 8                                             # ranks are multiples of d / STEPS
+BUDGETS = [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]  # those that reports are made at
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration: second moments, and the two starts made of them
+
+class Moments:
+    """Sums over a calibration text, per layer and KV head, in float64: Σ kkᵀ, Σ vvᵀ, Σ k, Σ v, and Σ qqᵀ over the query
+    heads of the group. Passed to the model as `observe=`: one streaming pass, and no key is ever kept."""
+
+    def __init__(self, config, device="cpu"):
+        L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self.n, self.G = torch.zeros(L), config.num_attention_heads // K
+        self.k, self.v = torch.zeros(2, L, K, d, dtype=torch.float64, device=device)
+        self.kk, self.vv, self.qq = torch.zeros(3, L, K, d, d, dtype=torch.float64, device=device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Add the queries (B, H, T, d), keys and values (B, K, T, d) of one layer."""
+        q = q.unflatten(1, (-1, self.G)).flatten(2, 3)                                  # (B, K, G·T, d)
+        q, k, v = q.double(), k.double(), v.double()
+        self.n[layer] += k.shape[0] * k.shape[2]
+        self.k[layer] += k.sum((0, 2))
+        self.v[layer] += v.sum((0, 2))
+        for total, x in ((self.kk, k), (self.vv, v), (self.qq, q)):
+            total[layer] += (x.transpose(2, 3) @ x).sum(0)                              # (K, d, d)
+
+    def pca(self) -> "Projection":
+        """Plain PCA: eigenvectors of the covariances of keys and of values, largest first."""
+        return Projection(leading(self.covariance("k")), leading(self.covariance("v")), self.mean_v())
+
+    def query_aware(self) -> "Projection":
+        """PCA whose keys also ask where queries look: what a key loses matters only along directions that queries have.
+
+        Eigenvectors of cov(k) / tr cov(k) + E[qqᵀ] / tr E[qqᵀ]; values as in plain PCA.
+        """
+        both = unit_trace(self.covariance("k")) + unit_trace(self.qq)
+        return Projection(leading(both), leading(self.covariance("v")), self.mean_v())
+
+    def mean_v(self) -> Tensor:
+        return (self.v / self.n.to(self.v)[:, None, None]).float()
+
+    def covariance(self, x: str) -> Tensor:
+        """E[xxᵀ] − E[x]E[x]ᵀ for x in "k", "v": (L, K, d, d) float64."""
+        n = self.n.to(self.v)[:, None, None]
+        mean = getattr(self, x) / n
+        return getattr(self, x + x) / n[..., None] - mean[..., :, None] * mean[..., None, :]
+
+
+def leading(symmetric: Tensor) -> Tensor:
+    """Eigenvectors as columns, the largest eigenvalue's first: (..., d, d) float64 -> float32."""
+    return torch.linalg.eigh(symmetric).eigenvectors.flip(-1).float().contiguous()
+
+
+def unit_trace(matrix: Tensor) -> Tensor:
+    return matrix / matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The projection itself
+
+class Projection:
+    """U_k, U_v (L, K, d, d) orthogonal, columns by importance, and mean_v (L, K, d); float32.
+
+    `pca`, where there is one, is the plain PCA of the same calibration text: the baseline of every report.
+    """
+
+    def __init__(self, U_k: Tensor, U_v: Tensor, mean_v: Tensor, pca: "Projection | None" = None):
+        if U_k.ndim != 4 or U_k.shape[2] != U_k.shape[3] or U_v.shape != U_k.shape or mean_v.shape != U_k.shape[:3]:
+            raise ValueError(f"projections of shapes U_k {list(U_k.shape)}, U_v {list(U_v.shape)}, mean_v "
+                             f"{list(mean_v.shape)}; expected (L, K, d, d) twice and (L, K, d)")
+        self.U_k, self.U_v, self.mean_v, self.pca = U_k, U_v, mean_v, pca
+
+    def at(self, ranks: Tensor):
+        """The hook `project=` of the model at a plan of ranks: (layer, k, v) -> (k̂, v̂), of the same shapes.
+
+        ranks is (2, L, K), or (2, L, B, K) where every sequence of the batch has ranks of its own (training). Raises
+        ValueError for a rank that is not one of d/8, 2d/8, …, d.
+        """
+        check_ranks(ranks, *self.mean_v.shape)
+        d = self.mean_v.shape[-1]
+
+        def project(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            if (ranks[0, layer] < d).any():
+                k = k @ projector(self.U_k[layer], ranks[0, layer]).to(k)
+            if (ranks[1, layer] < d).any():
+                P = projector(self.U_v[layer], ranks[1, layer])
+                mean = self.mean_v[layer][:, None]                                      # (K, 1, d)
+                v = v @ P.to(v) + (mean - mean @ P).to(v)
+            return k, v
+
+        return project
+
+    def fits(self, config) -> None:
+        """ValueError unless these are projections of a model with this config."""
+        expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        if tuple(self.mean_v.shape) != expected:
+            raise ValueError(f"projections of the shape (L, K, d) = {tuple(self.mean_v.shape)}, but the model has {expected}")
+
+    def to(self, device) -> "Projection":
+        return Projection(self.U_k.to(device), self.U_v.to(device), self.mean_v.to(device),
+                          self.pca and self.pca.to(device))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; what was there before survives a failure."""
+        tensors = {"U_k": self.U_k, "U_v": self.U_v, "mean_v": self.mean_v}
+        if self.pca is not None:
+            tensors |= {"pca_U_k": self.pca.U_k, "pca_U_v": self.pca.U_v, "pca_mean_v": self.pca.mean_v}
+        write_tensors(path, {name: t.float() for name, t in tensors.items()})
+
+    @staticmethod
+    def load(path: str | Path) -> "Projection":
+        """Read what `save` wrote. Raises ValueError naming the file and what is wrong with it."""
+        with open_safetensors(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            trio = lambda prefix: [tensors[prefix + name] for name in ("U_k", "U_v", "mean_v")]
+            return Projection(*trio(""), Projection(*trio("pca_")) if "pca_U_k" in tensors else None)
+        except KeyError as missing:
+            raise ValueError(f"{path}: no tensor {missing.args[0]}; is it a file of projections?") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def projector(U: Tensor, ranks: Tensor) -> Tensor:
+    """P = U_r U_rᵀ for U (K, d, d) and ranks (..., K): (..., K, d, d). At rank d exactly the identity, so that a head
+    at full rank passes through untouched, also in bfloat16."""
+    d = U.shape[-1]
+    ranks = ranks.to(U.device)[..., None]
+    kept = torch.arange(d, device=U.device) < ranks                                     # (..., K, d)
+    P = (U * kept[..., None, :]) @ U.transpose(-1, -2)
+    return torch.where((ranks == d)[..., None], torch.eye(d, dtype=U.dtype, device=U.device), P)
+
+
+def fold_values(W_v: Tensor, W_o: Tensor, U: Tensor, mean: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fold the value side of a layer into its weights: the paper's "new linear layer" (Figure 2), free at run time.
+
+    W_v (K·d, hidden) and W_o (hidden, H·d) as in the checkpoint, U (K, d, d), mean (K, d), ranks (K,). Returns
+    W_v' (Σ r, hidden), which makes the cached coordinates v U_r, head after head; W_o' (hidden, Σ r of every query
+    head), which takes weighted sums of them; and the bias (hidden), what the means that were cut off add to every token.
+    """
+    K, d = mean.shape
+    G = W_o.shape[1] // (K * d)
+    down, up, bias = [], [], 0
+    for j, r in enumerate(ranks.tolist()):
+        U_r = U[j, :, :r]                                                               # (d, r)
+        lost = mean[j] - mean[j] @ U_r @ U_r.T if r < d else torch.zeros_like(mean[j])  # μ (I − P)
+        down.append(U_r.T @ W_v[j * d:(j + 1) * d].to(U))
+        for h in range(j * G, (j + 1) * G):
+            W = W_o[:, h * d:(h + 1) * d].to(U)
+            up.append(W @ U_r)
+            bias = bias + W @ lost
+    return torch.cat(down).to(W_v), torch.cat(up, dim=1).to(W_o), bias.to(W_o)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rotation that training learns
+
+class Rotation(nn.Module):
+    """U = U₀ C(A) for every head, with A = 0 at the start: `rotation()` is the Projection at the current parameters.
+
+    The parameters are the entries of A above the diagonal, less those between two columns of one block of d/8: every
+    allowed rank keeps or drops such a block whole, so turning within it changes nothing, and Adam would blow up the
+    rounding noise that is its gradient. The value means train too; key means can have no effect.
+    """
+
+    def __init__(self, start: Projection):
+        super().__init__()
+        L, K, d = start.mean_v.shape
+        self.start = start
+        rows, columns = torch.triu_indices(d, d, 1)
+        apart = rows // (d // STEPS) != columns // (d // STEPS)
+        self.rows, self.columns = rows[apart], columns[apart]
+        self.A_k = nn.Parameter(torch.zeros(L, K, len(self.rows), device=start.U_k.device))
+        self.A_v = nn.Parameter(torch.zeros_like(self.A_k))
+        self.mean_v = nn.Parameter(start.mean_v.clone())
+
+    def forward(self, dtype: torch.dtype | None = None) -> Projection:
+        U_k, U_v = self.start.U_k.to(dtype), self.start.U_v.to(dtype)
+        return Projection(U_k @ self.cayley(self.A_k.to(dtype)), U_v @ self.cayley(self.A_v.to(dtype)), self.mean_v,
+                          self.start.pca)
+
+    def cayley(self, entries: Tensor) -> Tensor:
+        """C(A) = (I − A/2)⁻¹ (I + A/2), (L, K, d, d). I − A/2 is never singular: A has imaginary eigenvalues."""
+        d = self.start.U_k.shape[-1]
+        half = entries.new_zeros(*entries.shape[:2], d, d)
+        half[..., self.rows, self.columns] = entries / 2
+        half = half - half.transpose(-1, -2)
+        eye = torch.eye(d, dtype=half.dtype, device=half.device)
+        return torch.linalg.solve(eye - half, eye + half)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+def check_ranks(ranks: Tensor, L: int, K: int, d: int) -> None:
+    """ValueError unless ranks is (2, L, K) or (2, L, B, K), integers, every one a multiple of d/8 from d/8 to d."""
+    if d % STEPS:
+        raise ValueError(f"head_dim {d} does not divide into {STEPS} steps")
+    if ranks.ndim not in (3, 4) or ranks.shape[:2] != (2, L) or ranks.shape[-1] != K or ranks.is_floating_point():
+        raise ValueError(f"ranks of shape {list(ranks.shape)}, {ranks.dtype}; expected integers of shape {[2, L, K]}")
+    wrong = (ranks < d // STEPS) | (ranks > d) | (ranks % (d // STEPS) != 0)
+    if wrong.any():
+        raise ValueError(f"rank {ranks[wrong][0].item()} is not one of {d // STEPS}, {2 * d // STEPS}, …, {d}")
+
+
+def uniform_ranks(budget: float, config) -> Tensor:
+    """The same rank everywhere: budget · d rounded down to a multiple of d/8; (2, L, K)."""
+    level = max(1, int(budget * STEPS + 1e-9))
+    return torch.full((2, config.num_hidden_layers, config.num_key_value_heads), level * (config.head_dim // STEPS))
+
+
+def read_ranks(path: str | Path, config, budget: float | None = None) -> Tensor:
+    """The plan (2, L, K) that a file of the search holds: the largest one on its path that is within `budget`, or
+    without `budget` the one that the file was written for. Raises ValueError naming the file."""
+    L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    plan = read_json(path)
+    try:
+        if plan["head_dim"] != d:
+            raise ValueError(f"a plan for head_dim {plan['head_dim']}, but the model has {d}")
+        if budget is None:
+            ranks = torch.tensor([plan["keys"], plan["values"]])
+        else:
+            ranks = torch.full((2, L, K), d)
+            for side, layer, head, _ in plan["path"]:
+                if ranks.sum() <= budget * ranks.numel() * d:
+                    break
+                ranks[("keys", "values").index(side), layer, head] -= d // STEPS
+        check_ranks(ranks, L, K, d)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: not a plan of ranks for this model ({error})") from None
+    return ranks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files. Reading gives a ValueError that names the file; writing goes to a temporary name first and is then renamed,
+# so that a failure never costs what was there.
+
+def open_safetensors(path: str | Path):
+    """safetensors.safe_open for PyTorch; its tensors on a CPU are views of the memory-mapped file."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or a truncated one ({error})") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write PATH.part, flush it to disk, rename it."""
+    part = Path(f"{path}.part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    write_file(path, serialize({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main():
+    from model import arguments, blame, load, prepare
+    from train import calibrate, load_data
+    parser = arguments(__doc__)
+    args = parser.parse_args()
+    device, dtype = prepare(args)
+    with blame("--ckpt"):
+        model = load(args.ckpt, device, dtype)
+    with blame("--data"):
+        tokens, _ = load_data(args.data, args.ckpt, model.config.vocab_size)
+    print("Calibrating on training text ...", file=sys.stderr)
+    moments = calibrate(model, tokens, 8, 256, 16, args.seed)
+    L, K, d = moments.v.shape
+    print(f"{args.ckpt}: {L} layers, {K} key-value heads, head_dim {d}; {int(moments.n[0]):,} tokens\n")
+
+    print("Share of the variance that the leading r columns of plain PCA hold, mean over heads:\n")
+    print("  layer   side  " + "".join(f"r = {r:<6d}" for r in range(d // STEPS, d + 1, d // STEPS)))
+    pca = moments.pca()
+    for layer in range(L):
+        for side, U, x in (("keys", pca.U_k, "k"), ("values", pca.U_v, "v")):
+            U = U[layer].double()
+            energy = (U * (moments.covariance(x)[layer] @ U)).sum(1)                    # (K, d): variance of each column
+            share = (energy.cumsum(-1) / energy.sum(-1, keepdim=True)).mean(0)[d // STEPS - 1::d // STEPS]
+            print(f"  {layer:5d}  {side:6s}" + "".join(f"{100 * x:8.1f}% " for x in share.tolist()))
+
+    ranks = uniform_ranks(0.5, model.config)[1, 0]
+    layer = model.layers[0].self_attn
+    W_v, W_o, bias = fold_values(layer.v_proj.weight, layer.o_proj.weight, pca.U_v[0], pca.mean_v[0], ranks)
+    print(f"\nFolded at rank {d // 2}: W_v {list(layer.v_proj.weight.shape)} -> {list(W_v.shape)}, W_o "
+          f"{list(layer.o_proj.weight.shape)} -> {list(W_o.shape)}, and a bias of {len(bias)} for the mean cut off")
+
+
+if __name__ == "__main__":
+    main()
