@@ -165,6 +165,10 @@ class Model(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
     def forward(self, tokens: Tensor, project=None, observe=None) -> Tensor:
         """Logits (B, T, vocab) of tokens (B, T) int64; `project` and `observe` as in the text on top of this file."""
         return self.head(self.hidden(tokens, project, observe))
@@ -357,7 +361,7 @@ def within(low, high):
 @torch.no_grad()
 def generate(model: Model, tokens: list[int], count: int, temperature: float = 0.0, project=None):
     """Yields up to `count` tokens that follow `tokens`, greedy at temperature 0; stops at the end of the sequence."""
-    x = torch.tensor([tokens], device=model.lm_head.weight.device)
+    x = torch.tensor([tokens], device=model.device)
     for _ in range(count):
         logits = model.head(model.hidden(x, project)[0, -1]).float()
         token = logits.argmax() if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[0]

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Model, arguments, blame, fail, load, load_tokenizer, prepare, within
-from projection import (BUDGETS, STEPS, Moments, Projection, Rotation, open_safetensors, uniform_ranks, write_file,
-                        write_tensors)
+from projection import (BUDGETS, STEPS, Moments, Projection, Rotation, open_safetensors, read_json,
+                        read_ranks, uniform_ranks, write_file, write_tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,6 +141,10 @@ def windows(tokens: np.ndarray, starts: Tensor, T: int) -> Tensor:
     return torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts.tolist()]).astype(np.int64))
 
 
+def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generator) -> Tensor:
+    return windows(tokens, torch.randint(len(tokens) - T, (B,), generator=generator), T)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
@@ -191,43 +195,354 @@ class Distill(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Training
 
-def draw_ranks(recipe: str, B: int, config, generator: torch.Generator) -> Tensor:
+RECIPES = {
+    "ours": {"start": "query_aware", "ranks": "levels", "objective": "log", "ce": 0.0},
+    "paper": {"start": "pca", "ranks": "independent", "objective": "mean", "ce": 0.75},
+}
+
+
+def draw_ranks(kind: str, B: int, config, generator: torch.Generator) -> Tensor:
+    """Random ranks (2, L, B, K) for every sequence, layer and head, keys and values apart: multiples of d/8.
+
+    "independent" draws each from all eight (the paper). "levels" draws one level for the sequence, and every head is at
+    most one step off: budgets then really vary from sequence to sequence, where independent ranks average to 56%.
+    """
     L, K = config.num_hidden_layers, config.num_key_value_heads
-    if recipe == "paper":
-        levels = torch.randint(1, STEPS + 1, (2, L, B, K), generator=generator)
+    if kind == "independent":
+        level = torch.randint(1, STEPS + 1, (2, L, B, K), generator=generator)
     else:
-        level = torch.randint(1, STEPS + 1, (B,), generator=generator)[:, None]
-        levels = (level + torch.randint(-1, 2, (2, L, B, K), generator=generator)).clamp(1, STEPS)
-    return levels * (config.head_dim // STEPS)
+        center = torch.randint(1, STEPS + 1, (B, 1), generator=generator)
+        level = (center + torch.randint(-1, 2, (2, L, B, K), generator=generator)).clamp(1, STEPS)
+    return level * (config.head_dim // STEPS)
 
 
 @torch.no_grad()
-def calibrate(model: Model, tokens: np.ndarray, B: int, T: int, batches: int, seed: int) -> Moments:
-    moments = Moments(model.config, model.lm_head.weight.device)
-    g = torch.Generator().manual_seed(seed)
+def calibrate(model: Model, tokens: np.ndarray, B: int, T: int, seed: int, batches: int = 16) -> Moments:
+    """Second moments of queries, keys and values over random runs of the training text."""
+    moments = Moments(model.config, model.device)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(batches):
-        x = windows(tokens, torch.randint(len(tokens) - T, (B,), generator=g), T)[:, :-1]
-        model.hidden(x.to(model.lm_head.weight.device), observe=moments)
+        model.hidden(random_windows(tokens, B, T, generator)[:, :-1].to(model.device), observe=moments)
     return moments
 
 
+def train(model: Model, tokens: np.ndarray, rotation: Rotation, run: "Run") -> None:
+    """Rotate the projections so that the model that reads the compressed cache says what the model itself says."""
+    args, config, recipe = run.args, model.config, RECIPES[run.args.recipe]
+    progress = Progress(args.steps)
+    for step in range(run.step, args.steps):
+        # Everything random in a step follows from the seed and its number, so a resumed run draws what it would have.
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        total = 0.0
+        for _ in range(args.accumulate):
+            block = random_windows(tokens, args.batch, args.seq, generator).to(model.device)
+            ranks = draw_ranks(recipe["ranks"], args.batch, config, generator)
+            with torch.no_grad():                       # the teacher: the same weights, nothing projected
+                teacher = model.norm(model.hidden(block[:, :-1]))
+            student = model.norm(model.hidden(block[:, :-1], rotation().at(ranks)))
+            loss, kl = Distill.apply(student, teacher, model, block[:, 1:], args.ce)                # (B,), (B,)
+            objective = torch.log(loss + 1e-3).mean() if recipe["objective"] == "log" else loss.mean()
+            (objective / args.accumulate).backward()
+            total += kl.mean().item() / args.accumulate
+        if not math.isfinite(total):
+            run.save(step)
+            fail(f"--lr {args.lr}: the loss of step {step + 1} is not a number; {args.out} keeps what was there before it")
+        run.optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.steps)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.losses.append(total)
+        progress(step + 1, f"KL {total:.4f}", args.accumulate * args.batch * args.seq)
+        run.save_sometimes(step + 1)
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate's factor: warm-up over the first tenth, cosine to zero."""
+    return min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: KL to the base model, perplexity and accuracy of the next token, on held-out text
+
 @torch.no_grad()
-def evaluate(model: Model, tokens: np.ndarray, plans: dict, B: int, T: int, limit: int) -> tuple[dict, dict]:
-    n = min(limit, (len(tokens) - 1) // T)
-    base = torch.zeros(2, dtype=torch.float64)
+def evaluate(model: Model, tokens: np.ndarray, plans: dict[str, list], B: int, T: int, limit: int) -> tuple[dict, dict]:
+    """Measure the base model and every hook `project` of `plans` over at most `limit` runs of T held-out tokens.
+
+    Returns ({"perplexity", "accuracy"} of the base, {name: {"kl", "perplexity", "accuracy"}}).
+    """
+    runs = min(limit, (len(tokens) - 1) // T)
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in plans}
-    for rows in torch.arange(n).split(B):
-        block = windows(tokens, rows * T, T).to(model.lm_head.weight.device)
+    base = torch.zeros(3, dtype=torch.float64)
+    for starts in (torch.arange(runs) * T).split(B):
+        block = windows(tokens, starts, T).to(model.device)
         x, y = block[:, :-1], block[:, 1:].flatten()
-        t = model.norm(model.hidden(x)).flatten(0, 1)
-        for r, log_p in log_probabilities(model, t):
-            base += torch.stack([-log_p.gather(1, y[r, None]).double().sum(), (log_p.argmax(-1) == y[r]).double().sum()]).cpu()
+        teacher = model.norm(model.hidden(x)).flatten(0, 1)
+        for rows, log_p in log_probabilities(model, teacher):
+            base += measures(log_p, log_p, y[rows])
         for name, project in plans.items():
-            s = model.norm(model.hidden(x, project)).flatten(0, 1)
-            for r, log_p, log_q in log_probabilities(model, t, s):
-                kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().sum()
-                sums[name] += torch.stack([kl, -log_q.gather(1, y[r, None]).double().sum(), (log_q.argmax(-1) == y[r]).double().sum()]).cpu()
-    n = n * T
-    return ({"perplexity": math.exp(base[0] / n), "accuracy": (base[1] / n).item()},
-            {k: {"kl": (v[0] / n).item(), "perplexity": math.exp(v[1] / n), "accuracy": (v[2] / n).item()} for k, v in sums.items()})
+            student = model.norm(model.hidden(x, project)).flatten(0, 1)
+            for rows, log_p, log_q in log_probabilities(model, teacher, student):
+                sums[name] += measures(log_p, log_q, y[rows])
+    result = lambda total: dict(zip(("kl", "perplexity", "accuracy"), (total / (runs * T)).tolist()))
+    results = {name: result(total) for name, total in ({"base": base} | sums).items()}
+    for r in results.values():
+        r["perplexity"] = math.exp(r["perplexity"])
+    base = results.pop("base")
+    del base["kl"]
+    return base, results
+
+
+def measures(log_p: Tensor, log_q: Tensor, y: Tensor) -> Tensor:
+    """Sums over tokens of KL(p ‖ q), of the cross-entropy of q, and of its right guesses."""
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return torch.stack([kl.double().sum(), -log_q.gather(1, y[:, None]).double().sum(),
+                        (log_q.argmax(-1) == y).double().sum()]).cpu()
+
+
+def report(model: Model, held: np.ndarray, projection: Projection, run_config: dict, losses: list, args) -> None:
+    """Evaluate PCA and the trained projections at the seven budgets (and the searched plan where OUT/ranks.json is),
+    print the table, write OUT/train.json and OUT/train.png."""
+    plans = {}
+    for budget in BUDGETS:
+        ranks = uniform_ranks(budget, model.config)
+        plans["pca", budget] = projection.pca.at(ranks)
+        plans["trained", budget] = projection.at(ranks)
+        if (args.out / "ranks.json").exists():
+            with blame("--out"):
+                plans["searched", budget] = projection.at(read_ranks(args.out / "ranks.json", model.config, budget))
+    base, results = evaluate(model, held, plans, args.batch, args.seq, args.runs)
+    rows = [{"budget": budget} | {name: results[name, budget] for name, b in plans if b == budget} for budget in BUDGETS]
+    print_table(base, rows)
+    write_file(args.out / "train.json", json.dumps(
+        {"config": run_config, "base": base, "budgets": rows, "loss": losses}, indent=1).encode())
+    draw(base, rows, args.out / "train.png")
+    print(f"Saved in {args.out}: projections.safetensors, train.json, train.png")
+
+
+def print_table(base: dict, rows: list[dict]) -> None:
+    names = [name for name in ("pca", "trained", "searched") if name in rows[0]]
+    titles = {"pca": "PCA", "trained": "trained", "searched": "searched"}
+    print(f"\nHeld-out text, base model: perplexity {base['perplexity']:.3f}, accuracy {100 * base['accuracy']:.2f}%\n")
+    group = lambda title: f"| {title:^{11 * len(names)}s}"
+    print("  cache " + group("KL to the base model") + group("perplexity") + group("accuracy, %"))
+    print("        " + ("|" + "".join(f"{titles[name]:>11s}" for name in names) + " ") * 3)
+    for row in rows:
+        line = f"  {100 * row['budget']:5.1f}%"
+        for key, scale, digits in (("kl", 1, 5), ("perplexity", 1, 3), ("accuracy", 100, 2)):
+            line += " |" + "".join(f"{scale * row[name][key]:11.{digits}f}" for name in names)
+        print(line)
+    print()
+
+
+def draw(base: dict, rows: list[dict], path: Path) -> None:
+    """KL and accuracy against the budget."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    x = [100 * row["budget"] for row in rows]
+    styles = {"pca": ("PCA, uniform ranks", "C1", "s"), "trained": ("trained, uniform ranks", "C0", "o"),
+              "searched": ("trained, searched ranks", "C2", "^")}
+    for name, (label, color, marker) in styles.items():
+        if name in rows[0]:   # a KL of exactly zero, at the full cache, has no place on a logarithmic axis
+            kl = [row[name]["kl"] if row["budget"] < 1 else math.nan for row in rows]
+            axes[0].plot(x, kl, color=color, marker=marker, label=label)
+            axes[1].plot(x, [100 * row[name]["accuracy"] for row in rows], color=color, marker=marker, label=label)
+    axes[0].set(yscale="log", ylabel="KL to the base model, nats a token", title="Distance from the base model")
+    axes[1].axhline(100 * base["accuracy"], color="grey", linestyle="--", label="base model")
+    axes[1].set(ylabel="accuracy of the next token, %", title="Quality on held-out text")
+    for axis in axes:
+        axis.set(xlabel="size of the KV cache, % of full", xticks=x)
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+        axis.legend()
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=130, format="png")
+    part.replace(path)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: its state on disk, its progress on the screen, its speed
+
+class Run:
+    """Everything of a run that a later `--resume` needs: the rotation, its start, Adam's moments, the losses so far."""
+
+    # What must be as it was for a resumed run to end where the undisturbed one would have.
+    FIXED = ("recipe", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype")
+
+    def __init__(self, args, start: Projection):
+        self.args, self.start, self.step, self.losses = args, start, 0, []
+        self.config = {name: getattr(args, name) for name in self.FIXED} | {"ckpt": str(args.ckpt), "data": str(args.data or "")}
+        self.rotation = Rotation(start)
+        self.optimizer = torch.optim.Adam(self.rotation.parameters(), lr=args.lr)
+        self.saved = time.time()
+
+    @staticmethod
+    def path(args) -> Path:
+        return args.out / "train.state.safetensors"
+
+    def save(self, step: int) -> None:
+        tensors = {f"start.{name}": getattr(self.start, name) for name in ("U_k", "U_v", "mean_v")}
+        tensors |= {f"pca.{name}": getattr(self.start.pca, name) for name in ("U_k", "U_v", "mean_v")}
+        for name, parameter in self.rotation.named_parameters():
+            tensors[f"rotation.{name}"] = parameter
+            tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        write_tensors(self.path(self.args), tensors,
+                      {"run": json.dumps({"step": step, "config": self.config, "losses": self.losses})})
+        self.saved = time.time()
+
+    def save_sometimes(self, step: int) -> None:
+        if time.time() - self.saved > 30:
+            self.save(step)
+
+    @staticmethod
+    def resume(args, device) -> "Run":
+        """The run that `save` wrote. Raises ValueError if there is none, or one of other settings."""
+        path = Run.path(args)
+        with open_safetensors(path) as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            saved = json.loads((file.metadata() or {}).get("run", "null"))
+        if saved is None:
+            raise ValueError(f"{path}: not the state of a run")
+        trio = lambda name: [tensors[f"{name}.{part}"] for part in ("U_k", "U_v", "mean_v")]
+        run = Run(args, Projection(*trio("start"), Projection(*trio("pca"))).to(device))
+        for name, value in run.config.items():
+            if saved["config"].get(name) != value:
+                raise ValueError(f"{path}: was made with --{name} {saved['config'].get(name)}, not {value}")
+        for name, parameter in run.rotation.named_parameters():
+            parameter.data.copy_(tensors[f"rotation.{name}"])
+            run.optimizer.state[parameter] = {
+                key.removeprefix(f"adam.{name}."): value if key.endswith("step") else value.to(device)
+                for key, value in tensors.items() if key.startswith(f"adam.{name}.")}
+        run.step, run.losses = saved["step"], saved["losses"]
+        return run
+
+
+class Progress:
+    """One line that is rewritten on a terminal; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, total: int):
+        self.total, self.start, self.shown, self.tokens, self.done = total, time.time(), 0.0, 0, 0
+
+    def __call__(self, step: int, text: str, tokens: int) -> None:
+        self.tokens, self.done = self.tokens + tokens, self.done + 1
+        now, terminal = time.time(), sys.stderr.isatty()
+        if step < self.total and now - self.shown < (0.2 if terminal else 10):
+            return
+        self.shown, seconds = now, now - self.start
+        left = (self.total - step) * seconds / self.done
+        line = f"step {step}/{self.total}  {text}  {self.tokens / seconds:,.0f} tokens/s  {left / 60:.1f} min left"
+        print(f"\r{line:<79s}" if terminal else line, end="" if terminal and step < self.total else "\n",
+              file=sys.stderr, flush=True)
+
+
+def describe(model: Model) -> str:
+    c = model.config
+    return (f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {c.num_hidden_layers} layers, "
+            f"{c.num_attention_heads} query heads on {c.num_key_value_heads} key-value heads of {c.head_dim}")
+
+
+@torch.no_grad()
+def product_rate(model: Model, rows: int) -> float:
+    """Operations a second that matrix products of this model's shapes reach here, on their own (median of five)."""
+    weights = [p for p in model.layers[0].parameters() if p.ndim == 2] + [model.lm_head.weight]
+    states = [torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
+    seconds = []
+    for _ in range(6):
+        synchronize(model.device)
+        start = time.perf_counter()
+        for x, w in zip(states, weights):
+            F.linear(x, w)
+        synchronize(model.device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * sum(w.numel() for w in weights) / sorted(seconds)[2]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def operations_a_token(model: Model) -> int:
+    """Matrix-product operations of a training step, for each token: teacher 2N, student 2N forward and 2N backward
+    (to the states only: no weight has a gradient), N the weights in matrix products."""
+    return 6 * (sum(p.numel() for p in model.layers.parameters() if p.ndim == 2) + model.lm_head.weight.numel())
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--data", type=Path, help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="ours", help="ours, or the paper's [ours]")
+    parser.add_argument("--steps", type=within(1, 10 ** 7), default=200, help="[200]")
+    parser.add_argument("--batch", type=within(1, 10 ** 5), default=8, help="sequences a step [8]")
+    parser.add_argument("--seq", type=within(2, 10 ** 6), default=256, help="tokens a sequence [256]")
+    parser.add_argument("--accumulate", type=within(1, 10 ** 5), default=1, help="batches a step [1]")
+    parser.add_argument("--lr", type=within(0.0, 10.0), help="Adam's rate at its peak [0.01; 0.001 for the paper's recipe]")
+    parser.add_argument("--ce", type=within(0.0, 1.0), help="share of next-token cross-entropy in the loss [0; 0.75 for the paper's]")
+    parser.add_argument("--runs", type=within(1, 10 ** 6), default=64, help="runs of --seq held-out tokens to report on [64]")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for what is written [out]")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that was stopped in --out")
+    parser.add_argument("--eval", action="store_true", help="no training: report on what is in --out")
+    args = parser.parse_args()
+    args.lr = (0.001 if args.recipe == "paper" else 0.01) if args.lr is None else args.lr
+    args.ce = RECIPES[args.recipe]["ce"] if args.ce is None else args.ce
+    device, dtype = prepare(args)
+    args.dtype = str(dtype).removeprefix("torch.")
+    keep_freed_memory()
+
+    with blame("--out"):
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_file(args.out / "writable", b"")
+        (args.out / "writable").unlink()
+    with blame("--ckpt"):
+        model = load(args.ckpt, device, dtype)
+        if model.config.head_dim % STEPS:
+            raise ValueError(f"{args.ckpt}: head_dim {model.config.head_dim} does not divide into {STEPS} steps of rank")
+    with blame("--data"):
+        tokens, held = load_data(args.data, args.ckpt, model.config.vocab_size)
+        for part, name in ((tokens, "training"), (held, "held-out")):
+            if len(part) <= args.seq:
+                raise ValueError(f"{args.data or 'Python'}: too short, {len(part)} {name} tokens for runs of --seq {args.seq}")
+    print(f"{args.ckpt}: {describe(model)}\n{args.data or 'Python documentation'}: {len(tokens):,} tokens to train on, "
+          f"{len(held):,} held out")
+
+    if args.eval:
+        with blame("--out"):
+            projection = Projection.load(args.out / "projections.safetensors")
+            projection.fits(model.config)
+            before = read_json(args.out / "train.json")
+        return report(model, held, projection.to(device), before["config"], before["loss"], args)
+    if args.resume:
+        with blame("--resume"):
+            run = Run.resume(args, device)
+    else:
+        moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
+        start = getattr(moments, RECIPES[args.recipe]["start"])()
+        start.pca = moments.pca()
+        run = Run(args, start)
+    rate = product_rate(model, args.batch * args.seq)
+    first, began = run.step, time.time()
+    try:
+        train(model, tokens, run.rotation, run)
+    except KeyboardInterrupt:
+        run.save(len(run.losses))
+        print(f"\nStopped after step {len(run.losses)}; the same command with --resume goes on from there", file=sys.stderr)
+        raise SystemExit(130)
+    synchronize(device)
+    seconds, done = time.time() - began, (args.steps - first) * args.accumulate * args.batch * args.seq
+    if done:
+        print(f"Trained for {seconds:.0f} s, {done / seconds:,.0f} tokens/s: the model's own operations at "
+              f"{100 * operations_a_token(model) * done / seconds / rate:.0f}% of the {rate / 1e9:.0f} GFLOP/s that its "
+              f"matrix products alone reach here")
+    with torch.no_grad():
+        projection = run.rotation(torch.float64)
+    projection = Projection(projection.U_k.float(), projection.U_v.float(), projection.mean_v.detach(), run.start.pca)
+    projection.save(args.out / "projections.safetensors")
+    report(model, held, projection, run.config, run.losses, args)
+    Run.path(args).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
