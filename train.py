@@ -1,10 +1,7 @@
-import argparse
 import ast
-import contextlib
 import ctypes
 import json
 import math
-import os
 import sys
 import sysconfig
 import time
@@ -27,59 +24,84 @@ from projection import (BUDGETS, STEPS, Moments, Projection, Rotation, open_safe
 # Text: one long run of token ids to train on, and one that is held out
 
 def load_data(path: Path | None, ckpt: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids as (training, held out), each a one-dimensional integer array, memory-mapped where the file allows it.
+    """Token ids as (training, held out), each a one-dimensional array of integers, memory-mapped where the file can be.
 
-    `path`: .txt, .jsonl (one {"text": …} a line), .bin (uint16 if the vocabulary has at most 65,536 pieces, else
-    uint32), .npy, or None for Python's own text. Of a file the last tenth is held out. Raises ValueError.
+    `path` is a .txt, a .jsonl (one {"text": …} a line), a .bin of ids (uint16 if the vocabulary has at most 65,536
+    pieces, else uint32), a .npy of ids, or None for Python's own text. Of a file the last tenth is held out. Raises
+    ValueError naming the file and what is wrong with it.
     """
     if path is None:
         tokenizer = load_tokenizer(ckpt)
         train, held = (encode(tokenizer, documents) for documents in python_documents())
     else:
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-        if path.suffix in (".txt", ".jsonl"):
-            tokenizer = load_tokenizer(ckpt)
-            tokens = encode(tokenizer, text_pieces(path) if path.suffix == ".txt" else jsonl_documents(path))
-        elif path.suffix == ".bin":
-            tokens = np.memmap(path, np.uint16 if vocab_size <= 65536 else np.uint32, "r") if path.stat().st_size else np.empty(0)
-        elif path.suffix == ".npy":
-            try:
-                tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError, OSError) as error:
-                raise ValueError(f"{path}: not a .npy array ({error})") from None
-            if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-                raise ValueError(f"{path}: holds {tokens.dtype} of shape {tokens.shape}; expected token ids, a one-dimensional array of integers")
-        else:
-            raise ValueError(f"{path}: the kind of file is not known; expected .txt, .jsonl, .bin or .npy")
-        train, held = tokens[:-(len(tokens) // 10) or None], tokens[len(tokens) - len(tokens) // 10:]
+        tokens = load_tokens(path, ckpt, vocab_size)
+        cut = len(tokens) - len(tokens) // 10
+        train, held = tokens[:cut], tokens[cut:]
     for part in (train, held):
         for start in range(0, len(part), 2 ** 24):   # in pieces: the file may be larger than memory
-            worst = int(part[start:start + 2 ** 24].max())
-            if worst >= vocab_size or int(part[start:start + 2 ** 24].min()) < 0:
-                raise ValueError(f"{path or ckpt}: holds the token id {worst}, beyond the vocabulary of {vocab_size}")
+            low, high = int(part[start:start + 2 ** 24].min()), int(part[start:start + 2 ** 24].max())
+            if low < 0 or high >= vocab_size:
+                raise ValueError(f"{path}: holds the token id {low if low < 0 else high}, "
+                                 f"outside the model's vocabulary of {vocab_size}")
     return train, held
 
 
-def encode(tokenizer, documents) -> np.ndarray:
-    """Token ids of all documents end to end, each after the beginning-of-sequence token."""
+def load_tokens(path: Path, ckpt: Path, vocab_size: int) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.suffix == ".txt":
+        return encode(load_tokenizer(ckpt), text_pieces(path), one_document=True)
+    if path.suffix == ".jsonl":
+        return encode(load_tokenizer(ckpt), jsonl_documents(path))
+    if path.suffix == ".bin":
+        kind = np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+        if path.stat().st_size % kind.itemsize:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes are not a whole number of {kind} token ids")
+        return np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)
+    if path.suffix == ".npy":
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"{path}: {tokens.dtype} of shape {tokens.shape}; expected integers of shape (n,), token ids")
+        return tokens
+    raise ValueError(f"{path}: not a kind of file that is known; expected .txt, .jsonl, .bin or .npy")
+
+
+def encode(tokenizer, texts, one_document: bool = False) -> np.ndarray:
+    """Token ids of texts end to end; the beginning-of-sequence token goes before each, or before the first alone."""
     ids = array("I")
-    for text in documents:
-        ids.extend([tokenizer.bos_id()] * (tokenizer.bos_id() >= 0) + tokenizer.encode(text))
-    return np.frombuffer(ids, np.uint32) if ids else np.empty(0, np.uint32)
+    for number, text in enumerate(texts):
+        if tokenizer.bos_id() >= 0 and (number == 0 or not one_document):
+            ids.append(tokenizer.bos_id())
+        ids.extend(tokenizer.encode(text))
+    return np.array(ids, np.uint32)
 
 
-def text_pieces(path: Path):
-    yield path.read_text()
+def text_pieces(path: Path, characters: int = 2 ** 20):
+    """A text file in pieces that end with a line."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            while piece := file.read(characters):
+                yield piece + file.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 
 def jsonl_documents(path: Path):
-    with open(path, encoding="utf-8") as file:
+    """The "text" fields of a file of JSON lines; empty lines are skipped."""
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
-                yield json.loads(line)["text"]
+                text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path}: line {number} is not a JSON object with a "text" field') from None
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{path}: line {number} is not a JSON object with a "text"')
+            yield text
 
 
 def python_documents(sources: bool = False) -> tuple[list[str], list[str]]:
@@ -148,11 +170,14 @@ def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generato
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
+CHUNK = 2 ** 22   # entries of (tokens × vocabulary) at a time: 16 MB in float32
+
+
 def log_probabilities(model: Model, *states: Tensor):
     """For normed states (n, hidden) of the same tokens: the log-probabilities, chunk by chunk of tokens, so that two
     (tokens × vocabulary) matrices never exist whole. Yields (slice, log p of the first, log p of the second, …)."""
     W = model.lm_head.weight
-    size = max(1, 2 ** 22 // len(W))
+    size = max(1, CHUNK // len(W))
     for start in range(0, len(states[0]), size):
         rows = slice(start, start + size)
         yield rows, *((x[rows] @ W.T).to(wide(x.dtype)).log_softmax(-1) for x in states)
@@ -509,7 +534,7 @@ def main():
           f"{len(held):,} held out")
 
     if args.eval:
-        with blame("--out"):
+        with blame("--eval"):
             projection = Projection.load(args.out / "projections.safetensors")
             projection.fits(model.config)
             before = read_json(args.out / "train.json")
