@@ -169,15 +169,23 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def forward(self, tokens: Tensor, project=None, observe=None) -> Tensor:
-        """Logits (B, T, vocab) of tokens (B, T) int64; `project` and `observe` as in the text on top of this file."""
-        return self.head(self.hidden(tokens, project, observe))
+    def forward(self, tokens: Tensor, project=None, observe=None, cache=None) -> Tensor:
+        """Logits (B, T, vocab) of tokens (B, T) int64; `project` and `observe` as in the text on top of this file.
 
-    def hidden(self, tokens: Tensor, project=None, observe=None) -> Tensor:
+        With a cache (cache.py) the tokens follow those that it holds, and are appended to it.
+        """
+        return self.head(self.hidden(tokens, project, observe, cache))
+
+    def hidden(self, tokens: Tensor, project=None, observe=None, cache=None) -> Tensor:
         """The states (B, T, hidden) that leave the last layer, before the final norm."""
+        if cache is not None:
+            cache.projection.fits(self.config)
+            cache.reserve(*tokens.shape)
         x = self.embed(tokens)
         for i in range(self.config.num_hidden_layers):
-            x = self.layer(i, x, project, observe)
+            x = self.layer(i, x, project, observe, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -186,21 +194,25 @@ class Model(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         return self.lm_head(self.norm(x))                                               # (..., vocab)
 
-    def layer(self, i: int, x: Tensor, project=None, observe=None) -> Tensor:
-        """Layer i over the states x (B, T, hidden) of positions 0 … T−1."""
+    def layer(self, i: int, x: Tensor, project=None, observe=None, cache=None) -> Tensor:
+        """Layer i over the states x (B, T, hidden) of positions 0 … T−1, or of those that follow the cache."""
         c, layer, (B, T, _) = self.config, self.layers[i], x.shape
+        heads = lambda y: y.view(B, T, -1, c.head_dim).transpose(1, 2)                  # (B, heads, T, d)
         h = layer.input_layernorm(x)
-        q = layer.self_attn.q_proj(h).view(B, T, -1, c.head_dim).transpose(1, 2)        # (B, H, T, d)
-        k = layer.self_attn.k_proj(h).view(B, T, -1, c.head_dim).transpose(1, 2)        # (B, K, T, d)
-        v = layer.self_attn.v_proj(h).view(B, T, -1, c.head_dim).transpose(1, 2)        # (B, K, T, d)
-        cos, sin = rope_table(c, T, q.dtype, q.device)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if observe is not None:
-            observe(i, q, k, v)
-        if project is not None:
-            k, v = project(i, k, v)
-        a = self.attend(q, k, v).transpose(1, 2).reshape(B, T, -1)                      # (B, T, H·d)
-        x = x + layer.self_attn.o_proj(a)
+        cos, sin = rope_table(c, cache.length if cache is not None else 0, T, x.dtype, x.device)
+        q = rotate(heads(layer.self_attn.q_proj(h)), cos, sin)                          # (B, H, T, d)
+        k = rotate(heads(layer.self_attn.k_proj(h)), cos, sin)                          # (B, K, T, d)
+        if cache is not None:                                                           # values stay coordinates
+            W_v, W_o, bias = cache.fold(i, layer.self_attn)
+            a = F.linear(cache.attend(i, q, k, F.linear(h, W_v), c.sliding_window), W_o, bias)
+        else:
+            v = heads(layer.self_attn.v_proj(h))                                        # (B, K, T, d)
+            if observe is not None:
+                observe(i, q, k, v)
+            if project is not None:
+                k, v = project(i, k, v)
+            a = layer.self_attn.o_proj(self.attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
+        x = x + a
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -214,15 +226,15 @@ class Model(nn.Module):
 
 
 @lru_cache(maxsize=4)   # every layer of a pass asks for the same table
-def rope_table(c: Config, T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, d/2) of position · frequency; in float64 up to there, since positions run to 10⁵ and beyond."""
+def rope_table(c: Config, start: int, T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, d/2) of position · frequency for positions from `start` on; in float64 up to there, since positions run to 10⁵ and beyond."""
     frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
     if c.rope_scaling:   # LLaMA 3.1: slow frequencies are slowed by `factor`, fast ones kept, those between blended
         s = c.rope_scaling
         turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)
         keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         frequency = torch.lerp(frequency / s["factor"], frequency, keep.clamp(0, 1))
-    angle = torch.arange(T, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(start, start + T, dtype=torch.float64)[:, None] * frequency
     return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 

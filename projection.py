@@ -106,10 +106,13 @@ class Projection:
         ranks is (2, L, K), or (2, L, B, K) where every sequence of the batch has ranks of its own (training). Raises
         ValueError for a rank that is not one of d/8, 2d/8, …, d.
         """
-        check_ranks(ranks, *self.mean_v.shape)
-        d = self.mean_v.shape[-1]
+        L, K, d = self.mean_v.shape
+        check_ranks(ranks, L, K, d)
 
         def project(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            if layer >= L or k.shape[1] != K or k.shape[3] != d:
+                raise ValueError(f"projections of the shape (L, K, d) = {(L, K, d)}, but layer {layer} of the model has "
+                                 f"keys of shape {list(k.shape)}, (B, K, T, d)")
             if (ranks[0, layer] < d).any():
                 k = k @ projector(self.U_k[layer], ranks[0, layer]).to(k)
             if (ranks[1, layer] < d).any():

@@ -3,7 +3,7 @@
 The text is what every Python carries (see python_documents in train.py): the language reference's topics, the standard
 library's docstrings and sources, less the one module in ten that is held out. The model is this project's own, in
 bfloat16 autocast; matrices learn by Muon (their update is orthogonalised), the rest by AdamW; the learning rate warms
-up, holds, and falls to zero over the last third. Runs of 256 tokens, then of 512 for the last sixth.
+up, holds, and falls to zero over the last third. Sequences of 256 tokens, then of 512 for the last sixth.
 
     python demo/make_demo.py                   # about 80 minutes on 2 cores; saved every ten minutes, resumes by itself
     python demo/make_demo.py --steps 300       # a trial
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from model import Model, load_tokenizer, read_config  # noqa: E402
-from train import keep_freed_memory, python_documents  # noqa: E402
+from train import encode, keep_freed_memory, python_documents  # noqa: E402
 
 CONFIG = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "torch_dtype": "bfloat16",
@@ -70,9 +70,8 @@ def write(path: Path, data: bytes) -> None:
     part.replace(path)
 
 
-def encode(tokenizer, documents: list[str]) -> torch.Tensor:
-    ids = [i for text in documents for i in [tokenizer.bos_id()] + tokenizer.encode(text)]
-    return torch.from_numpy(np.array(ids, dtype=np.int64))
+def ids(tokenizer, documents: list[str]) -> torch.Tensor:
+    return torch.from_numpy(ids(tokenizer, documents).astype(np.int64))
 
 
 def build() -> Model:
@@ -89,11 +88,17 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / 100, 1.0, (steps - step) / (steps / 3))
 
 
-def batch(tokens: torch.Tensor, step: int, steps: int) -> torch.Tensor:
-    """The 8,192 tokens of a step, a function of the step alone, so that a resumed run sees what it would have seen."""
+def batch(everything: torch.Tensor, documentation: torch.Tensor, step: int, steps: int) -> torch.Tensor:
+    """The 8,192 tokens of a step, a function of the step alone, so that a resumed run sees what it would have seen.
+    While the learning rate falls, half of the sequences come from the documentation, which the demo is measured on."""
     T = 256 if step < steps * 5 / 6 else 512
-    start = torch.randint(len(tokens) - T, (8192 // T,), generator=torch.Generator().manual_seed(step))
-    return tokens[start[:, None] + torch.arange(T + 1)]
+    generator = torch.Generator().manual_seed(step)
+    runs = []
+    for i in range(8192 // T):
+        tokens = documentation if i % 2 and step > steps * 2 / 3 else everything
+        start = torch.randint(len(tokens) - T, (1,), generator=generator)
+        runs.append(tokens[start:start + T + 1])
+    return torch.stack(runs)
 
 
 @torch.no_grad()
@@ -156,9 +161,10 @@ def main():
         train_tokenizer(documents)
     tokenizer = load_tokenizer(HERE)
     docs, held = python_documents()                          # the held-out loss is that of documentation, not of code
-    tokens, held_tokens = encode(tokenizer, documents + docs), encode(tokenizer, held)   # documentation counts twice
+    documentation, held_tokens = ids(tokenizer, docs), ids(tokenizer, held)
+    everything = torch.cat((ids(tokenizer, documents), documentation))                # documentation counts twice
     characters = sum(map(len, held)) / len(held_tokens)
-    print(f"{len(tokens):,} tokens to train on, {len(held_tokens):,} held out, {characters:.2f} characters a token")
+    print(f"{len(everything):,} tokens to train on, {len(held_tokens):,} held out, {characters:.2f} characters a token")
 
     keep_freed_memory()
     torch.manual_seed(0)
@@ -173,7 +179,7 @@ def main():
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate(step, args.steps)
-        block = batch(tokens, step, args.steps)
+        block = batch(everything, documentation, step, args.steps)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(block[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), block[:, 1:].flatten())
