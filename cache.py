@@ -19,15 +19,14 @@ model stays as it is. A head at rank d is stored as it is, so the same class wit
     python cache.py                          # the layout, the bytes at every budget, and what they mean for 7B models
     python cache.py --benchmark              # one decoding step, full against compressed, over context lengths
 """
-import sys
+import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projection import BUDGETS, STEPS, Projection, check_ranks, fold_values, read_ranks, uniform_ranks
+from projection import BUDGETS, STEPS, Projection, check_ranks, fold_values, uniform_ranks
 
 
 SCORES = 2 ** 24   # scores of a sequence computed at a time: 64 MB in float32
@@ -129,3 +128,130 @@ def attend_head(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
                                            attn_mask=mask.repeat(G, 1), scale=scale)    # (B, 1, G·rows, r')
         pieces.append(a.view(B, G, q.shape[2], -1).transpose(1, 2).flatten(2))
     return torch.cat(pieces, dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+SEVEN_B = {"LLaMA-2-7B": (32, 32, 128), "Mistral-7B-v0.3": (32, 8, 128)}   # L, K, d of their public config.json
+
+
+def show_layout(cache: KVCache, most: int = 8) -> None:
+    """The tensor as text: a cell is d/8 numbers a token; filled cells are stored, the dots are what a full cache adds."""
+    L, K, d = cache.projection.mean_v.shape
+    print("Layout, a group of 8 cells for every head, each cell d/8 numbers a token (# stored, · not):\n")
+    for i in range(L):
+        for side, name in enumerate(("keys", "values")):
+            cells = [r * STEPS // d for r in cache.ranks[side, i].tolist()]
+            heads = " ".join("#" * c + "·" * (STEPS - c) for c in cells[:most]) + (" …" if K > most else "")
+            print(f"  layer {i:2d} {name:6s}  {heads}  offset {cache.offsets[side, i, 0]:>9,}")
+    print(f"\n  cache.data: {cache.data.numel():,} numbers = batch {cache.batch} · max_len {cache.max_len} · Σ ranks "
+          f"{cache.ranks.sum():,}; {cache.data.nbytes:,} bytes\n")
+
+
+def show_bytes(config, tokens: int, dtype: torch.dtype) -> None:
+    print(f"Bytes for {tokens:,} tokens of this model in {str(dtype).removeprefix('torch.')}, the same rank everywhere:\n")
+    for budget in BUDGETS:
+        print(f"  {budget:6.1%}  {uniform_ranks(budget, config).sum().item() * tokens * dtype.itemsize:>12,}")
+    print("\nWhat that means for a 7B, in bfloat16, one sequence (GiB):\n")
+    print("                       tokens" + "".join(f"{b:>9.1%}" for b in BUDGETS))
+    for name, (L, K, d) in SEVEN_B.items():
+        for n in (4096, 32768, 131072):
+            print(f"  {name:16s}  {n:>9,}" + "".join(f"{2 * L * K * d * 2 * n * b / 2 ** 30:9.2f}" for b in BUDGETS))
+
+
+def ragged_ranks(L: int, K: int, d: int, budget: float) -> Tensor:
+    """A made-up plan at `budget`: keys wider than values, heads different, the same sum whatever the draw."""
+    generator, half = torch.Generator().manual_seed(0), 2 * L * K * STEPS * budget
+    levels = torch.ones(2, L, K, dtype=torch.long)
+    while levels.sum() < half:
+        side = int(torch.rand(1, generator=generator) > 0.7)                            # 70% of the steps go to keys
+        i, j = torch.randint(L, (1,), generator=generator), torch.randint(K, (1,), generator=generator)
+        levels[side, i, j] = (levels[side, i, j] + 1).clamp(max=STEPS)
+    return levels * (d // STEPS)
+
+
+def timed(*steps, rounds: int = 5, repeats: int = 5) -> list[list[float]]:
+    """Seconds of each step, the median of `repeats`, for every round; the steps take turns, so that noise hits all."""
+    seconds = [[] for _ in steps]
+    for _ in range(rounds):
+        for of_step, step in zip(seconds, steps):
+            step()
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - start)
+            of_step.append(statistics.median(times))
+    return seconds
+
+
+def ratio(seconds: list[float], of: list[float]) -> str:
+    each = sorted(a / b for a, b in zip(seconds, of))
+    return f"{statistics.median(each):.3f} [{each[0]:.3f} … {each[-1]:.3f}]"
+
+
+@torch.no_grad()
+def benchmark(model) -> None:
+    """One attention step at LLaMA-2-7B's layer shape, then whole decoding steps of the model; ratios in one run."""
+    H, d, n = 32, 128, 8192
+    eye = torch.eye(d).expand(1, H, d, d)
+    p = Projection(eye, eye, torch.zeros(1, H, d))
+    q, k, v = torch.randn(3, 1, H, 1, d)
+    plans = {"full": torch.full((2, 1, H), d), "37.5% ragged": ragged_ranks(1, H, d, 0.375), "25% ragged": ragged_ranks(1, H, d, 0.25)}
+    steps = []
+    for ranks in plans.values():
+        cache = KVCache(p, ranks, 1, n)
+        cache.data.normal_()
+        cache.length = n - 1
+        new = torch.randn(1, 1, int(ranks[1].sum()))
+        steps.append(lambda cache=cache, new=new: cache.attend(0, q, k, new))
+    K, V = torch.randn(2, 1, H, n, d)
+    steps.append(lambda: F.scaled_dot_product_attention(q, K, V))
+    *ours, sdpa = timed(*steps)
+    print(f"One attention step, LLaMA-2-7B's layer (32 heads, d = 128), {n:,} tokens, batch 1, float32: "
+          f"scaled_dot_product_attention over the full cache {1e3 * statistics.median(sdpa):.1f} ms\n")
+    print("  cache           share of bytes   time / full cache here         time / scaled_dot_product_attention")
+    for (name, ranks), seconds in zip(plans.items(), ours):
+        print(f"  {name:14s} {ranks.sum().item() / (2 * H * d):10.3f}        {ratio(seconds, ours[0]):26s}     {ratio(seconds, sdpa)}")
+
+    c = model.config
+    eye = torch.eye(c.head_dim).expand(c.num_hidden_layers, c.num_key_value_heads, -1, -1)
+    p = Projection(eye, eye, torch.zeros(eye.shape[:3]))
+    print("\nA whole decoding step of the model, batch 1, tokens/s at the full cache and time against it:\n")
+    print("  context   100%, tokens/s   50%                      37.5%                    25%")
+    for n in (512, 1024, 2048, 4096):
+        steps = []
+        for budget in (1.0, 0.5, 0.375, 0.25):
+            ranks = ragged_ranks(*p.mean_v.shape, budget)
+            cache = KVCache(p, ranks, 1, n + 1, model.dtype, model.device)
+            cache.data.normal_()
+
+            def step(cache=cache, n=n):
+                cache.length = n
+                model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), cache=cache)
+            steps.append(step)
+        full, *small = timed(*steps, repeats=20)
+        print(f"  {n:7,}   {1 / statistics.median(full):12,.0f}     " + " ".join(f"{ratio(s, full):24s}" for s in small))
+
+
+def main():
+    from model import arguments, blame, load, plan_arguments, plan_for, prepare, within
+    parser = arguments(__doc__)
+    plan_arguments(parser)
+    parser.add_argument("--tokens", type=within(1, 10 ** 7), default=512, help="length of the cache that is shown [512]")
+    parser.add_argument("--benchmark", action="store_true", help="time decoding, full against compressed")
+    args = parser.parse_args()
+    device, dtype = prepare(args)
+    with blame("--ckpt"):
+        model = load(args.ckpt, device, dtype)
+    plan = plan_for(args, model)
+    if args.benchmark:
+        return benchmark(model)
+    size = dict(batch=1, max_len=args.tokens, dtype=dtype, device=device)
+    show_layout(KVCache(*plan, **size) if plan else KVCache.full(model.config, **size))
+    show_bytes(model.config, args.tokens, dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cache import KVCache
 from projection import Projection, open_safetensors, read_json, read_ranks, uniform_ranks
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -168,6 +169,10 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
 
     def forward(self, tokens: Tensor, project=None, observe=None, cache=None) -> Tensor:
         """Logits (B, T, vocab) of tokens (B, T) int64; `project` and `observe` as in the text on top of this file.
@@ -348,7 +353,8 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype asked for; fails where the device is not there."""
+    """The device and dtype asked for, the seed set; fails where the device is not there."""
+    torch.manual_seed(args.seed)
     try:
         device = torch.device(args.device)
         torch.empty(1, device=device)
@@ -371,55 +377,80 @@ def within(low, high):
 # ---------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate(model: Model, tokens: list[int], count: int, temperature: float = 0.0, project=None):
-    """Yields up to `count` tokens that follow `tokens`, greedy at temperature 0; stops at the end of the sequence."""
-    x = torch.tensor([tokens], device=model.device)
+def generate(model: Model, tokens: list[int], count: int, temperature: float = 0.0, cache: KVCache | None = None):
+    """Yields up to `count` tokens that follow `tokens`, greedy at temperature 0; stops at the end of the sequence.
+
+    The first forward pass, the prefill, fills the cache with the prompt; every later one is of a single token. Without a
+    `cache` (which must have room for len(tokens) + count − 1) the base model's full one is used.
+    """
+    if cache is None:
+        cache = KVCache.full(model.config, 1, len(tokens) + count, model.dtype, model.device)
+    new = torch.tensor([tokens], device=model.device)
     for _ in range(count):
-        logits = model.head(model.hidden(x, project)[0, -1]).float()
-        token = logits.argmax() if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[0]
-        if token.item() in model.config.eos_token_id:
+        logits = model.head(model.hidden(new, cache=cache)[:, -1]).float()              # (1, vocab)
+        new = (logits.argmax(-1, keepdim=True) if temperature == 0
+               else torch.multinomial((logits / temperature).softmax(-1), 1))           # (1, 1)
+        token = new.item()
+        if token in model.config.eos_token_id:
             return
-        yield token.item()
-        x = torch.cat((x, token.view(1, 1)), dim=1)
+        yield token
+
+
+def plan_for(args, model: Model) -> tuple[Projection, Tensor] | None:
+    """The projections and ranks that --proj, --ranks and --budget ask for; None for the base model."""
+    if args.ranks is None and args.budget is None:
+        return None
+    with blame("--proj"):
+        projection = Projection.load(args.proj)
+        projection.fits(model.config)
+    with blame("--ranks"):
+        ranks = (uniform_ranks(args.budget, model.config) if args.ranks is None
+                 else read_ranks(args.ranks, model.config, args.budget))
+    return projection.to(model.device), ranks
+
+
+def plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--proj", type=Path, default=Path("out/projections.safetensors"),
+                        help="projections, for --ranks and --budget [out/projections.safetensors]")
+    parser.add_argument("--ranks", type=Path, help="a plan that search.py wrote, such as out/ranks.json")
+    parser.add_argument("--budget", type=within(0.125, 1.0),
+                        help="share of the cache to keep: a prefix of the plan's path, or without --ranks the same rank everywhere")
 
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--proj", type=Path, default=Path("out/projections.safetensors"),
-                        help="trained projections, used with --ranks or --budget [out/projections.safetensors]")
-    parser.add_argument("--ranks", type=Path, help="a plan of ranks that search.py wrote")
-    parser.add_argument("--budget", type=within(0.125, 1.0), help="share of the cache to keep; the plan's path or uniform ranks")
-    parser.add_argument("--prompt", default="Return the ")
-    parser.add_argument("--tokens", type=within(1, 10 ** 6), default=100, help="how many new ones at most [100]")
-    parser.add_argument("--temperature", type=within(0.0, 100.0), default=0.0, help="0 is greedy [0]")
+    plan_arguments(parser)
+    parser.add_argument("--prompt", default="Return the ", help="text to go on from")
+    parser.add_argument("--tokens", type=within(1, 10 ** 6), default=100, help="how many new tokens at most [100]")
+    parser.add_argument("--temperature", type=within(0.0, 100.0), default=0.0, help="0 takes the likeliest token [0]")
     args = parser.parse_args()
     device, dtype = prepare(args)
-    torch.manual_seed(args.seed)
-
     with blame("--ckpt"):
         model, tokenizer = load(args.ckpt, device, dtype), load_tokenizer(args.ckpt)
-    project = None
-    if args.ranks or args.budget:
-        with blame("--proj"):
-            projection = Projection.load(args.proj)
-            projection.fits(model.config)
-        ranks = uniform_ranks(args.budget, model.config) if args.budget else None
-        if args.ranks:
-            with blame("--ranks"):
-                ranks = read_ranks(args.ranks, model.config, args.budget)
-        project = projection.to(device).at(ranks)
+    plan = plan_for(args, model)
 
     prompt = [tokenizer.bos_id()] * (tokenizer.bos_id() >= 0) + tokenizer.encode(args.prompt)
-    tokens, shown, start = list(prompt), "", time.time()
-    for token in itertools.chain([None], generate(model, prompt, args.tokens, args.temperature, project)):
-        tokens += [token] * (token is not None)
+    if not prompt:
+        fail("--prompt: nothing to go on from, and the tokenizer has no beginning of sequence")
+    size = dict(batch=1, max_len=len(prompt) + args.tokens, dtype=dtype, device=device)
+    full_bytes = uniform_ranks(1.0, model.config).sum().item() * size["max_len"] * dtype.itemsize
+    cache = KVCache(*plan, **size) if plan else KVCache.full(model.config, **size)
+
+    tokens, shown, start, first = list(prompt), "", time.perf_counter(), None
+    for token in itertools.chain([None], generate(model, prompt, args.tokens, args.temperature, cache)):
+        if token is not None:
+            tokens.append(token)
+            first = first or time.perf_counter()
         text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):   # a character that is spelled in bytes may not be complete yet
+        if not text.endswith("\ufffd"):   # a character spelled in bytes may still be incomplete: wait for the rest
             print(text[len(shown):], end="", flush=True)
             shown = text
-    print()
-    count = len(tokens) - len(prompt)
-    print(f"{count} tokens in {time.time() - start:.1f} s", file=sys.stderr)
+    print(tokenizer.decode(tokens)[len(shown):])
+    made, end = len(tokens) - len(prompt), time.perf_counter()
+    print(f"prefill {len(prompt)} tokens" + (f" at {len(prompt) / (first - start):,.0f} tokens/s" if first else "")
+          + (f", decode {made - 1} at {(made - 1) / (end - first):,.0f} tokens/s" if made > 1 else "")
+          + f"; cache {cache.data.nbytes:,} bytes for {cache.max_len} tokens, {cache.data.nbytes / full_bytes:.1%} of the full "
+            f"{full_bytes:,}", file=sys.stderr)
 
 
 if __name__ == "__main__":
