@@ -58,13 +58,18 @@ class Moments:
         """Plain PCA: eigenvectors of the covariances of keys and of values, largest first."""
         return Projection(leading(self.covariance("k")), leading(self.covariance("v")), self.mean_v())
 
-    def query_aware(self) -> "Projection":
-        """PCA whose keys also ask where queries look: what a key loses matters only along directions that queries have.
+    def aware(self, W_o: list[Tensor]) -> "Projection":
+        """PCA that also asks who reads: what a key loses matters only along directions that queries look in, and what a
+        value loses only along those that the output matrix W_o (hidden, H·d) of its layer takes in.
 
-        Eigenvectors of cov(k) / tr cov(k) + E[qqᵀ] / tr E[qqᵀ]; values as in plain PCA.
+        Keys: eigenvectors of cov(k) / tr cov(k) + E[qqᵀ] / tr E[qqᵀ]; values: of cov(v) / tr cov(v) + M / tr M with
+        M = Σ W_o[h]ᵀ W_o[h] over the query heads h of the group. Costs nothing over plain PCA.
         """
-        both = unit_trace(self.covariance("k")) + unit_trace(self.qq)
-        return Projection(leading(both), leading(self.covariance("v")), self.mean_v())
+        d = self.v.shape[-1]
+        heads = torch.stack([W.to(self.vv).unflatten(1, (-1, self.G, d)) for W in W_o])  # (L, hidden, K, G, d)
+        read = torch.einsum("lxkgd,lxkge->lkde", heads, heads)
+        return Projection(leading(unit_trace(self.covariance("k")) + unit_trace(self.qq)),
+                          leading(unit_trace(self.covariance("v")) + unit_trace(read)), self.mean_v())
 
     def mean_v(self) -> Tensor:
         return (self.v / self.n.to(self.v)[:, None, None]).float()

@@ -71,7 +71,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def ids(tokenizer, documents: list[str]) -> torch.Tensor:
-    return torch.from_numpy(ids(tokenizer, documents).astype(np.int64))
+    return torch.from_numpy(encode(tokenizer, documents).astype(np.int64))
 
 
 def build() -> Model:
@@ -90,12 +90,12 @@ def rate(step: int, steps: int) -> float:
 
 def batch(everything: torch.Tensor, documentation: torch.Tensor, step: int, steps: int) -> torch.Tensor:
     """The 8,192 tokens of a step, a function of the step alone, so that a resumed run sees what it would have seen.
-    While the learning rate falls, half of the sequences come from the documentation, which the demo is measured on."""
+    In the second half of the run every other sequence is documentation, which the demo is measured on."""
     T = 256 if step < steps * 5 / 6 else 512
     generator = torch.Generator().manual_seed(step)
     runs = []
     for i in range(8192 // T):
-        tokens = documentation if i % 2 and step > steps * 2 / 3 else everything
+        tokens = documentation if i % 2 and step >= steps / 2 else everything
         start = torch.randint(len(tokens) - T, (1,), generator=generator)
         runs.append(tokens[start:start + T + 1])
     return torch.stack(runs)

@@ -111,6 +111,22 @@ def test_pca_keeps_the_most_variance_of_all_projections(model):
             assert relative(moments.qq[layer, j], rows.T @ rows) < 1e-9
 
 
+def test_the_aware_start_knows_the_readers(model, tokens):
+    """Directions that no query looks in, and those that W_o does not take in, come last."""
+    L, K, d = shape(model)
+    moments = Moments(model.config)
+    moments.n += 100
+    axes = torch.arange(1, d + 1, dtype=torch.float64)
+    moments.kk += 100 * torch.eye(d)                               # every direction of keys and values as strong
+    moments.vv += 100 * torch.eye(d)
+    moments.qq += 100 * torch.diag(axes)                           # queries look more along later axes
+    start = moments.aware([torch.linalg.qr(torch.randn(K * moments.G * d, K * moments.G * d)).Q
+                           * axes.flip(0).repeat(K * moments.G) for _ in range(L)])
+    expected = torch.eye(d).expand(L, K, d, d)
+    assert relative(start.U_k.abs(), expected.flip(-1)) < 1e-5     # the last axis first
+    assert relative(start.U_v.abs(), expected) < 1e-5              # W_o reads the first axis most
+
+
 def test_the_rotation_starts_as_the_identity_and_stays_orthogonal(model):
     start = random_projection(model)
     rotation = Rotation(start)

@@ -37,7 +37,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("c", [0.0, 0.75, 1.0])
 def test_the_loss_and_its_gradient_are_those_of_the_definition(model, c, monkeypatch):
-    monkeypatch.setattr("train.CHUNK", 96 * 7)                     # several chunks, the last one not full
+    monkeypatch.setattr("train.CHUNK", 7)                     # several chunks, the last one not full
     model = model.double()
     teacher, student = torch.randn(2, 3, 11, 32, dtype=torch.float64)
     targets = torch.randint(0, 96, (3, 11))
@@ -71,7 +71,7 @@ def test_only_the_projections_get_gradients(model, tokens):
 def random_start(model) -> Projection:
     moments = Moments(model.config)
     model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
-    return moments.query_aware()
+    return moments.aware([layer.self_attn.o_proj.weight for layer in model.layers])
 
 
 def test_a_full_rank_student_has_no_loss(model, tokens):
@@ -89,7 +89,7 @@ def test_levels_differ_by_one_step_at_most_and_reach_every_budget(model):
     low, high = ranks.amin((0, 1, 3)), ranks.amax((0, 1, 3))
     assert (high - low <= 2).all() and low.min() == 1 and high.max() == 8
     mean = ranks.float().mean((0, 1, 3)) / 8
-    assert mean.min() < 0.2 and mean.max() > 0.9
+    assert mean.min() < 0.3 and mean.max() > 0.85
     independent = draw_ranks("independent", 4096, model.config, torch.Generator().manual_seed(0)) * 8 // d
     share = torch.bincount(independent.flatten(), minlength=9)[1:] / independent.numel()
     assert (share - 1 / 8).abs().max() < 0.01
@@ -98,11 +98,11 @@ def test_levels_differ_by_one_step_at_most_and_reach_every_budget(model):
 # The report
 
 def test_the_report_is_that_of_whole_logits(model):
-    tokens = np.random.default_rng(0).integers(3, 96, 200)
+    tokens = np.random.default_rng(0).integers(3, 96, 5 * 31 + 1)
     p = random_start(model)
     project = p.at(uniform_ranks(0.375, model.config))
     base, results = evaluate(model, tokens, {"x": project}, B=2, T=30, limit=5)
-    block = windows(tokens, torch.arange(5) * 30, 30)
+    block = windows(tokens, torch.arange(5) * 31, 30)
     log_p, log_q = (model.double()(block[:, :-1], project=f).log_softmax(-1) for f in (None, project))
     y = block[:, 1:]
     assert results["x"]["kl"] == pytest.approx(F.kl_div(log_q, log_p, log_target=True, reduction="sum").item() / 150, rel=1e-4)
