@@ -57,7 +57,7 @@ class KVCache:
                        for i in range(L)]                                               # [layer][keys|values][head]
         turns = torch.where((self.ranks[0] < d)[..., None, None].to(device), projection.U_k.to(device), torch.eye(d, device=device))
         self.turns = [U.to(dtype) if (r < d).any() else None for U, r in zip(turns, self.ranks[0])]   # a head at rank d is kept as it is
-        self.folded = [None] * L
+        self.folded, self.tables = [None] * L, {}
 
     @staticmethod
     def full(config, batch: int, max_len: int, dtype: torch.dtype = torch.float32, device="cpu") -> "KVCache":
@@ -99,6 +99,8 @@ class KVCache:
             age = torch.arange(start, end, device=q.device)[:, None] - torch.arange(end, device=q.device)
             mask = (age >= 0) & (age < (window or end))                                 # (T, end)
         first = max(0, end - window) if window and T == 1 else 0
+        if T == 1 and self.data.is_cuda:
+            return self.attend_on_gpu(i, q, k, v, first, d ** -0.5)
         outputs = []
         for j, (keys, values, new) in enumerate(zip(*self.blocks[i], v.split(self.ranks[1, i].tolist(), dim=-1))):
             r = keys.shape[-1]
@@ -107,7 +109,25 @@ class KVCache:
             outputs.append(attend_head(q[:, j, :, :, :r], keys[:, first:end], values[:, first:end], mask, d ** -0.5))
         return torch.cat(outputs, dim=-1)
 
+    def attend_on_gpu(self, i: int, q: Tensor, k: Tensor, v: Tensor, first: int, scale: float) -> Tensor:
+        """`attend` for one token by the Triton kernel (kernel.py)."""
+        from kernel import decode_attention
+        ranks = self.ranks[1, i].tolist()
+        for j, (keys, values, new) in enumerate(zip(*self.blocks[i], v.split(ranks, dim=-1))):
+            keys[:, self.length] = k[:, j, 0, :keys.shape[-1]]
+            values[:, self.length] = new[:, 0]
+        out = decode_attention(q[:, :, :, 0].contiguous(), self.data, self.table(i), self.max_len, self.length + 1, scale, first)
+        return torch.cat([out[:, j, :, :r].flatten(1) for j, r in enumerate(ranks)], dim=-1)[:, None]
+
+    def table(self, i: int) -> Tensor:
+        """Where the kernel finds layer i: key offsets, value offsets, key ranks, value ranks, in units of d/8; (4, K)."""
+        if i not in self.tables:
+            step = self.projection.mean_v.shape[-1] // STEPS
+            self.tables[i] = (torch.cat((self.offsets[:, i], self.ranks[:, i])) // step).to(self.device)
+        return self.tables[i]
+
     def advance(self, T: int) -> None:
+        """Count the T tokens that every layer has appended."""
         self.length += T
 
 
