@@ -28,6 +28,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 STEPS = 8                                             # ranks are multiples of d / STEPS
+SIDES = ("keys", "values")
 BUDGETS = [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]  # those that reports are made at
 
 
@@ -247,6 +248,17 @@ def uniform_ranks(budget: float, config) -> Tensor:
     return torch.full((2, config.num_hidden_layers, config.num_key_value_heads), level * (config.head_dim // STEPS))
 
 
+def plan_on_path(path: list, shape: tuple[int, int, int], budget: float) -> tuple[Tensor, int]:
+    """The largest plan (2, L, K) within the budget on a path of lowerings [side, layer, head, KL], and how many it took."""
+    L, K, d = shape
+    ranks, taken = torch.full((2, L, K), d), 0
+    while ranks.sum() > budget * ranks.numel() * d and taken < len(path):
+        side, layer, head, _ = path[taken]
+        ranks[SIDES.index(side), layer, head] -= d // STEPS
+        taken += 1
+    return ranks, taken
+
+
 def read_ranks(path: str | Path, config, budget: float | None = None) -> Tensor:
     """The plan (2, L, K) that a file of the search holds: the largest one on its path that is within `budget`, or
     without `budget` the one that the file was written for. Raises ValueError naming the file."""
@@ -258,11 +270,7 @@ def read_ranks(path: str | Path, config, budget: float | None = None) -> Tensor:
         if budget is None:
             ranks = torch.tensor([plan["keys"], plan["values"]])
         else:
-            ranks = torch.full((2, L, K), d)
-            for side, layer, head, _ in plan["path"]:
-                if ranks.sum() <= budget * ranks.numel() * d:
-                    break
-                ranks[("keys", "values").index(side), layer, head] -= d // STEPS
+            ranks, _ = plan_on_path(plan["path"], (L, K, d), budget)
         check_ranks(ranks, L, K, d)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: not a plan of ranks for this model ({error})") from None

@@ -530,6 +530,26 @@ def operations_a_token(model: Model) -> int:
     return 6 * (sum(p.numel() for p in model.layers.parameters() if p.ndim == 2) + model.lm_head.weight.numel())
 
 
+def check_folder(path: Path) -> None:
+    """Make the folder of --out, and fail before any work is done if nothing can be written there."""
+    with blame("--out"):
+        path.mkdir(parents=True, exist_ok=True)
+        write_file(path / "writable", b"")
+        (path / "writable").unlink()
+
+
+def text_for(args, model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """The (training, held-out) tokens that --data asks for; fails if they do not fill one run of --seq tokens."""
+    with blame("--data"):
+        tokens, held = load_data(args.data, args.ckpt, model.config.vocab_size)
+        for part, name in ((tokens, "training"), (held, "held-out")):
+            if len(part) <= args.seq:
+                raise ValueError(f"{args.data or 'Python'}: too short, {len(part)} {name} tokens for runs of --seq {args.seq}")
+    print(f"{args.ckpt}: {describe(model)}\n{args.data or 'Python documentation'}: {len(tokens):,} tokens to train on, "
+          f"{len(held):,} held out", flush=True)
+    return tokens, held
+
+
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
@@ -550,23 +570,14 @@ def main():
     args.dtype = str(dtype).removeprefix("torch.")
     keep_freed_memory()
 
-    with blame("--out"):
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_file(args.out / "writable", b"")
-        (args.out / "writable").unlink()
+    check_folder(args.out)
     with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
         if model.config.head_dim % STEPS:
             raise ValueError(f"{args.ckpt}: head_dim {model.config.head_dim} does not divide into {STEPS} steps of rank")
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.3 / model.config.head_dim
-    with blame("--data"):
-        tokens, held = load_data(args.data, args.ckpt, model.config.vocab_size)
-        for part, name in ((tokens, "training"), (held, "held-out")):
-            if len(part) <= args.seq:
-                raise ValueError(f"{args.data or 'Python'}: too short, {len(part)} {name} tokens for runs of --seq {args.seq}")
-    print(f"{args.ckpt}: {describe(model)}\n{args.data or 'Python documentation'}: {len(tokens):,} tokens to train on, "
-          f"{len(held):,} held out")
+    tokens, held = text_for(args, model)
 
     if args.eval:
         with blame("--eval"):
