@@ -29,7 +29,7 @@ from torch import Tensor
 from projection import BUDGETS, STEPS, Projection, check_ranks, fold_values, uniform_ranks
 
 
-SCORES = 2 ** 24   # scores of a sequence computed at a time: 64 MB in float32
+SCORES = 2 ** 24   # scores computed at a time: 64 MB in float32
 
 
 class KVCache:
@@ -52,12 +52,24 @@ class KVCache:
         sizes = self.ranks.transpose(0, 1).flatten() * batch * max_len                  # layer by layer, keys then values
         self.offsets = (sizes.cumsum(0) - sizes).view(L, 2, K).transpose(0, 1)
         self.data = torch.empty(int(sizes.sum()), dtype=dtype, device=device)
-        self.blocks = [[[self.data[o:o + batch * max_len * r].view(batch, max_len, r) for o, r in zip(offsets, ranks)]
-                        for offsets, ranks in zip(self.offsets[:, i].tolist(), self.ranks[:, i].tolist())]
-                       for i in range(L)]                                               # [layer][keys|values][head]
+        self.groups = [self.group_heads(i) for i in range(L)]
         turns = torch.where((self.ranks[0] < d)[..., None, None].to(device), projection.U_k.to(device), torch.eye(d, device=device))
         self.turns = [U.to(dtype) if (r < d).any() else None for U, r in zip(turns, self.ranks[0])]   # a head at rank d is kept as it is
         self.folded, self.tables = [None] * L, {}
+
+    def group_heads(self, i: int) -> list[tuple[slice, Tensor, Tensor]]:
+        """Neighbouring heads of layer i with the same ranks, as (heads, keys, values): their blocks lie end to end, so one
+        view (heads, batch, max_len, r) serves them all. One group where ranks are uniform, K where they all differ."""
+        (r_k, r_v), (at_k, at_v) = self.ranks[:, i].tolist(), self.offsets[:, i].tolist()
+        groups, K = [], len(r_k)
+        first = 0
+        for j in range(1, K + 1):
+            if j == K or (r_k[j], r_v[j]) != (r_k[first], r_v[first]):
+                view = lambda at, r: self.data[at:at + (j - first) * self.batch * self.max_len * r].view(
+                    j - first, self.batch, self.max_len, r)
+                groups.append((slice(first, j), view(at_k[first], r_k[first]), view(at_v[first], r_v[first])))
+                first = j
+        return groups
 
     @staticmethod
     def full(config, batch: int, max_len: int, dtype: torch.dtype = torch.float32, device="cpu") -> "KVCache":
@@ -94,29 +106,29 @@ class KVCache:
         q = q.unflatten(1, (K, H // K))                                                 # (B, K, G, T, d)
         if self.turns[i] is not None:
             q, k = q @ self.turns[i][:, None], k @ self.turns[i]
+        first = max(0, end - window) if window and T == 1 else 0
         mask = None
         if T > 1:
             age = torch.arange(start, end, device=q.device)[:, None] - torch.arange(end, device=q.device)
             mask = (age >= 0) & (age < (window or end))                                 # (T, end)
-        first = max(0, end - window) if window and T == 1 else 0
-        if T == 1 and self.data.is_cuda:
-            return self.attend_on_gpu(i, q, k, v, first, d ** -0.5)
-        outputs = []
-        for j, (keys, values, new) in enumerate(zip(*self.blocks[i], v.split(self.ranks[1, i].tolist(), dim=-1))):
-            r = keys.shape[-1]
-            keys[:, start:end] = k[:, j, :, :r]
-            values[:, start:end] = new
-            outputs.append(attend_head(q[:, j, :, :, :r], keys[:, first:end], values[:, first:end], mask, d ** -0.5))
-        return torch.cat(outputs, dim=-1)
+        outputs, done = [], 0
+        for heads, keys, values in self.groups[i]:
+            J, _, _, r_v = values.shape
+            keys[:, :, start:end] = k[:, heads, :, :keys.shape[3]].transpose(0, 1)
+            values[:, :, start:end] = v[:, :, done:done + J * r_v].view(B, T, J, r_v).permute(2, 0, 1, 3)
+            done += J * r_v
+            if not self.data.is_cuda or T > 1:
+                outputs.append(attend_group(q[:, heads, :, :, :keys.shape[3]].transpose(0, 1), keys[:, :, first:end],
+                                            values[:, :, first:end], mask, d ** -0.5))
+        if outputs:
+            return torch.cat(outputs, dim=-1)
+        return self.attend_on_gpu(i, q, first, end, d ** -0.5)
 
-    def attend_on_gpu(self, i: int, q: Tensor, k: Tensor, v: Tensor, first: int, scale: float) -> Tensor:
-        """`attend` for one token by the Triton kernel (kernel.py)."""
+    def attend_on_gpu(self, i: int, q: Tensor, first: int, end: int, scale: float) -> Tensor:
+        """One token's attention by the Triton kernel (kernel.py), all heads at once whatever their ranks."""
         from kernel import decode_attention
+        out = decode_attention(q[:, :, :, 0].contiguous(), self.data, self.table(i), self.max_len, end, scale, first)
         ranks = self.ranks[1, i].tolist()
-        for j, (keys, values, new) in enumerate(zip(*self.blocks[i], v.split(ranks, dim=-1))):
-            keys[:, self.length] = k[:, j, 0, :keys.shape[-1]]
-            values[:, self.length] = new[:, 0]
-        out = decode_attention(q[:, :, :, 0].contiguous(), self.data, self.table(i), self.max_len, self.length + 1, scale, first)
         return torch.cat([out[:, j, :, :r].flatten(1) for j, r in enumerate(ranks)], dim=-1)[:, None]
 
     def table(self, i: int) -> Tensor:
@@ -131,22 +143,21 @@ class KVCache:
         self.length += T
 
 
-def attend_head(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of the G query heads of one group, q (B, G, T, r), over keys (B, n, r) and values (B, n, r'): (B, T, G·r').
+def attend_group(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of queries q (J, B, G, T, r) over keys (J, B, n, r) and values (J, B, n, r'): (B, T, J·G·r').
 
-    The G·T queries form one matrix, so that keys and values are read once and never repeated for the group.
+    The G·T queries that share a key-value head form one matrix: keys and values are read once, never repeated.
     """
-    B, G, T, r = q.shape
+    J, B, G, T, r = q.shape
     if mask is None:                                                                    # one token: T = 1
-        scores = torch.matmul(q.reshape(B, G, r) * scale, keys.transpose(1, 2))         # (B, G, n)
+        scores = torch.matmul(q.reshape(J, B, G, r) * scale, keys.transpose(2, 3))      # (J, B, G, n)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-        return torch.matmul(weights, values).view(B, 1, -1)
-    rows = max(1, SCORES // (G * keys.shape[1]))                                        # a long prompt goes in pieces
+        return torch.matmul(weights, values).transpose(0, 1).reshape(B, 1, -1)
+    rows = max(1, SCORES // (J * B * G * keys.shape[2]))                                # a long prompt goes in pieces
     pieces = []
-    for q, mask in zip(q.split(rows, dim=2), mask.split(rows)):
-        a = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], keys[:, None], values[:, None],
-                                           attn_mask=mask.repeat(G, 1), scale=scale)    # (B, 1, G·rows, r')
-        pieces.append(a.view(B, G, q.shape[2], -1).transpose(1, 2).flatten(2))
+    for q, mask in zip(q.split(rows, dim=3), mask.split(rows)):
+        a = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask.repeat(G, 1), scale=scale)
+        pieces.append(a.unflatten(2, (G, -1)).permute(1, 3, 0, 2, 4).flatten(2))        # (B, rows, J·G·r')
     return torch.cat(pieces, dim=1)
 
 

@@ -141,28 +141,27 @@ def python_documents(sources: bool = False) -> tuple[list[str], list[str]]:
     """The text that every Python carries, as (training documents, held-out documents).
 
     A document is a topic of the language reference (pydoc_data.topics) or the docstrings of one module of the standard
-    library; with `sources` each module's source follows as a document of its own (the demo's training). A hash of the
-    topic's or module's name decides its side, one in ten held out, so that a module's docstrings and source fall on
-    one side in every version of Python. Paragraphs of a held-out text that stand in a training one too are cut.
+    library. With `sources` (the demo's training) each module's source is one too, and so are the library's own tests. A
+    hash of the topic's or module's name decides its side, one in ten held out, so that a module's docstrings and source fall
+    on one side in every version of Python. Paragraphs of a held-out text that stand in a training one too are cut.
     """
     from pydoc_data.topics import topics
     library = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
     sides = {True: [], False: []}                                       # held out?
     for name, text in sorted(topics.items()):
         sides[zlib.crc32(name.encode()) % 10 == 0].append(text)
     for file in sorted(library.rglob("*.py")):
         parts = file.relative_to(library).with_suffix("").parts
-        if skip & set(parts):
+        documented = not {"test", "tests", "idlelib", "lib2to3"} & set(parts)
+        if {"site-packages", "dist-packages", "pydoc_data", "encodings"} & set(parts) or not (documented or sources):
             continue
         module = ".".join(parts).removesuffix(".__init__")
         try:
             source = file.read_text(encoding="utf-8")
-            text = docstrings(module, ast.parse(source))
-        except (SyntaxError, UnicodeDecodeError):
+            texts = [docstrings(module, ast.parse(source))] * documented + [source] * sources
+        except (SyntaxError, ValueError):                               # some tests are broken on purpose
             continue
-        side = sides[zlib.crc32(module.encode()) % 10 == 0]
-        side.extend([text] * (text != "") + [source] * (sources and source != ""))
+        sides[zlib.crc32(module.encode()) % 10 == 0] += [text for text in texts if text]
     known = {p for text in sides[False] for p in text.split("\n\n") if len(p) > 30}
     held = ["\n\n".join(p for p in text.split("\n\n") if p not in known) for text in sides[True]]
     return sides[False], [text for text in held if text]

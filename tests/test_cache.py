@@ -57,23 +57,29 @@ def test_a_long_prompt_in_pieces_is_the_prompt_in_one(model, tokens, monkeypatch
     import cache as module
     p, ranks = random_projection(model), random_ranks(model)
     whole = model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21))
-    monkeypatch.setattr(module, "SCORES", 5 * 21)
+    monkeypatch.setattr(module, "SCORES", 3 * 5 * 21)
     assert relative(model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21)), whole) < 1e-5
 
 
-def test_blocks_lie_end_to_end_without_padding(model):
+@pytest.mark.parametrize("plan", ["ragged", "uniform"])
+def test_blocks_lie_end_to_end_without_padding(model, plan):
     L, K, d = shape(model)
-    ranks = random_ranks(model)
+    ranks = random_ranks(model) if plan == "ragged" else uniform_ranks(0.5, model.config)
     cache = KVCache(random_projection(model), ranks, batch=2, max_len=5)
     end = 0
     for layer in range(L):
         for side in range(2):
             for head in range(K):
-                block = cache.blocks[layer][side][head]
-                assert cache.offsets[side, layer, head] == end == block.storage_offset()
-                assert block.shape == (2, 5, ranks[side, layer, head]) and block.is_contiguous()
-                end += block.numel()
+                assert cache.offsets[side, layer, head] == end
+                end += 2 * 5 * ranks[side, layer, head]
+        for heads, *views in cache.groups[layer]:
+            for side, view in enumerate(views):
+                assert view.storage_offset() == cache.offsets[side, layer, heads.start] and view.is_contiguous()
+                assert view.shape == (heads.stop - heads.start, 2, 5, ranks[side, layer, heads.start])
+                assert (ranks[side, layer, heads] == view.shape[3]).all()
+        assert [j for heads, *_ in cache.groups[layer] for j in range(K)[heads]] == list(range(K))
     assert end == cache.data.numel()
+    assert plan == "ragged" or all(len(groups) == 1 for groups in cache.groups)
 
 
 def test_a_cache_that_makes_no_sense_is_refused(model, tokens):
