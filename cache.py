@@ -5,16 +5,16 @@ All blocks lie end to end in a single preallocated tensor,
 
     data = [ layer 0: keys of head 0 | keys of head 1 | … | values of head 0 | values of head 1 | … ][ layer 1: … ] …
 
-so batch · max_len · Σ r numbers are all there is: no padding to the widest head, no list that grows by concatenation. A row
+so batch · max_len · Σ r numbers are all that grows with the context: no padding to the widest head, no list that grows by concatenation. A row
 of a block holds one token's coordinates k U_r (keys, after RoPE) or v U_r (values); see projection.py. Attention happens in
 that small space, for the G query heads that share key-value head j:
 
     scores = (q U_r)(k U_r)ᵀ / sqrt(d)            the queries are turned once, the stored keys are read as they are
-    output = softmax(scores) (v U_r)              r numbers a head, which W_o' = U_rᵀ W_o takes from there
+    output = softmax(scores) (v U_r)              r numbers a head, which W_o' = W_o U_r takes from there
 
-The value side costs nothing at run time: U_r is folded into W_v and W_o (paper, Figure 2: "a new linear layer"), and the
-mean of what was cut off becomes a bias. The folded weights belong to the plan of ranks, so the cache holds them, and the
-model stays as it is. A head at rank d is stored as it is, so the same class with all ranks d is the base model's cache.
+This is MatryoshkaKV (arXiv 2410.14731). The value side costs no arithmetic: U_r is folded into W_v and W_o (its Figure 2: "a
+new linear layer"), and the mean of what was cut off becomes a bias. The folded weights, a second copy of W_v and W_o whatever
+the context, belong to the plan of ranks, so the cache holds them, and the model stays as it is. A head at rank d is stored as it is, so the same class with all ranks d is the base model's cache.
 
     python cache.py                          # the layout, the bytes at every budget, and what they mean for 7B models
     python cache.py --benchmark              # one decoding step, full against compressed, over context lengths
@@ -33,9 +33,10 @@ SCORES = 2 ** 24   # scores computed at a time: 64 MB in float32
 
 
 class KVCache:
-    """Keys and values of `batch` sequences of up to `max_len` tokens, at a plan of ranks (2, L, K).
+    """Keys and values of `batch` sequences of equal length, up to `max_len` tokens, at a plan of ranks (2, L, K).
 
-    `data` is the one flat tensor, `length` the number of tokens in it, `offsets` (2, L, K) where each block begins.
+    `data` is the one flat tensor, `length` the number of tokens in it, `offsets` (2, L, K) where each block begins. dtype
+    and device are the model's. A forward pass calls `check_room`, for every layer `fold` and `attend`, then `advance`.
     Raises ValueError for ranks or sizes that make no sense, and when it is full.
     """
 
@@ -47,14 +48,15 @@ class KVCache:
             raise ValueError(f"ranks of shape {list(ranks.shape)}; a cache has one plan for all sequences, {[2, L, K]}")
         if batch < 1 or max_len < 1:
             raise ValueError(f"a cache for a batch of {batch} and {max_len} tokens; both must be at least 1")
-        self.projection, self.ranks, self.batch, self.max_len, self.length = projection, ranks.cpu(), batch, max_len, 0
+        self.projection, self.ranks, self.batch, self.max_len, self.length = projection, ranks.cpu().long(), batch, max_len, 0
         self.dtype, self.device = dtype, torch.device(device)
         sizes = self.ranks.transpose(0, 1).flatten() * batch * max_len                  # layer by layer, keys then values
         self.offsets = (sizes.cumsum(0) - sizes).view(L, 2, K).transpose(0, 1)
         self.data = torch.empty(int(sizes.sum()), dtype=dtype, device=device)
         self.groups = [self.group_heads(i) for i in range(L)]
-        turns = torch.where((self.ranks[0] < d)[..., None, None].to(device), projection.U_k.to(device), torch.eye(d, device=device))
-        self.turns = [U.to(dtype) if (r < d).any() else None for U, r in zip(turns, self.ranks[0])]   # a head at rank d is kept as it is
+        eye, full = torch.eye(d, device=device), (self.ranks[0] == d)[..., None, None].to(device)
+        self.key_bases = [None if full[i].all() else torch.where(full[i], eye, projection.U_k[i].to(device)).to(dtype)
+                          for i in range(L)]                                            # a head at rank d stays as it is
         self.folded, self.tables = [None] * L, {}
 
     def group_heads(self, i: int) -> list[tuple[slice, Tensor, Tensor]]:
@@ -74,11 +76,13 @@ class KVCache:
     @staticmethod
     def full(config, batch: int, max_len: int, dtype: torch.dtype = torch.float32, device="cpu") -> "KVCache":
         """The base model's cache: every rank d, nothing turned."""
-        eye = torch.eye(config.head_dim).expand(config.num_hidden_layers, config.num_key_value_heads, -1, -1)
-        return KVCache(Projection(eye, eye, torch.zeros(eye.shape[:3])), uniform_ranks(1.0, config), batch, max_len, dtype, device)
+        return KVCache(Projection.identity(config), uniform_ranks(1.0, config), batch, max_len, dtype, device)
 
-    def reserve(self, B: int, T: int) -> None:
-        """ValueError unless T more tokens of B sequences fit."""
+    def check_room(self, model, B: int, T: int) -> None:
+        """ValueError unless this is a cache for the model, and T more tokens of B sequences fit."""
+        self.projection.check_fits(model.config)
+        if self.dtype != model.dtype:
+            raise ValueError(f"a cache of {self.dtype} for a model in {model.dtype}")
         if B != self.batch:
             raise ValueError(f"{B} sequences for a cache made for {self.batch}")
         if self.length + T > self.max_len:
@@ -104,13 +108,9 @@ class KVCache:
         (B, H, T, d), K = q.shape, k.shape[1]
         start, end = self.length, self.length + T
         q = q.unflatten(1, (K, H // K))                                                 # (B, K, G, T, d)
-        if self.turns[i] is not None:
-            q, k = q @ self.turns[i][:, None], k @ self.turns[i]
-        first = max(0, end - window) if window and T == 1 else 0
-        mask = None
-        if T > 1:
-            age = torch.arange(start, end, device=q.device)[:, None] - torch.arange(end, device=q.device)
-            mask = (age >= 0) & (age < (window or end))                                 # (T, end)
+        if self.key_bases[i] is not None:
+            q, k = q @ self.key_bases[i][:, None], k @ self.key_bases[i]
+        first = max(0, start + 1 - window) if window else 0                             # what no query of these sees is not read
         outputs, done = [], 0
         for heads, keys, values in self.groups[i]:
             J, _, _, r_v = values.shape
@@ -119,7 +119,7 @@ class KVCache:
             done += J * r_v
             if not self.data.is_cuda or T > 1:
                 outputs.append(attend_group(q[:, heads, :, :, :keys.shape[3]].transpose(0, 1), keys[:, :, first:end],
-                                            values[:, :, first:end], mask, d ** -0.5))
+                                            values[:, :, first:end], window or end, d ** -0.5))
         if outputs:
             return torch.cat(outputs, dim=-1)
         return self.attend_on_gpu(i, q, first, end, d ** -0.5)
@@ -143,20 +143,22 @@ class KVCache:
         self.length += T
 
 
-def attend_group(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of queries q (J, B, G, T, r) over keys (J, B, n, r) and values (J, B, n, r'): (B, T, J·G·r').
+def attend_group(q: Tensor, keys: Tensor, values: Tensor, window: int, scale: float) -> Tensor:
+    """Causal attention of q (J, B, G, T, r), the last T tokens, over keys (J, B, n, r), values (J, B, n, r'): (B, T, J·G·r').
 
     The G·T queries that share a key-value head form one matrix: keys and values are read once, never repeated.
     """
     J, B, G, T, r = q.shape
-    if mask is None:                                                                    # one token: T = 1
+    if T == 1:
         scores = torch.matmul(q.reshape(J, B, G, r) * scale, keys.transpose(2, 3))      # (J, B, G, n)
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
         return torch.matmul(weights, values).transpose(0, 1).reshape(B, 1, -1)
-    rows = max(1, SCORES // (J * B * G * keys.shape[2]))                                # a long prompt goes in pieces
-    pieces = []
-    for q, mask in zip(q.split(rows, dim=3), mask.split(rows)):
-        a = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask.repeat(G, 1), scale=scale)
+    n = keys.shape[2]
+    pieces, rows = [], max(1, SCORES // (J * B * G * n))                                # a long prompt goes in pieces
+    for position, part in zip(torch.arange(n - T, n, device=q.device).split(rows), q.split(rows, dim=3)):
+        age = position[:, None] - torch.arange(n, device=q.device)
+        mask = ((age >= 0) & (age < window)).repeat(G, 1)                               # (G·rows, n)
+        a = F.scaled_dot_product_attention(part.flatten(2, 3), keys, values, attn_mask=mask, scale=scale)
         pieces.append(a.unflatten(2, (G, -1)).permute(1, 3, 0, 2, 4).flatten(2))        # (B, rows, J·G·r')
     return torch.cat(pieces, dim=1)
 
@@ -193,9 +195,9 @@ def show_bytes(config, tokens: int, dtype: torch.dtype) -> None:
 
 def ragged_ranks(L: int, K: int, d: int, budget: float) -> Tensor:
     """A made-up plan at `budget`: keys wider than values, heads different, the same sum whatever the draw."""
-    generator, half = torch.Generator().manual_seed(0), 2 * L * K * STEPS * budget
+    generator, wanted = torch.Generator().manual_seed(0), 2 * L * K * STEPS * budget
     levels = torch.ones(2, L, K, dtype=torch.long)
-    while levels.sum() < half:
+    while levels.sum() < wanted:
         side = int(torch.rand(1, generator=generator) > 0.7)                            # 70% of the steps go to keys
         i, j = torch.randint(L, (1,), generator=generator), torch.randint(K, (1,), generator=generator)
         levels[side, i, j] = (levels[side, i, j] + 1).clamp(max=STEPS)
@@ -212,6 +214,8 @@ def timed(*steps, rounds: int = 5, repeats: int = 5) -> list[list[float]]:
             for _ in range(repeats):
                 start = time.perf_counter()
                 step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
             of_step.append(statistics.median(times))
     return seconds
@@ -225,37 +229,34 @@ def ratio(seconds: list[float], of: list[float]) -> str:
 @torch.no_grad()
 def benchmark(model) -> None:
     """One attention step at LLaMA-2-7B's layer shape, then whole decoding steps of the model; ratios in one run."""
-    H, d, n = 32, 128, 8192
-    eye = torch.eye(d).expand(1, H, d, d)
-    p = Projection(eye, eye, torch.zeros(1, H, d))
-    q, k, v = torch.randn(3, 1, H, 1, d)
+    H, d, n, place = 32, 128, 8192, dict(dtype=model.dtype, device=model.device)
+    p = Projection(*torch.eye(d).repeat(2, 1, H, 1, 1), torch.zeros(1, H, d))
+    q, k = torch.randn(2, 1, H, 1, d, **place)
     plans = {"full": torch.full((2, 1, H), d), "37.5% ragged": ragged_ranks(1, H, d, 0.375), "25% ragged": ragged_ranks(1, H, d, 0.25)}
     steps = []
     for ranks in plans.values():
-        cache = KVCache(p, ranks, 1, n)
+        cache = KVCache(p, ranks, 1, n, **place)
         cache.data.normal_()
         cache.length = n - 1
-        new = torch.randn(1, 1, int(ranks[1].sum()))
+        new = torch.randn(1, 1, int(ranks[1].sum()), **place)
         steps.append(lambda cache=cache, new=new: cache.attend(0, q, k, new))
-    K, V = torch.randn(2, 1, H, n, d)
+    K, V = torch.randn(2, 1, H, n, d, **place)
     steps.append(lambda: F.scaled_dot_product_attention(q, K, V))
     *ours, sdpa = timed(*steps)
-    print(f"One attention step, LLaMA-2-7B's layer (32 heads, d = 128), {n:,} tokens, batch 1, float32: "
+    print(f"One attention step, LLaMA-2-7B's layer (32 heads, d = 128), {n:,} tokens, batch 1, {str(model.dtype).removeprefix('torch.')}: "
           f"scaled_dot_product_attention over the full cache {1e3 * statistics.median(sdpa):.1f} ms\n")
     print("  cache           share of bytes   time / full cache here         time / scaled_dot_product_attention")
     for (name, ranks), seconds in zip(plans.items(), ours):
         print(f"  {name:14s} {ranks.sum().item() / (2 * H * d):10.3f}        {ratio(seconds, ours[0]):26s}     {ratio(seconds, sdpa)}")
 
-    c = model.config
-    eye = torch.eye(c.head_dim).expand(c.num_hidden_layers, c.num_key_value_heads, -1, -1)
-    p = Projection(eye, eye, torch.zeros(eye.shape[:3]))
+    p = Projection.identity(model.config)
     print("\nA whole decoding step of the model, batch 1, tokens/s at the full cache and time against it:\n")
     print("  context   100%, tokens/s   50%                      37.5%                    25%")
     for n in (512, 1024, 2048, 4096):
         steps = []
         for budget in (1.0, 0.5, 0.375, 0.25):
             ranks = ragged_ranks(*p.mean_v.shape, budget)
-            cache = KVCache(p, ranks, 1, n + 1, model.dtype, model.device)
+            cache = KVCache(p, ranks, 1, n + 1, **place)
             cache.data.normal_()
 
             def step(cache=cache, n=n):

@@ -184,8 +184,7 @@ class Model(nn.Module):
     def hidden(self, tokens: Tensor, project=None, observe=None, cache=None) -> Tensor:
         """The states (B, T, hidden) that leave the last layer, before the final norm."""
         if cache is not None:
-            cache.projection.fits(self.config)
-            cache.reserve(*tokens.shape)
+            cache.check_room(self, *tokens.shape)
         x = self.embed(tokens)
         for i in range(self.config.num_hidden_layers):
             x = self.layer(i, x, project, observe, cache)
@@ -402,7 +401,7 @@ def plan_for(args, model: Model) -> tuple[Projection, Tensor] | None:
         return None
     with blame("--proj"):
         projection = Projection.load(args.proj)
-        projection.fits(model.config)
+        projection.check_fits(model.config)
     with blame("--ranks"):
         ranks = (uniform_ranks(args.budget, model.config) if args.ranks is None
                  else read_ranks(args.ranks, model.config, args.budget))

@@ -4,18 +4,21 @@ Every layer and every key-value head has two orthogonal d × d matrices, U_k for
 importance, and the mean μ of its values. At rank r only the first r columns U_r count; with P = U_r U_rᵀ
 
     k̂ = k P                     cached as k U_r, r numbers in place of d; q · k̂ = (q U_r) · (k U_r)
-    v̂ = v P + μ (I − P)         cached as v U_r; the rest of v is replaced by its mean          (paper, section 3)
+    v̂ = v P + μ (I − P)         cached as v U_r; the rest of v is replaced by its mean
 
-Keys are projected after RoPE and need no mean: it would add the same q · const to every score, which softmax ignores.
+This is MatryoshkaKV (arXiv 2410.14731), section 3; "the paper" below.
+
+Keys are projected after RoPE and need no mean: it would add one and the same number, q · μ(I − P), to all scores of a query,
+which softmax does not see.
 The matrices start as eigenvectors over a calibration text and are then rotated by training, U = U₀ C(A), where the Cayley
 map of a skew-symmetric A is orthogonal by construction and the identity at A = 0:
 
     C(A) = (I − A/2)⁻¹ (I + A/2)
 
-Nested dolls: one U serves every rank, since a smaller rank uses a prefix of the same columns. Ranks are multiples of d/8.
+One U serves every rank like nested dolls, since a smaller rank uses a prefix of the same columns. Ranks are multiples of d/8.
 A plan of ranks is an integer tensor (2, L, K): [0] for keys, [1] for values.
 
-    python projection.py         # calibrates the demo: what its leading columns hold, and a check of folding
+    python projection.py         # calibrates the demo: what its leading columns hold, and folding checked on one layer
 """
 import json
 import os
@@ -33,7 +36,7 @@ BUDGETS = [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]  # those that reports are 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Calibration: second moments, and the two starts made of them
+# Calibration: second moments over a text, and the two projections computed from them, `pca` and `aware`
 
 class Moments:
     """Sums over a calibration text, per layer and KV head, in float64: Σ kkᵀ, Σ vvᵀ, Σ k, Σ v, and Σ qqᵀ over the query
@@ -60,11 +63,11 @@ class Moments:
         return Projection(leading(self.covariance("k")), leading(self.covariance("v")), self.mean_v())
 
     def aware(self, W_o: list[Tensor]) -> "Projection":
-        """PCA that also asks who reads: what a key loses matters only along directions that queries look in, and what a
-        value loses only along those that the output matrix W_o (hidden, H·d) of its layer takes in.
+        """PCA that also asks who reads. A direction counts if keys vary along it or queries look along it, and for values
+        if they vary along it or the output matrix W_o (hidden, H·d) of the layer takes it in; both with equal weight.
 
         Keys: eigenvectors of cov(k) / tr cov(k) + E[qqᵀ] / tr E[qqᵀ]; values: of cov(v) / tr cov(v) + M / tr M with
-        M = Σ W_o[h]ᵀ W_o[h] over the query heads h of the group. Costs nothing over plain PCA.
+        M = Σ W_o[h]ᵀ W_o[h] over the query heads h of the group. A heuristic, measured to be better than PCA (README).
         """
         d = self.v.shape[-1]
         heads = torch.stack([W.to(self.vv).unflatten(1, (-1, self.G, d)) for W in W_o])  # (L, hidden, K, G, d)
@@ -97,7 +100,8 @@ def unit_trace(matrix: Tensor) -> Tensor:
 class Projection:
     """U_k, U_v (L, K, d, d) orthogonal, columns by importance, and mean_v (L, K, d); float32.
 
-    `pca`, where there is one, is the plain PCA of the same calibration text: the baseline of every report.
+    `pca` is kept beside projections that are more than that: plain PCA of the same calibration text, the baseline of
+    every report. Otherwise it is None.
     """
 
     def __init__(self, U_k: Tensor, U_v: Tensor, mean_v: Tensor, pca: "Projection | None" = None):
@@ -129,7 +133,13 @@ class Projection:
 
         return project
 
-    def fits(self, config) -> None:
+    @staticmethod
+    def identity(config) -> "Projection":
+        """U = I, no mean."""
+        L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        return Projection(*torch.eye(d).repeat(2, L, K, 1, 1), torch.zeros(L, K, d))
+
+    def check_fits(self, config) -> None:
         """ValueError unless these are projections of a model with this config."""
         expected = (config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         if tuple(self.mean_v.shape) != expected:
@@ -181,8 +191,8 @@ def fold_values(W_v: Tensor, W_o: Tensor, U: Tensor, mean: Tensor, ranks: Tensor
     G = W_o.shape[1] // (K * d)
     down, up, bias = [], [], 0
     for j, r in enumerate(ranks.tolist()):
-        U_r = U[j, :, :r]                                                               # (d, r)
-        lost = mean[j] - mean[j] @ U_r @ U_r.T if r < d else torch.zeros_like(mean[j])  # μ (I − P)
+        U_r = U[j, :, :r] if r < d else torch.eye(d, dtype=U.dtype, device=U.device)    # a full head stays as it is
+        lost = mean[j] - mean[j] @ U_r @ U_r.T                                          # μ (I − P)
         down.append(U_r.T @ W_v[j * d:(j + 1) * d].to(U))
         for h in range(j * G, (j + 1) * G):
             W = W_o[:, h * d:(h + 1) * d].to(U)
@@ -198,7 +208,7 @@ class Rotation(nn.Module):
     """U = U₀ C(A) for every head, with A = 0 at the start: `rotation()` is the Projection at the current parameters.
 
     The parameters are the entries of A above the diagonal, less those between two columns of one block of d/8: every
-    allowed rank keeps or drops such a block whole, so turning within it changes nothing, and Adam would blow up the
+    allowed rank keeps or drops such a block whole, so turning within it changes no projection, and Adam would blow up the
     rounding noise that is its gradient. The value means train too; key means can have no effect.
     """
 
@@ -214,8 +224,9 @@ class Rotation(nn.Module):
         self.mean_v = nn.Parameter(start.mean_v.clone())
 
     def forward(self, dtype: torch.dtype | None = None) -> Projection:
+        """The projection, computed in `dtype`: float64 before saving, so that U is orthogonal to the last digit."""
         U_k, U_v = self.start.U_k.to(dtype), self.start.U_v.to(dtype)
-        return Projection(U_k @ self.cayley(self.A_k.to(dtype)), U_v @ self.cayley(self.A_v.to(dtype)), self.mean_v,
+        return Projection(U_k @ self.cayley(self.A_k.to(dtype)), U_v @ self.cayley(self.A_v.to(dtype)), self.mean_v.to(dtype),
                           self.start.pca)
 
     def cayley(self, entries: Tensor) -> Tensor:
@@ -243,19 +254,27 @@ def check_ranks(ranks: Tensor, L: int, K: int, d: int) -> None:
 
 
 def uniform_ranks(budget: float, config) -> Tensor:
-    """The same rank everywhere: budget · d rounded down to a multiple of d/8; (2, L, K)."""
-    level = max(1, int(budget * STEPS + 1e-9))
+    """The same rank everywhere: budget · d rounded down to a multiple of d/8, at least d/8; (2, L, K)."""
+    level = max(1, int(budget * STEPS + 1e-9))                                          # 0.1 · 3 is not quite 0.3
     return torch.full((2, config.num_hidden_layers, config.num_key_value_heads), level * (config.head_dim // STEPS))
 
 
 def plan_on_path(path: list, shape: tuple[int, int, int], budget: float) -> tuple[Tensor, int]:
-    """The largest plan (2, L, K) within the budget on a path of lowerings [side, layer, head, KL], and how many it took."""
+    """The largest plan (2, L, K) within the budget on a path of lowerings, and how many it took.
+
+    An entry of the path is [side, layer, head, KL after it], and takes d/8 off one rank. Raises ValueError if the path ends
+    before the budget is reached.
+    """
     L, K, d = shape
     ranks, taken = torch.full((2, L, K), d), 0
     while ranks.sum() > budget * ranks.numel() * d and taken < len(path):
         side, layer, head, _ = path[taken]
+        if layer < 0 or head < 0:
+            raise IndexError(f"layer {layer}, head {head}")
         ranks[SIDES.index(side), layer, head] -= d // STEPS
         taken += 1
+    if ranks.sum() > budget * ranks.numel() * d:
+        raise ValueError(f"its path ends at {ranks.sum() / ranks.numel() / d:.1%} of the cache, above the budget of {budget:.1%}")
     return ranks, taken
 
 
@@ -315,15 +334,17 @@ def write_file(path: str | Path, data: bytes) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    write_file(path, serialize({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+    write_file(path, serialize({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, metadata))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def main():
     from model import arguments, blame, load, prepare
     from train import calibrate, load_data
     parser = arguments(__doc__)
+    parser.add_argument("--data", type=Path, help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
     args = parser.parse_args()
     device, dtype = prepare(args)
     with blame("--ckpt"):
@@ -331,7 +352,7 @@ def main():
     with blame("--data"):
         tokens, _ = load_data(args.data, args.ckpt, model.config.vocab_size)
     print("Calibrating on training text ...", file=sys.stderr)
-    moments = calibrate(model, tokens, 8, 256, 16, args.seed)
+    moments = calibrate(model, tokens, B=8, T=256, seed=args.seed)
     L, K, d = moments.v.shape
     print(f"{args.ckpt}: {L} layers, {K} key-value heads, head_dim {d}; {int(moments.n[0]):,} tokens\n")
 
@@ -345,11 +366,17 @@ def main():
             share = (energy.cumsum(-1) / energy.sum(-1, keepdim=True)).mean(0)[d // STEPS - 1::d // STEPS]
             print(f"  {layer:5d}  {side:6s}" + "".join(f"{100 * x:8.1f}% " for x in share.tolist()))
 
-    ranks = uniform_ranks(0.5, model.config)[1, 0]
+    ranks, p = uniform_ranks(0.5, model.config)[1, 0], pca.to(device)
     layer = model.layers[0].self_attn
-    W_v, W_o, bias = fold_values(layer.v_proj.weight, layer.o_proj.weight, pca.U_v[0], pca.mean_v[0], ranks)
-    print(f"\nFolded at rank {d // 2}: W_v {list(layer.v_proj.weight.shape)} -> {list(W_v.shape)}, W_o "
-          f"{list(layer.o_proj.weight.shape)} -> {list(W_o.shape)}, and a bias of {len(bias)} for the mean cut off")
+    W_v, W_o, bias = fold_values(layer.v_proj.weight, layer.o_proj.weight, p.U_v[0], p.mean_v[0], ranks)
+    x = torch.randn(1, model.config.hidden_size, device=device, dtype=dtype)             # a token that attends to itself
+    v = (x @ layer.v_proj.weight.T).view(1, K, 1, d)
+    _, v_hat = p.at(uniform_ranks(0.5, model.config))(0, v, v)
+    unfolded = layer.o_proj(v_hat.repeat_interleave(moments.G, 1).flatten(1))
+    folded = (x @ W_v.T).view(1, K, d // 2).repeat_interleave(moments.G, 1).flatten(1) @ W_o.T + bias
+    print(f"\nFolded at rank {d // 2}, layer 0: W_v {list(layer.v_proj.weight.shape)} -> {list(W_v.shape)}, W_o "
+          f"{list(layer.o_proj.weight.shape)} -> {list(W_o.shape)}, and a bias for the mean that is cut off; relative error "
+          f"{((folded - unfolded).abs().max() / unfolded.abs().max()).item():.1e}")
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def main():
         model = load(args.ckpt, device, dtype)
     with blame("--proj"):
         projection = Projection.load(args.proj)
-        projection.fits(model.config)
+        projection.check_fits(model.config)
         projection = projection.to(device)
     tokens, held = text_for(args, model)
     shape = L, K, d = tuple(projection.mean_v.shape)

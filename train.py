@@ -581,7 +581,7 @@ def main():
     if args.eval:
         with blame("--eval"):
             projection = Projection.load(args.out / "projections.safetensors")
-            projection.fits(model.config)
+            projection.check_fits(model.config)
             before = read_json(args.out / "train.json")
         return report(model, held, projection.to(device), before["config"], before["loss"], args)
     if args.resume:

@@ -97,6 +97,8 @@ def test_a_cache_that_makes_no_sense_is_refused(model, tokens):
     model(tokens[:, :20], cache=cache)
     with pytest.raises(ValueError, match="full"):
         model(tokens[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="bfloat16"):
+        model(tokens, cache=KVCache(p, ranks, batch=3, max_len=30, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="2 sequences"):
         model(tokens[:2, :1], cache=cache)
 

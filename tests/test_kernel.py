@@ -42,8 +42,8 @@ def test_it_attends_as_the_cache_does_on_a_cpu(model, tokens):
         model(tokens[:, :1], cache=cache)
         for i, (q, k, v, expected) in seen.items():
             q = q.unflatten(1, (k.shape[1], -1))
-            if cache.turns[i] is not None:
-                q = q @ cache.turns[i][:, None]
+            if cache.key_bases[i] is not None:
+                q = q @ cache.key_bases[i][:, None]
             assert relative(cache.attend_on_gpu(i, q, 0, 22, d ** -0.5), expected) < 1e-5
 
 
