@@ -1,24 +1,31 @@
-r"""One Triton kernel: decoding attention over the compressed, ragged cache.
+"""One Triton kernel: decoding attention over the compressed, ragged cache.
 
-One new token per sequence. On a GPU such a step does two operations for every number of the cache that it reads, so its
-time is the bytes of the cache over the memory's bandwidth, and a compressed cache pays exactly if the kernel reads the
-compressed bytes, each once. The heads' ranks differ (cache.py): every head has a block (batch, max_len, r) of its own
-somewhere in one flat tensor. A table says where and how wide, and loads beyond a head's rank are masked: they cost nothing.
+One new token per sequence. On a GPU such a step does few operations for every number of the cache that it reads (two for
+each query head that shares it), so its time is the bytes of the cache over the memory's bandwidth, and a compressed cache
+pays exactly if the kernel reads the compressed bytes, each once. All sequences have the same length, but every head has
+ranks of its own (cache.py): its keys are a block (batch, max_len, r) somewhere in one flat tensor, its values another, and
+a table says where and how wide. Loads beyond a head's rank are masked: a head of rank 16 costs the bytes of rank 16.
+(The arithmetic still runs over d columns. It is not what takes the time.)
 
-    program (b, j, s)  owns sequence b, key-value head j, and the s-th stretch of the context:
+    program (b, j, z)  owns sequence b, key-value head j, and the z-th of Z stretches of the context:
 
     for tiles of BLOCK tokens in that stretch:                         # keys and values are read here, once
-        S = (q U_r)(k U_r)ᵀ / sqrt(d)                                  # the G query heads of the group ride together
-        m, l, acc = online softmax: rescale by exp(m_old − m_new), add exp(S − m_new) and exp(S − m_new) (v U_r)
-    write acc, m, l                                                    # float32, a split's share of the answer
+        scores = q kᵀ / sqrt(d)                                        # the G query heads of the group ride together
+        m, l, acc = online softmax: rescale by exp(m_old − m_new), add exp(scores − m_new) and exp(scores − m_new) v
+    write acc, m, l                                                    # this stretch's share of the answer
 
-Why splits: one sequence of Mistral-7B has 8 key-value heads, and a GPU has a hundred processors; the context is cut so that
-all have work. The shares are merged after the kernel, in PyTorch: they are a thousandth of the bytes. Why the running
-maximum: a stretch does not know the largest score of the others. Why float32: a sum of 100,000 terms in bfloat16
-stands still after the first few hundred.
+q, k and v are coordinates, r numbers each: the cache holds k U_r and v U_r, the caller passes q U, and what comes out is
+still in the coordinates of the values, for W_o' = W_o U_r to take (projection.py).
 
-    python kernel.py        # checks; times on a GPU, or without one compiles for sm_80 and sm_90 and reports what came out
+Why stretches: one sequence of Mistral-7B has 8 key-value heads, and a GPU has a hundred multiprocessors; the context is
+cut so that all have work. The shares are merged after the kernel, in PyTorch: G·d numbers for each stretch of 256 tokens
+or more. Why the running maximum: exp overflows without one, and a stretch cannot know the largest score of the others.
+Why float32 for scores, l and acc: a sum of 100,000 terms in bfloat16 stands still after the first few hundred. Only the
+weights are rounded to the cache's dtype, for the second product.
+
+    python kernel.py        # checks; then, with a GPU, timings and kernel.png; without, what the compiler makes of it
 """
+import contextlib
 import math
 import os
 import re
@@ -30,9 +37,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-COMPILE = "--compile" in sys.argv                                # a child process that compiles for GPUs that are not here
+COMPILE = __name__ == "__main__" and "--compile" in sys.argv     # a child process that compiles for GPUs that are not here
 if not torch.cuda.is_available() and not COMPILE:
-    os.environ["TRITON_INTERPRET"] = "1"                         # run the kernel in Python; must be set before the import
+    os.environ["TRITON_INTERPRET"] = "1"                         # run the kernel in Python; must be set before triton is imported
 try:
     import triton
     import triton.language as tl
@@ -44,17 +51,18 @@ except ImportError:
 # ---------------------------------------------------------------------------------------------------------------------
 # The kernel
 
-@triton.jit
-def decode_kernel(q, cache, out, stats, table, counter, batch, max_len, first, length, stretch, scale,
+@triton.jit(do_not_specialize=["first", "length", "stretch"])     # they grow with every token: compile once for all
+def decode_kernel(q, cache, out, stats, table, counter, max_len, first, length, stretch, scale,
                   K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
                   COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr, COUNT: tl.constexpr):
-    """q (B, K, G, D) turned queries; cache flat; out (B, K, S, G, D) and stats (B, K, S, G, 2) float32.
+    """q (B, K, G, D) queries; cache flat; out (B, K, Z, G, D) and stats (B, K, Z, G, 2) float32, the shares' acc and (m, l).
 
     table (4, K) int64 in units of STEP = d/8 numbers: key offsets, value offsets, key ranks, value ranks. Attends to tokens
-    first … length − 1; `stretch` of them a split. ROWS and COLUMNS are G and D rounded up to what tl.dot takes.
+    first … length − 1 (a sliding window begins at `first`). ROWS and COLUMNS are G and D rounded up to what tl.dot takes.
     """
-    b, j, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    # Multiplying by STEP here, not in the table, tells the compiler that rows begin at multiples of it: 16-byte loads.
+    b, j, z = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    # Multiplying by STEP here, not in the table, tells the compiler that every row begins at a multiple of it: 16-byte
+    # loads where d/8 numbers are 16 bytes or more (bfloat16 at d = 64).
     r_k, r_v = tl.load(table + 2 * K + j) * STEP, tl.load(table + 3 * K + j) * STEP
     keys = cache + tl.load(table + j) * STEP + b * max_len * r_k          # int64: a cache may have more than 2³¹ numbers
     values = cache + tl.load(table + K + j) * STEP + b * max_len * r_v
@@ -65,7 +73,7 @@ def decode_kernel(q, cache, out, stats, table, counter, batch, max_len, first, l
     m = tl.full((ROWS,), float("-inf"), tl.float32)                       # largest score so far
     l = tl.zeros((ROWS,), tl.float32)                                     # Σ exp(score − m)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)                           # Σ exp(score − m) · value
-    begin = first + split * stretch
+    begin = first + z * stretch
     end = tl.minimum(begin + stretch, length)
     for start in range(begin, end, BLOCK):
         n = start + tl.arange(0, BLOCK)
@@ -91,8 +99,8 @@ def decode_kernel(q, cache, out, stats, table, counter, batch, max_len, first, l
         if COUNT:
             tl.atomic_add(counter, tl.sum(k_mask.to(tl.int64)) + tl.sum(v_mask.to(tl.int64)))
 
-    share = ((b * K + j) * tl.num_programs(2) + split) * G + g            # this program's rows of out and stats
-    tl.store(out + share[:, None] * D + column[None, :], acc, mask=(g < G)[:, None] & (column < r_v)[None, :])
+    share = ((b * K + j) * tl.num_programs(2) + z) * G + g                # this program's rows of out and stats
+    tl.store(out + share[:, None] * D + column[None, :], acc, mask=(g < G)[:, None] & (column < D)[None, :])
     tl.store(stats + share * 2, m, mask=g < G)
     tl.store(stats + share * 2 + 1, l, mask=g < G)
     if COUNT:
@@ -103,33 +111,36 @@ def decode_kernel(q, cache, out, stats, table, counter, batch, max_len, first, l
 # Its wrapper
 
 def decode_attention(q: Tensor, data: Tensor, table: Tensor, max_len: int, length: int, scale: float, first: int = 0,
-                     splits: int | None = None, counter: Tensor | None = None) -> Tensor:
+                     stretches: int | None = None, counter: Tensor | None = None) -> Tensor:
     """Attention of one new token's queries over a layer of the cache.
 
-    q (B, K, G, d) contiguous, turned by U_k, of the cache's dtype; data, the flat cache tensor; table (4, K) int64 in units of
-    d/8 (key offsets, value offsets, key ranks, value ranks). Tokens first … length − 1 are attended to. Returns (B, K, G, d) in
-    q's dtype, zero beyond each head's value rank.
+    q (B, K, G, d), times U_k, of the cache's dtype; data, the flat cache tensor; table (4, K) int64 in units of d/8 (key
+    offsets, value offsets, key ranks, value ranks). Attends to tokens first … length − 1. Returns (B, K, G, d) in q's dtype, in
+    the coordinates of the values, zero beyond each head's value rank.
     """
     B, K, G, d = q.shape
     if not 0 <= first < length <= max_len:
-        raise ValueError(f"tokens {first} … {length} of a cache of {max_len}")
+        raise ValueError(f"tokens {first} … {length - 1} of a cache of {max_len}")
+    if d % 8 or q.dtype != data.dtype or table.shape != (4, K):
+        raise ValueError(f"q {list(q.shape)} {q.dtype}, data {data.dtype}, table {list(table.shape)}; expected a head_dim that is a "
+                         f"multiple of 8, one dtype, and a table of shape {[4, K]}")
     BLOCK = BLOCKS["fp32" if q.element_size() > 2 else "bf16"]
-    if splits is None:                                             # about four programs for each processor, 256 tokens at least
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-        splits = max(1, min(math.ceil(4 * processors / (B * K)), (length - first) // 256))
-    stretch = triton.cdiv(triton.cdiv(length - first, splits), BLOCK) * BLOCK
-    splits = triton.cdiv(length - first, stretch)                  # every split has at least one token
-    out = torch.zeros(B, K, splits, G, d, dtype=torch.float32, device=q.device)
-    stats = torch.empty(B, K, splits, G, 2, dtype=torch.float32, device=q.device)
-    decode_kernel[(B, K, splits)](q, data, out, stats, table, counter, B, max_len, first, length, stretch, scale,
-                                  WIDEN=os.environ.get("TRITON_INTERPRET") == "1", COUNT=counter is not None,
-                                  **shapes(K, G, d, BLOCK))
-    m, l = stats.unsqueeze(-2).unbind(-1)                          # (B, K, S, G, 1)
+    if stretches is None:                                          # about four programs for each multiprocessor
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+        stretches = max(1, min(math.ceil(4 * processors / (B * K)), (length - first) // 256))
+    stretch = triton.cdiv(triton.cdiv(length - first, stretches), BLOCK) * BLOCK
+    stretches = triton.cdiv(length - first, stretch)               # each has at least one token
+    out = torch.empty(B, K, stretches, G, d, dtype=torch.float32, device=q.device)
+    stats = torch.empty(B, K, stretches, G, 2, dtype=torch.float32, device=q.device)
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():       # triton launches on the current one
+        decode_kernel[(B, K, stretches)](q.contiguous(), data, out, stats, table, counter, max_len, first, length, stretch, scale,
+                                         WIDEN=not q.is_cuda, COUNT=counter is not None, **shapes(K, G, d, BLOCK))
+    m, l = stats.unsqueeze(-2).unbind(-1)                          # (B, K, Z, G, 1)
     weight = torch.exp(m - m.amax(2, keepdim=True))                # each stretch against the largest score of all
     return ((out * weight).sum(2) / (l * weight).sum(2)).to(q.dtype)
 
 
-BLOCKS = {"bf16": 64, "fp32": 32}   # tokens a tile: 32 KB of keys and values at d = 128
+BLOCKS = {"bf16": 64, "fp32": 32}   # tokens a tile: 32 KB of keys and values at d = 128, three tiles in flight
 
 
 def shapes(K: int, G: int, d: int, BLOCK: int) -> dict[str, int]:
@@ -180,11 +191,11 @@ def check(device: str) -> None:
         for d in (64, 128):
             for G in (1, 2, 4, 8):
                 worst = 0.0
-                for B, length, first, splits in ((1, 1, 0, 1), (3, 2, 0, 1), (1, 31, 0, 1), (3, 33, 0, 2), (1, 63, 5, 1),
-                                                 (3, 65, 0, 3), (1, 4097, 0, 7), (1, 300, 171, 2), (1, 65, 0, None)):
+                for B, length, first, stretches in ((1, 1, 0, 1), (3, 2, 0, 1), (1, 31, 0, 1), (3, 33, 0, 2), (1, 63, 5, 1),
+                                                    (3, 65, 0, 3), (1, 4097, 0, 7), (1, 300, 171, 2), (1, 700, 0, None)):
                     q, data, table = example(B, 2, G, d, length + 7, length, first, dtype, device=device)
                     arguments = q, data, table, length + 7, length, d ** -0.5, first
-                    got, expected = decode_attention(*arguments, splits=splits), reference(*arguments)
+                    got, expected = decode_attention(*arguments, stretches=stretches), reference(*arguments)
                     error = ((got - expected).abs().max() / expected.abs().max()).item()
                     worst = max(worst, error) if error == error else math.inf          # NaN leaked in
                 print(f"  {str(dtype).removeprefix('torch.'):9s} d = {d:<4d} G = {G}   {worst:.1e}", flush=True)
@@ -198,14 +209,14 @@ def count_bytes(device: str) -> None:
     B, K, G, d, length = 2, 4, 2, 64, 200
     q, data, table = example(B, K, G, d, length, length, 0, torch.float32, device=device)
     counter = torch.zeros(2, dtype=torch.int64, device=device)
-    decode_attention(q, data, table, length, length, 1.0, splits=2, counter=counter)
-    loaded, queries = (4 * counter).tolist()
-    plan, partial = 4 * B * length * int(table[2:].sum()) * (d // 8), 4 * 2 * B * K * G * d
-    print(f"\nBytes loaded at ragged ranks {(table[2:] * (d // 8)).flatten().tolist()}: {loaded:,} of the cache, and the plan "
-          f"holds {plan:,}; a full cache {8 * B * length * K * d:,}.\nBeside them {queries:,} of queries, and {partial:,} "
-          f"of partial results (2 splits, less what masks cut).")
+    decode_attention(q, data, table, length, length, 1.0, stretches=2, counter=counter)
+    loaded, query_bytes = (4 * counter).tolist()
+    plan, partial = 4 * B * length * int(table[2:].sum()) * (d // 8), 4 * 2 * B * K * G * (d + 2)
+    print(f"\nBytes loaded at ragged ranks {(table[2:] * (d // 8)).flatten().tolist()}: {loaded:,} of the cache, and the ranks "
+          f"say {plan:,}; a full cache {8 * B * length * K * d:,}.\nBeside them {query_bytes:,} of queries (once a stretch), and "
+          f"{partial:,} written as shares of 2 stretches.")
     if loaded != plan:
-        print("kernel.py: the kernel does not read each number of the plan once", file=sys.stderr)
+        print("kernel.py: the kernel does not read as many bytes as the ranks say", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -229,7 +240,7 @@ def compile_for(capability: int, dtype: str, d: int, G: int) -> str:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         said = subprocess.run([get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}{'a' * (capability >= 90)}", ptx,
-                               "-o", os.devnull], capture_output=True, text=True).stderr
+                               "-o", os.devnull], capture_output=True, text=True, check=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", said)[1], re.findall(r"(\d+) bytes spill", said)
     # Loads from the cache go through shared memory (cp.async), asynchronously and several tiles ahead.
     sizes = sorted({int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+)",
@@ -248,7 +259,7 @@ def benchmark(picture: Path) -> None:
     block = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
     copy = 2 * block.numel() / median(lambda: block.clone()) / 1e6                   # GB/s, read and written
     print(f"\n{torch.cuda.get_device_name()}: a copy reaches {copy:,.0f} GB/s. bfloat16, batch 1, medians.\n")
-    print("  layout              context   cache   kernel, ms   GB/s   of copy   time / scaled_dot_product_attention, full cache")
+    print("  layout              context   cache     call, ms   GB/s   of copy   time / scaled_dot_product_attention, full cache")
     curves = {}
     for name, K, G, d in (("LLaMA-2-7B", 32, 1, 128), ("Mistral-7B-v0.3", 8, 4, 128)):
         for length in (2 ** n for n in range(10, 18)):
@@ -281,7 +292,7 @@ def benchmark(picture: Path) -> None:
 
 
 def main():
-    from model import arguments, prepare
+    from model import arguments, fail, prepare
     parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, default=Path("kernel.png"), help="where the picture of the timings goes [kernel.png]")
     parser.add_argument("--compile", action="store_true", help="only compile for GPUs and report")
@@ -292,11 +303,13 @@ def main():
             for dtype, d, G in (("bf16", 128, 1), ("bf16", 128, 4), ("bf16", 64, 2), ("fp32", 128, 4)):
                 print("  " + compile_for(capability, dtype, d, G), flush=True)
         return
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        fail("--device cpu: on a machine with a GPU set TRITON_INTERPRET=1 to run the kernel in the interpreter")
     check(device.type)
     count_bytes(device.type)
     if device.type == "cuda":
         return benchmark(args.out)
-    print("\nCompiled for two GPUs that are not here; timings: run this file on a machine with one.\n", flush=True)
+    print("\nNo GPU here, so no timings. What the compiler makes of the kernel for two of them:\n", flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--compile"], env=environment)   # nothing compiles in an interpreted process
     raise SystemExit(done.returncode)

@@ -14,20 +14,20 @@ from kernel import decode_attention, example, reference   # noqa: E402
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("B, K, G, d, length, first, splits", [
+@pytest.mark.parametrize("B, K, G, d, length, first, stretches", [
     (1, 1, 1, 64, 1, 0, 1), (3, 2, 2, 64, 33, 0, 2), (1, 2, 8, 128, 65, 0, 1), (2, 3, 4, 64, 300, 171, 2), (1, 1, 1, 8, 40, 3, None)])
-def test_the_kernel_is_the_reference(dtype, bound, B, K, G, d, length, first, splits):
+def test_the_kernel_is_the_reference(dtype, bound, B, K, G, d, length, first, stretches):
     """`example` puts NaN beyond the length, before the first token and between the heads' blocks."""
     q, data, table = example(B, K, G, d, length + 7, length, first, dtype)
     arguments = q, data, table, length + 7, length, d ** -0.5, first
-    assert relative(decode_attention(*arguments, splits=splits), reference(*arguments)) < bound
+    assert relative(decode_attention(*arguments, stretches=stretches), reference(*arguments)) < bound
 
 
 def test_it_reads_the_plan_and_no_more():
     B, K, G, d, length = 2, 3, 2, 64, 70
     q, data, table = example(B, K, G, d, length + 9, length, 0, torch.float32)
     counter = torch.zeros(2, dtype=torch.int64)
-    decode_attention(q, data, table, length + 9, length, 1.0, splits=2, counter=counter)
+    decode_attention(q, data, table, length + 9, length, 1.0, stretches=2, counter=counter)
     assert counter[0] == B * length * table[2:].sum() * (d // 8)
 
 
