@@ -140,7 +140,7 @@ def resume(model: Model, optimizers: list, state: Path) -> int:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--lr", type=float, default=0.004)
     parser.add_argument("--restart", action="store_true", help="begin anew, even if there is something to resume")
     args = parser.parse_args()
