@@ -610,7 +610,7 @@ def main():
               f"matrix products alone reach here")
     with torch.no_grad():
         projection = run.rotation(torch.float64)
-    projection = Projection(projection.U_k.float(), projection.U_v.float(), projection.mean_v.detach(), run.start.pca)
+    projection = Projection(projection.U_k.float(), projection.U_v.float(), projection.mean_v.float(), run.start.pca)
     projection.save(args.out / "projections.safetensors")
     report(model, held, projection, run.config, run.losses, args)
     Run.path(args).unlink(missing_ok=True)
