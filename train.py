@@ -21,9 +21,9 @@ loses to plain PCA where most of it is. `--recipe ours`, the default, must not l
              small ranks drown the rest, and the columns that only large ranks see follow noise. In the logarithm a
              tenth less KL counts the same at every budget. No cross-entropy: it pulls towards the text, away from the
              model, also where the cache is full and there is nothing to mend.
-  rate       0.3 / head_dim. Adam moves every angle of a rotation equally fast, and a column has head_dim of them.
+  rate       0.5 / head_dim. Adam moves every angle of a rotation equally fast, and a column has head_dim of them.
 
-One copy of the weights, no gradient for any of them, and logits only ever 128 tokens at a time.
+One copy of the weights, no gradient for any of them, and logits only ever 256 tokens at a time.
 
     python train.py                                                         # the demo on Python's own documentation
     python train.py --ckpt /path/to/Llama-2-7b-hf --data redpajama.jsonl --seq 2048 --batch 1 --accumulate 8
@@ -202,7 +202,7 @@ def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generato
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
-CHUNK = 128   # tokens whose logits exist at a time; so few that on a CPU they stay in its cache
+CHUNK = 256   # tokens whose logits exist at a time; so few that on a CPU they stay in its cache
 
 
 def log_probabilities(model: Model, *states: Tensor):
@@ -296,9 +296,12 @@ def train(model: Model, tokens: np.ndarray, rotation: Rotation, run: "Run") -> N
         for _ in range(args.accumulate):
             block = random_windows(tokens, args.batch, args.seq, generator).to(model.device)
             ranks = draw_ranks(recipe["ranks"], args.batch, config, generator)
-            with torch.no_grad():                       # the teacher: the same weights, nothing projected
-                teacher = model.norm(model.hidden(block[:, :-1]))
-            student = model.norm(model.hidden(block[:, :-1], rotation().at(ranks)))
+            project = rotation().at(ranks)
+            with run.fast_products():
+                with torch.no_grad():                   # the teacher: the same weights, nothing projected
+                    teacher = model.hidden(block[:, :-1])
+                student = model.hidden(block[:, :-1], project)
+            teacher, student = model.norm(teacher), model.norm(student)
             loss, kl = Distill.apply(student, teacher, model, block[:, 1:], args.ce)                # (B,), (B,)
             objective = torch.log(loss + 1e-3).mean() if recipe["objective"] == "log" else loss.mean()
             (objective / args.accumulate).backward()
@@ -435,7 +438,11 @@ class Run:
         self.config = {name: getattr(args, name) for name in self.FIXED} | {"ckpt": str(args.ckpt), "data": str(args.data or "")}
         self.rotation = Rotation(start)
         self.optimizer = torch.optim.Adam(self.rotation.parameters(), lr=args.lr)
-        self.saved = time.time()
+        self.saved, self.bfloat16 = time.time(), False
+
+    def fast_products(self):
+        """Matrix products in bfloat16 (autocast) where that pays; sums, states, projections and the loss stay float32."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
 
     @staticmethod
     def path(args) -> Path:
@@ -503,9 +510,9 @@ def describe(model: Model) -> str:
 
 
 @torch.no_grad()
-def product_rate(model: Model, rows: int) -> float:
-    """Operations a second that matrix products of this model's shapes reach here, on their own (median of five)."""
-    weights = [p for p in model.layers[0].parameters() if p.ndim == 2] + [model.lm_head.weight]
+def product_rate(model: Model, rows: int, dtype: torch.dtype) -> float:
+    """Operations a second that matrix products of this model's shapes reach here, on their own (median of six)."""
+    weights = [p.to(dtype) for p in model.layers[0].parameters() if p.ndim == 2] + [model.lm_head.weight.to(dtype)]
     states = [torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
     seconds = []
     for _ in range(6):
@@ -553,11 +560,11 @@ def main():
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
     parser.add_argument("--recipe", choices=list(RECIPES), default="ours", help="ours, or the paper's [ours]")
-    parser.add_argument("--steps", type=within(1, 10 ** 7), default=200, help="[200]")
+    parser.add_argument("--steps", type=within(1, 10 ** 7), default=400, help="[400]")
     parser.add_argument("--batch", type=within(1, 10 ** 5), default=8, help="sequences a step [8]")
     parser.add_argument("--seq", type=within(2, 10 ** 6), default=256, help="tokens a sequence [256]")
     parser.add_argument("--accumulate", type=within(1, 10 ** 5), default=1, help="batches a step [1]")
-    parser.add_argument("--lr", type=within(0.0, 10.0), help="Adam's rate at its peak [0.3 / head_dim; 0.001 for the paper's recipe]")
+    parser.add_argument("--lr", type=within(0.0, 10.0), help="Adam's rate at its peak [0.5 / head_dim; 0.001 for the paper's recipe]")
     parser.add_argument("--ce", type=within(0.0, 1.0), help="share of next-token cross-entropy in the loss [0; 0.75 for the paper's]")
     parser.add_argument("--runs", type=within(1, 10 ** 6), default=64, help="runs of --seq held-out tokens to report on [64]")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for what is written [out]")
@@ -575,7 +582,7 @@ def main():
         if model.config.head_dim % STEPS:
             raise ValueError(f"{args.ckpt}: head_dim {model.config.head_dim} does not divide into {STEPS} steps of rank")
     if args.lr is None:
-        args.lr = 0.001 if args.recipe == "paper" else 0.3 / model.config.head_dim
+        args.lr = 0.001 if args.recipe == "paper" else 0.5 / model.config.head_dim
     tokens, held = text_for(args, model)
 
     if args.eval:
@@ -594,7 +601,12 @@ def main():
             start = moments.aware([layer.self_attn.o_proj.weight for layer in model.layers])
         start.pca = moments.pca()
         run = Run(args, start)
-    rate = product_rate(model, args.batch * args.seq)
+    rate = product_rate(model, args.batch * args.seq, dtype)
+    if device.type == "cpu" and dtype == torch.float32:
+        rate16 = product_rate(model, args.batch * args.seq, torch.bfloat16)
+        run.bfloat16 = rate16 > 1.5 * rate
+        print(f"Matrix products reach {rate / 1e9:.0f} GFLOP/s in float32 and {rate16 / 1e9:.0f} in bfloat16: training uses "
+              f"{'bfloat16 for the layers' if run.bfloat16 else 'float32'}, the report float32", flush=True)
     first, began = run.step, time.time()
     try:
         train(model, tokens, run.rotation, run)
@@ -607,7 +619,7 @@ def main():
     if done:
         print(f"Trained for {seconds:.0f} s, {done / seconds:,.0f} tokens/s: the model's own operations at "
               f"{100 * operations_a_token(model) * done / seconds / rate:.0f}% of the {rate / 1e9:.0f} GFLOP/s that its "
-              f"matrix products alone reach here")
+              f"matrix products alone reach here in {args.dtype}")
     with torch.no_grad():
         projection = run.rotation(torch.float64)
     projection = Projection(projection.U_k.float(), projection.U_v.float(), projection.mean_v.float(), run.start.pca)

@@ -38,18 +38,6 @@ CONFIG = {
 }
 
 
-class Trainee(Model):
-    """The model, with attention written out: PyTorch's fused CPU kernel is three times slower in bfloat16 at T = 256."""
-
-    def attend(self, q, k, v):
-        B, H, T, d = q.shape
-        K = k.shape[1]
-        past = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(H // K, 1)            # (G·T, T)
-        q, k, v = q.reshape(B * K, -1, d), k.reshape(B * K, T, d), v.reshape(B * K, T, d)
-        scores = torch.baddbmm(past, q, k.transpose(1, 2), alpha=d ** -0.5)
-        return (scores.softmax(-1) @ v).view(B, H, T, d)
-
-
 def train_tokenizer(documents: list[str]) -> None:
     """A SentencePiece BPE that gives every text back unchanged: bytes for what it does not know (newlines among
     them), runs of spaces as pieces, nothing normalised."""
@@ -75,7 +63,7 @@ def ids(tokenizer, documents: list[str]) -> torch.Tensor:
 
 
 def build() -> Model:
-    model = Trainee(read_config(HERE / "config.json"))
+    model = Model(read_config(HERE / "config.json"))
     for name, p in model.named_parameters():
         if p.ndim == 2:
             deep = name.endswith(("o_proj.weight", "down_proj.weight"))
