@@ -8,10 +8,12 @@ One layer of the transformer, for a token's state x, in the order in which data 
     x       = x + (silu(RMSNorm(x) Wgate) * RMSNorm(x) Wup) Wdown
 
 What this project compresses is k (after RoPE) and v, the two things a model keeps of every past token. So `forward` has
-two hooks on exactly that spot, and knows nothing else of the method:
+three hooks on exactly that spot, and knows nothing else of the method:
 
     project(layer, k, v) -> (k̂, v̂)     replaces them: a projection to a smaller rank, seen in the original space
     observe(layer, q, k, v)             is shown them: calibration
+    cache                               keeps them, in small coordinates, and attends to what it kept (cache.py);
+                                        it brings its own Wv and Wo, and the other two hooks are not called
 
 Letters: B batch, T tokens, L layers, H query heads, K key-value heads, G = H / K (grouped-query attention), d = head_dim.
 The weights are frozen: this project trains rotations around them, never the weights themselves.
@@ -343,6 +345,8 @@ def blame(option: str):
         yield
     except (ValueError, OSError) as error:
         fail(f"{option}: {error}")
+    except KeyError as error:
+        fail(f"{option}: the file has no entry {error}")
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
@@ -351,9 +355,9 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.error = fail
     parser.add_argument("--ckpt", type=Path, default=DEMO, help="folder of the checkpoint [demo]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[cuda if there, else cpu]")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"],
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float64"],
                         help="[bfloat16 on cuda, float32 on cpu]")
-    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--seed", type=within(0, 2 ** 32), default=0, help="[0]")
     return parser
 
 

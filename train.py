@@ -1,7 +1,8 @@
-"""Train the projections: distil the model into itself, with its KV cache cut to random ranks (paper, section 3.2 and Figure 1).
+"""Train the projections: distil the model into itself, with its KV cache cut to random ranks (arXiv 2410.14731, section 3).
 
-The teacher is the model; the student is the same weights with every key and value projected to a random rank. Only the
-rotations A (projection.py) and the value means learn:
+The teacher is the model; the student is the same weights, with the key of every token replaced by k̂ = k U_r U_rᵀ and
+the value by v̂ = μ + (v − μ) U_r U_rᵀ, where U_r is the first r columns of an orthogonal U, one for each head. A budget is
+the share of the cache, of the columns, that is kept. Only U = U_start · rotation(A) and the means μ learn (projection.py):
 
     minimise   KL( p_teacher(· | text) ‖ p_student(· | text; ranks) )     over random text and random ranks
 
@@ -19,17 +20,17 @@ loses to plain PCA where most of it is. `--recipe ours`, the default, must not l
              of the cache, so the paper's recipe never sees a nearly full one, nor a quarter of it.
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is a hundred times that at 87.5%: in a plain mean the
              small ranks drown the rest, and the columns that only large ranks see follow noise. In the logarithm a
-             tenth less KL counts the same at every budget. No cross-entropy: it pulls towards the text, away from the
+             tenth less KL counts the same at every budget (down to about 0.001). No cross-entropy: it pulls towards the text, away from the
              model, also where the cache is full and there is nothing to mend.
-  rate       0.5 / head_dim. Adam moves every angle of a rotation equally fast, and a column has head_dim of them.
+  rate       0.5 / head_dim. Adam moves every angle of a rotation equally fast, and a column turns by head_dim of them.
 
 One copy of the weights, no gradient for any of them, and logits only ever 256 tokens at a time.
 
     python train.py                                                         # the demo on Python's own documentation
     python train.py --ckpt /path/to/Llama-2-7b-hf --data redpajama.jsonl --seq 2048 --batch 1 --accumulate 8
     python train.py --recipe paper --out out_paper                          # the paper's recipe, to compare
-    python train.py --resume                                                # goes on where a stopped run was
-    python train.py --eval                                                  # the report again, with OUT/ranks.json if there
+    python train.py --resume                     # with the options of the stopped run: goes on where it was
+    python train.py --eval                       # with the same options: the report again, and of OUT/ranks.json if there
 """
 import ast
 import ctypes
@@ -74,7 +75,7 @@ def load_data(path: Path | None, ckpt: Path, vocab_size: int) -> tuple[np.ndarra
         for start in range(0, len(part), 2 ** 24):   # in pieces: the file may be larger than memory
             low, high = int(part[start:start + 2 ** 24].min()), int(part[start:start + 2 ** 24].max())
             if low < 0 or high >= vocab_size:
-                raise ValueError(f"{path}: holds the token id {low if low < 0 else high}, "
+                raise ValueError(f"{path or ckpt}: holds the token id {low if low < 0 else high}, "
                                  f"outside the model's vocabulary of {vocab_size}")
     return train, held
 
@@ -96,6 +97,8 @@ def load_tokens(path: Path, ckpt: Path, vocab_size: int) -> np.ndarray:
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
+        if not isinstance(tokens, np.ndarray):
+            raise ValueError(f"{path}: not a .npy file of numbers")
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(f"{path}: {tokens.dtype} of shape {tokens.shape}; expected integers of shape (n,), token ids")
         return tokens
@@ -306,9 +309,9 @@ def train(model: Model, tokens: np.ndarray, rotation: Rotation, run: "Run") -> N
             objective = torch.log(loss + 1e-3).mean() if recipe["objective"] == "log" else loss.mean()
             (objective / args.accumulate).backward()
             total += kl.mean().item() / args.accumulate
-        if not math.isfinite(total):
-            run.save(step)
-            fail(f"--lr {args.lr}: the loss of step {step + 1} is not a number; {args.out} keeps what was there before it")
+        if not (math.isfinite(total) and all(p.grad.isfinite().all() for p in rotation.parameters())):
+            fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a number; {args.out} keeps what was there "
+                 f"before. Start again with a smaller --lr or another --dtype")
         run.optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.steps)
         run.optimizer.step()
         run.optimizer.zero_grad()
@@ -369,7 +372,7 @@ def report(model: Model, held: np.ndarray, projection: Projection, run_config: d
         ranks = uniform_ranks(budget, model.config)
         plans["pca", budget] = projection.pca.at(ranks)
         plans["trained", budget] = projection.at(ranks)
-        if (args.out / "ranks.json").exists():
+        if args.eval and (args.out / "ranks.json").exists():   # after training it would be of older projections
             with blame("--out"):
                 plans["searched", budget] = projection.at(read_ranks(args.out / "ranks.json", model.config, budget))
     base, results = evaluate(model, held, plans, args.batch, args.seq, args.runs)
@@ -435,14 +438,18 @@ class Run:
 
     def __init__(self, args, start: Projection):
         self.args, self.start, self.step, self.losses = args, start, 0, []
-        self.config = {name: getattr(args, name) for name in self.FIXED} | {"ckpt": str(args.ckpt), "data": str(args.data or "")}
+        self.config = self.describe(args)
         self.rotation = Rotation(start)
         self.optimizer = torch.optim.Adam(self.rotation.parameters(), lr=args.lr)
-        self.saved, self.bfloat16 = time.time(), False
+        self.saved, self.saved_step, self.bfloat16 = 0.0, 0, None
 
     def fast_products(self):
         """Matrix products in bfloat16 (autocast) where that pays; sums, states, projections and the loss stay float32."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast("cpu", torch.bfloat16, enabled=bool(self.bfloat16))
+
+    @classmethod
+    def describe(cls, args) -> dict:
+        return {name: getattr(args, name) for name in cls.FIXED} | {"ckpt": str(args.ckpt), "data": str(args.data or "")}
 
     @staticmethod
     def path(args) -> Path:
@@ -455,10 +462,11 @@ class Run:
             tensors[f"rotation.{name}"] = parameter
             tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         write_tensors(self.path(self.args), tensors,
-                      {"run": json.dumps({"step": step, "config": self.config, "losses": self.losses})})
-        self.saved = time.time()
+                      {"run": json.dumps({"step": step, "config": self.config, "losses": self.losses, "bfloat16": self.bfloat16})})
+        self.saved, self.saved_step = time.time(), step
 
     def save_sometimes(self, step: int) -> None:
+        """Once in 30 seconds, between steps only: an interrupt in the midst of one must not save half of it."""
         if time.time() - self.saved > 30:
             self.save(step)
 
@@ -482,6 +490,7 @@ class Run:
                 key.removeprefix(f"adam.{name}."): value if key.endswith("step") else value.to(device)
                 for key, value in tensors.items() if key.startswith(f"adam.{name}.")}
         run.step, run.losses = saved["step"], saved["losses"]
+        run.saved_step, run.bfloat16 = run.step, saved["bfloat16"]
         return run
 
 
@@ -590,6 +599,10 @@ def main():
             projection = Projection.load(args.out / "projections.safetensors")
             projection.check_fits(model.config)
             before = read_json(args.out / "train.json")
+            now = Run.describe(args)
+            for name in ("ckpt", "data", "seq"):
+                if before["config"][name] != now[name]:
+                    raise ValueError(f"{args.out}: was trained with --{name} {before['config'][name]}, not {now[name]}")
         return report(model, held, projection.to(device), before["config"], before["loss"], args)
     if args.resume:
         with blame("--resume"):
@@ -601,18 +614,18 @@ def main():
             start = moments.aware([layer.self_attn.o_proj.weight for layer in model.layers])
         start.pca = moments.pca()
         run = Run(args, start)
-    rate = product_rate(model, args.batch * args.seq, dtype)
+    rows = min(args.batch * args.seq, 2048)
+    rate = product_rate(model, rows, dtype)
     if device.type == "cpu" and dtype == torch.float32:
-        rate16 = product_rate(model, args.batch * args.seq, torch.bfloat16)
-        run.bfloat16 = rate16 > 1.5 * rate
+        rate16 = product_rate(model, rows, torch.bfloat16)
+        run.bfloat16 = rate16 > 1.5 * rate if run.bfloat16 is None else run.bfloat16
         print(f"Matrix products reach {rate / 1e9:.0f} GFLOP/s in float32 and {rate16 / 1e9:.0f} in bfloat16: training uses "
               f"{'bfloat16 for the layers' if run.bfloat16 else 'float32'}, the report float32", flush=True)
     first, began = run.step, time.time()
     try:
         train(model, tokens, run.rotation, run)
     except KeyboardInterrupt:
-        run.save(len(run.losses))
-        print(f"\nStopped after step {len(run.losses)}; the same command with --resume goes on from there", file=sys.stderr)
+        print(f"\nStopped; the same command with --resume goes on from step {run.saved_step}", file=sys.stderr)
         raise SystemExit(130)
     synchronize(device)
     seconds, done = time.time() - began, (args.steps - first) * args.accumulate * args.batch * args.seq
@@ -620,6 +633,7 @@ def main():
         print(f"Trained for {seconds:.0f} s, {done / seconds:,.0f} tokens/s: the model's own operations at "
               f"{100 * operations_a_token(model) * done / seconds / rate:.0f}% of the {rate / 1e9:.0f} GFLOP/s that its "
               f"matrix products alone reach here in {args.dtype}")
+    run.save(args.steps)
     with torch.no_grad():
         projection = run.rotation(torch.float64)
     projection = Projection(projection.U_k.float(), projection.U_v.float(), projection.mean_v.float(), run.start.pca)

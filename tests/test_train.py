@@ -160,13 +160,13 @@ def test_the_report_can_be_made_again(trained):
 
 
 def test_a_resumed_run_ends_where_the_undisturbed_one_does(trained, tmp_path):
-    """Stopped by the interrupt of a Ctrl-C in the middle, then resumed."""
+    """Stopped by the interrupt of a Ctrl-C two steps after the state was saved, then resumed."""
     code = ("import sys, train; plain = train.Run.save_sometimes\n"
-            "def stop(run, step):\n    if step == 23: raise KeyboardInterrupt\n"
+            "def stop(run, step):\n    if step == 23: run.save(step)\n    if step == 25: raise KeyboardInterrupt\n"
             "train.Run.save_sometimes = stop\nsys.argv = ['train.py'] + sys.argv[1:]\ntrain.main()")
     arguments = ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--seq", 32, "--batch", 8, "--steps", 60, "--out", tmp_path]
     stopped = script("-c", code, *arguments)
-    assert stopped.returncode == 130 and "--resume" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert stopped.returncode == 130 and "--resume goes on from step 23" in stopped.stderr and "Traceback" not in stopped.stderr
     assert not (tmp_path / "projections.safetensors").exists()
     changed = script("train.py", *arguments, "--resume", "--lr", 0.5)
     assert changed.returncode == 2 and "--lr" in changed.stderr
