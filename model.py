@@ -226,9 +226,10 @@ class Model(nn.Module):
         `sliding_window` tokens, itself included."""
         (B, H, T, d), K, window = q.shape, k.shape[1], self.config.sliding_window
         if window is None or window >= T:
-            if q.device.type == "cpu" and T <= 256 and (q.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")):
-                # Written out: in bfloat16 PyTorch's CPU kernel takes more than twice as long on sequences this short.
-                future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(H // K, 1)  # (G·T, T)
+            if torch.is_autocast_enabled("cpu") and T <= 256:
+                # Training in bfloat16 products (train.py), written out: PyTorch's CPU kernel takes more than twice as long
+                # on sequences this short. Scores are rounded to bfloat16, which gradients bear and reports should not.
+                future = torch.full((T, T), -torch.inf).triu(1).repeat(H // K, 1)  # (G·T, T)
                 q, k, v = q.reshape(B * K, -1, d), k.reshape(B * K, T, d), v.reshape(B * K, T, d)
                 scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=d ** -0.5)
                 return (scores.softmax(-1) @ v).view(B, H, T, d)

@@ -18,7 +18,7 @@ loses to plain PCA where most of it is. `--recipe ours`, the default, must not l
   start      PCA weighted by what reads the keys and values (Moments.aware). Better than PCA before any training.
   ranks      one level for a sequence, each head at most one step off. Independent ranks always average to about half
              of the cache, so the paper's recipe never sees a nearly full one, nor a quarter of it.
-  objective  the mean of log(KL + 0.001) over sequences. KL at 25% is a hundred times that at 87.5%: in a plain mean the
+  objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at 87.5%: in a plain mean the
              small ranks drown the rest, and the columns that only large ranks see follow noise. In the logarithm a
              tenth less KL counts the same at every budget (down to about 0.001). No cross-entropy: it pulls towards the text, away from the
              model, also where the cache is full and there is nothing to mend.
