@@ -37,12 +37,17 @@ def test_a_sliding_window_limits_what_is_attended_to():
 
 
 def test_bfloat16_agrees_within_its_rounding():
-    model = load(GOLDEN / "llama_bfloat16", dtype=torch.bfloat16)
+    """Root mean square over the logits: the single worst one of 4,000 is off by up to 2.6% in one draw of fifteen, with
+    the cache and without it. And the cache is no farther from the float32 model than the projection is."""
+    model, exact = (load(GOLDEN / "llama_bfloat16", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     p, tokens = random_projection(model), torch.randint(3, 96, (2, 21))
+    distance = lambda a, b: ((a.double() - b.double()).norm() / b.double().norm()).item()
     for ranks in (random_ranks(model), uniform_ranks(1.0, model.config)):
         cache = KVCache(p, ranks, batch=2, max_len=21, dtype=torch.bfloat16)
         logits = torch.cat([model(part, cache=cache) for part in tokens.split([15, 1, 5], dim=1)], dim=1)
-        assert relative(logits, model(tokens, project=p.at(ranks))) < 2e-2
+        projected, truth = (m(tokens, project=p.at(ranks)) for m in (model, exact))
+        assert distance(logits, projected) < 2e-2
+        assert distance(logits, truth) < 1.5 * distance(projected, truth)
 
 
 def test_nothing_beyond_the_length_is_read(model, tokens):
