@@ -196,7 +196,7 @@ def main():
           f"this search about {guess:,}, {guess * seconds / 2 / 60 * (0.6 if not args.exact else 1):.1f} minutes. "
           f"KL of the full plan: {cost.kl:.1e}")
     uniform = [(b / STEPS, cost.measure(uniform_ranks(b / STEPS, model.config), 0)[0]) for b in range(STEPS, 0, -1)]
-    uniform_kl = dict(uniform)[max(1, int(args.budget * STEPS + 1e-9)) / STEPS]
+    uniform_kl = cost.measure(uniform_ranks(args.budget, model.config), 0)[0]
 
     path, algorithm_1, shown, before = [], 0, 0.0, cost.passes
     write = lambda: save(path, shape, args.budget, uniform_kl, cost.passes - before, args.out / "ranks.json")
@@ -219,10 +219,9 @@ def main():
     write()
     print(f"{cost.passes - before:,} passes, {cost.layer_passes:,} layer evaluations, {time.time() - began:.0f} s; Algorithm 1 takes "
           f"{algorithm_1:,} passes, {algorithm_1 * L:,} layer evaluations along this path")
-    for budget in (args.budget,):
-        ranks, _ = plan_on_path(path, shape, budget)
-        ends = [f"{(ranks[s] == d // STEPS).sum()} of {L * K} {SIDES[s]} at {d // STEPS}, {(ranks[s] == d).sum()} at {d}" for s in (0, 1)]
-        print(f"At {budget:.1%}: {'; '.join(ends)}")
+    ranks, _ = plan_on_path(path, shape, args.budget)
+    ends = [f"{(ranks[s] == d // STEPS).sum()} of {L * K} {SIDES[s]} at {d // STEPS}, {(ranks[s] == d).sum()} at {d}" for s in (0, 1)]
+    print(f"At {args.budget:.1%}: {'; '.join(ends)}")
     plans = {("uniform", b): projection.at(uniform_ranks(b, model.config)) for b in TABLE}
     plans |= {("searched", b): projection.at(plan_on_path(path, shape, b)[0]) for b in TABLE}
     base, results = evaluate(model, held, plans, args.batch, args.seq, args.runs)

@@ -88,7 +88,7 @@ def test_blocks_lie_end_to_end_without_padding(model, plan):
 
 
 def test_a_cache_that_makes_no_sense_is_refused(model, tokens):
-    p, ranks, (L, K, d) = random_projection(model), random_ranks(model), shape(model)
+    p, ranks, d = random_projection(model), random_ranks(model), model.config.head_dim
     for batch, length in ((0, 5), (1, 0), (1, -3)):
         with pytest.raises(ValueError, match="at least 1"):
             KVCache(p, ranks, batch=batch, max_len=length)

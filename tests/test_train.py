@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from conftest import GOLDEN, relative
-from model import load
 from projection import Moments, Projection, Rotation, uniform_ranks
 from train import (Distill, draw_ranks, encode, evaluate, jsonl_documents, load_data, main, python_documents,
                    windows)
