@@ -121,7 +121,7 @@ class KVCache:
                 outputs.append(attend_group(q[:, heads, :, :, :keys.shape[3]].transpose(0, 1), keys[:, :, first:end],
                                             values[:, :, first:end], window or end, d ** -0.5))
         if outputs:
-            return torch.cat(outputs, dim=-1)
+            return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
         return self.attend_on_gpu(i, q, first, end, d ** -0.5)
 
     def attend_on_gpu(self, i: int, q: Tensor, first: int, end: int, scale: float) -> Tensor:
@@ -150,9 +150,9 @@ def attend_group(q: Tensor, keys: Tensor, values: Tensor, window: int, scale: fl
     """
     J, B, G, T, r = q.shape
     if T == 1:
-        scores = torch.matmul(q.reshape(J, B, G, r) * scale, keys.transpose(2, 3))      # (J, B, G, n)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-        return torch.matmul(weights, values).transpose(0, 1).reshape(B, 1, -1)
+        scores = torch.bmm(q.reshape(J * B, G, r) * scale, keys.flatten(0, 1).transpose(1, 2))   # (J·B, G, n)
+        weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+        return torch.bmm(weights, values.flatten(0, 1)).view(J, B, -1).transpose(0, 1).reshape(B, 1, -1)
     n = keys.shape[2]
     pieces, rows = [], max(1, SCORES // (J * B * G * n))                                # a long prompt goes in pieces
     for position, part in zip(torch.arange(n - T, n, device=q.device).split(rows), q.split(rows, dim=3)):

@@ -142,8 +142,7 @@ class RMSNorm(nn.Module):
         self.eps = c.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()   # a mean of squares needs more digits than bfloat16 has
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)             # x / sqrt(mean x² + eps)
 
 
 class Layer(nn.Module):
@@ -205,9 +204,9 @@ class Model(nn.Module):
         c, layer, (B, T, _) = self.config, self.layers[i], x.shape
         heads = lambda y: y.view(B, T, -1, c.head_dim).transpose(1, 2)                  # (B, heads, T, d)
         h = layer.input_layernorm(x)
-        cos, sin = rope_table(c, cache.length if cache is not None else 0, T, x.dtype, x.device)
-        q = rotate(heads(layer.self_attn.q_proj(h)), cos, sin)                          # (B, H, T, d)
-        k = rotate(heads(layer.self_attn.k_proj(h)), cos, sin)                          # (B, K, T, d)
+        table = rope_table(c, cache.length if cache is not None else 0, T, x.dtype, x.device)
+        qk = torch.cat((layer.self_attn.q_proj(h), layer.self_attn.k_proj(h)), dim=-1)
+        q, k = rotate(heads(qk), *table).split((c.num_attention_heads, c.num_key_value_heads), dim=1)
         if cache is not None:                                                           # values stay coordinates
             W_v, W_o, bias = cache.fold(i, layer.self_attn)
             a = F.linear(cache.attend(i, q, k, F.linear(h, W_v), c.sliding_window), W_o, bias)
@@ -238,9 +237,13 @@ class Model(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=(age >= 0) & (age < window), enable_gqa=True)
 
 
-@lru_cache(maxsize=4)   # every layer of a pass asks for the same table
+@lru_cache(maxsize=4)            # every layer of a pass asks for the same table
+@torch.inference_mode(False)     # it outlives the pass, and the next one may be of training
 def rope_table(c: Config, start: int, T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, d/2) of position · frequency for positions from `start` on; in float64 up to there, since positions run to 10⁵ and beyond."""
+    """What `rotate` multiplies with at positions from `start` on: cos and ∓sin of position · frequency, (T, d) each.
+
+    In float64 up to there, since positions run to 10⁵ and beyond.
+    """
     frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
     if c.rope_scaling:   # LLaMA 3.1: slow frequencies are slowed by `factor`, fast ones kept, those between blended
         s = c.rope_scaling
@@ -248,13 +251,13 @@ def rope_table(c: Config, start: int, T: int, dtype: torch.dtype, device: torch.
         keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         frequency = torch.lerp(frequency / s["factor"], frequency, keep.clamp(0, 1))
     angle = torch.arange(start, start + T, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), 1).to(device, dtype), torch.cat((-sin, sin), 1).to(device, dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x (B, heads, T, d): coordinate j turns together with coordinate j + d/2, as in Hugging Face's layout."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin            # a cos − b sin, then b cos + a sin
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,7 +389,7 @@ def within(low, high):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: Model, tokens: list[int], count: int, temperature: float = 0.0, cache: KVCache | None = None):
     """Yields up to `count` tokens that follow `tokens`, greedy at temperature 0; stops at the end of the sequence.
 
