@@ -57,7 +57,7 @@ class KVCache:
         eye, full = torch.eye(d, device=device), (self.ranks[0] == d)[..., None, None].to(device)
         self.key_bases = [None if full[i].all() else torch.where(full[i], eye, projection.U_k[i].to(device)).to(dtype)
                           for i in range(L)]                                            # a head at rank d stays as it is
-        self.folded, self.tables = [None] * L, {}
+        self.folded, self.written, self.tables = [None] * L, [None] * L, [None] * L
 
     def group_heads(self, i: int) -> list[tuple[slice, Tensor, Tensor]]:
         """Neighbouring heads of layer i with the same ranks, as (heads, keys, values): their blocks lie end to end, so one
@@ -111,18 +111,40 @@ class KVCache:
         if self.key_bases[i] is not None:
             q, k = q @ self.key_bases[i][:, None], k @ self.key_bases[i]
         first = max(0, start + 1 - window) if window else 0                             # what no query of these sees is not read
-        outputs, done = [], 0
+        self.append(i, k, v)
+        if T == 1 and self.data.is_cuda:
+            return self.attend_on_gpu(i, q, first, end, d ** -0.5)
+        groups = [(heads, keys[:, :, first:end], values[:, :, first:end]) for heads, keys, values in self.groups[i]]
+        if T == 1:
+            return attend_one(groups, q[:, :, :, 0], d ** -0.5)
+        return torch.cat([attend_many(q[:, heads], keys, values, window or end, d ** -0.5) for heads, keys, values in groups], dim=-1)
+
+    def append(self, i: int, k: Tensor, v: Tensor) -> None:
+        """Write keys (B, K, T, d) and value coordinates (B, T, Σ r) behind what layer i holds."""
+        T, done = v.shape[1], 0
+        if T == 1:   # one token's numbers, of all heads in one go
+            kept, first, rank = self.places(i)
+            self.data[first + self.length * rank] = torch.cat((k.flatten(1)[:, kept], v[:, 0]), dim=1)
+            return
+        rows = slice(self.length, self.length + T)
         for heads, keys, values in self.groups[i]:
-            J, _, _, r_v = values.shape
-            keys[:, :, start:end] = k[:, heads, :, :keys.shape[3]].transpose(0, 1)
-            values[:, :, start:end] = v[:, :, done:done + J * r_v].view(B, T, J, r_v).permute(2, 0, 1, 3)
+            J, B, _, r_v = values.shape
+            keys[:, :, rows] = k[:, heads, :, :keys.shape[3]].transpose(0, 1)
+            values[:, :, rows] = v[:, :, done:done + J * r_v].view(B, T, J, r_v).permute(2, 0, 1, 3)
             done += J * r_v
-            if not self.data.is_cuda or T > 1:
-                outputs.append(attend_group(q[:, heads, :, :, :keys.shape[3]].transpose(0, 1), keys[:, :, first:end],
-                                            values[:, :, first:end], window or end, d ** -0.5))
-        if outputs:
-            return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
-        return self.attend_on_gpu(i, q, first, end, d ** -0.5)
+
+    def places(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where one token's numbers of layer i go: which of the K·d key coordinates are kept (Σ r_k); for every number of
+        every sequence its place in `data` at length 0 (B, Σ r), and its block's rank, the step to the next token (Σ r)."""
+        if self.written[i] is None:
+            K, d = self.projection.mean_v.shape[1:]
+            kept = (torch.arange(d) < self.ranks[0, i][:, None]).flatten().nonzero()[:, 0]
+            ranks, offsets = self.ranks[:, i].flatten(), self.offsets[:, i].flatten()           # keys, then values
+            rank = ranks.repeat_interleave(ranks)
+            coordinate = torch.cat([torch.arange(r) for r in ranks.tolist()])
+            first = offsets.repeat_interleave(ranks) + coordinate + torch.arange(self.batch)[:, None] * self.max_len * rank
+            self.written[i] = tuple(x.to(self.device) for x in (kept, first, rank))
+        return self.written[i]
 
     def attend_on_gpu(self, i: int, q: Tensor, first: int, end: int, scale: float) -> Tensor:
         """One token's attention by the Triton kernel (kernel.py), all heads at once whatever their ranks."""
@@ -133,7 +155,7 @@ class KVCache:
 
     def table(self, i: int) -> Tensor:
         """Where the kernel finds layer i: key offsets, value offsets, key ranks, value ranks, in units of d/8; (4, K)."""
-        if i not in self.tables:
+        if self.tables[i] is None:
             step = self.projection.mean_v.shape[-1] // STEPS
             self.tables[i] = (torch.cat((self.offsets[:, i], self.ranks[:, i])) // step).to(self.device)
         return self.tables[i]
@@ -143,16 +165,33 @@ class KVCache:
         self.length += T
 
 
-def attend_group(q: Tensor, keys: Tensor, values: Tensor, window: int, scale: float) -> Tensor:
-    """Causal attention of q (J, B, G, T, r), the last T tokens, over keys (J, B, n, r), values (J, B, n, r'): (B, T, J·G·r').
+def attend_one(groups: list, q: Tensor, scale: float) -> Tensor:
+    """Attention of one new token, q (B, K, G, d), over all groups of a layer: (B, 1, Σ r over query heads).
 
-    The G·T queries that share a key-value head form one matrix: keys and values are read once, never repeated.
+    The G queries that share a key-value head form one matrix: each stored number is read once, and never repeated. The
+    scores of all heads, which do not depend on ranks, stand in one tensor for one softmax.
     """
-    J, B, G, T, r = q.shape
-    if T == 1:
-        scores = torch.bmm(q.reshape(J * B, G, r) * scale, keys.flatten(0, 1).transpose(1, 2))   # (J·B, G, n)
-        weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
-        return torch.bmm(weights, values.flatten(0, 1)).view(J, B, -1).transpose(0, 1).reshape(B, 1, -1)
+    B, K, G, _ = q.shape
+    q = (q * scale).transpose(0, 1).contiguous()                                        # (K, B, G, d)
+    scores = q.new_empty(K, B, G, groups[0][1].shape[2])
+    for heads, keys, _ in groups:
+        product(q[heads, :, :, :keys.shape[3]], keys.transpose(2, 3), out=scores[heads])
+    weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return torch.cat([product(weights[heads], values).transpose(0, 1).flatten(1) for heads, _, values in groups], dim=-1)[:, None]
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a (J, B, m, k) @ b (J, B, k, n). A matrix alone goes without a batch, which is faster on a CPU."""
+    if a.shape[0] * a.shape[1] == 1:
+        return torch.mm(a[0, 0], b[0, 0], out=None if out is None else out[0, 0])[None, None]
+    flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=None if out is None else out.flatten(0, 1))
+    return flat.unflatten(0, a.shape[:2])
+
+
+def attend_many(q: Tensor, keys: Tensor, values: Tensor, window: int, scale: float) -> Tensor:
+    """Causal attention of q (B, J, G, T, d), the last T tokens, over keys (J, B, n, r), values (J, B, n, r'): (B, T, J·G·r')."""
+    q = q[..., :keys.shape[3]].transpose(0, 1)                                          # (J, B, G, T, r)
+    J, B, G, T, _ = q.shape
     n = keys.shape[2]
     pieces, rows = [], max(1, SCORES // (J * B * G * n))                                # a long prompt goes in pieces
     for position, part in zip(torch.arange(n - T, n, device=q.device).split(rows), q.split(rows, dim=3)):

@@ -21,6 +21,7 @@ A plan of ranks is an integer tensor (2, L, K): [0] for keys, [1] for values.
     python projection.py         # calibrates the demo: what its leading columns hold, and folding checked on one layer
 """
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -259,39 +260,46 @@ def uniform_ranks(budget: float, config) -> Tensor:
     return torch.full((2, config.num_hidden_layers, config.num_key_value_heads), level * (config.head_dim // STEPS))
 
 
-def plan_on_path(path: list, shape: tuple[int, int, int], budget: float) -> tuple[Tensor, int]:
-    """The largest plan (2, L, K) within the budget on a path of lowerings, and how many it took.
+def path_order(path: list, config) -> Tensor:
+    """A path of lowerings, entries [side, layer, head, KL after it] that each take d/8 off one rank, as those ranks' places
+    in the flattened (2, L, K), in their order: (n,). Raises ValueError for what is not such a path."""
+    L, K = config.num_hidden_layers, config.num_key_value_heads
+    try:
+        places = [(SIDES.index(side) * L + range(L).index(layer)) * K + range(K).index(head) for side, layer, head, _ in path]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"not a path of ranks for this model ({error})") from None
+    return torch.tensor(places, dtype=torch.long)
 
-    An entry of the path is [side, layer, head, KL after it], and takes d/8 off one rank. Raises ValueError if the path ends
-    before the budget is reached.
-    """
-    L, K, d = shape
-    ranks, taken = torch.full((2, L, K), d), 0
-    while ranks.sum() > budget * ranks.numel() * d and taken < len(path):
-        side, layer, head, _ = path[taken]
-        if layer < 0 or head < 0:
-            raise IndexError(f"layer {layer}, head {head}")
-        ranks[SIDES.index(side), layer, head] -= d // STEPS
-        taken += 1
-    if ranks.sum() > budget * ranks.numel() * d:
-        raise ValueError(f"its path ends at {ranks.sum() / ranks.numel() / d:.1%} of the cache, above the budget of {budget:.1%}")
-    return ranks, taken
+
+def plan_on_path(order: Tensor, config, budget: float) -> Tensor:
+    """The largest plan (2, L, K) within the budget on a path of lowerings: a prefix of them. Raises ValueError if the path
+    ends before."""
+    L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    taken = math.ceil((1 - budget) * 2 * L * K * STEPS - 1e-6)
+    if taken > len(order):
+        raise ValueError(f"a path that ends at {1 - len(order) / (2 * L * K * STEPS):.1%} of the cache, above the budget of {budget:.1%}")
+    return (d - d // STEPS * order[:taken].bincount(minlength=2 * L * K)).view(2, L, K)
+
+
+def read_plan(path: str | Path, config) -> dict:
+    """What a file of the search holds, its "path" as `path_order`. Raises ValueError naming the file."""
+    plan = read_json(path)
+    try:
+        if plan["head_dim"] != config.head_dim:
+            raise ValueError(f"a plan for head_dim {plan['head_dim']}, but the model has {config.head_dim}")
+        return plan | {"path": path_order(plan["path"], config)}
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a plan of ranks for this model ({error})") from None
 
 
 def read_ranks(path: str | Path, config, budget: float | None = None) -> Tensor:
     """The plan (2, L, K) that a file of the search holds: the largest one on its path that is within `budget`, or
     without `budget` the one that the file was written for. Raises ValueError naming the file."""
-    L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    plan = read_json(path)
+    plan = read_plan(path, config)
     try:
-        if plan["head_dim"] != d:
-            raise ValueError(f"a plan for head_dim {plan['head_dim']}, but the model has {d}")
-        if budget is None:
-            ranks = torch.tensor([plan["keys"], plan["values"]])
-        else:
-            ranks, _ = plan_on_path(plan["path"], (L, K, d), budget)
-        check_ranks(ranks, L, K, d)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+        ranks = torch.tensor([plan["keys"], plan["values"]]) if budget is None else plan_on_path(plan["path"], config, budget)
+        check_ranks(ranks, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a plan of ranks for this model ({error})") from None
     return ranks
 
@@ -345,12 +353,13 @@ def main():
     from train import calibrate, load_data
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the token ids of a text [out]")
     args = parser.parse_args()
     device, dtype = prepare(args)
     with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     with blame("--data"):
-        tokens, _ = load_data(args.data, args.ckpt, model.config.vocab_size)
+        tokens, _ = load_data(args.data, args.ckpt, model.config.vocab_size, args.out)
     print("Calibrating on training text ...", file=sys.stderr)
     moments = calibrate(model, tokens, B=8, T=256, seed=args.seed)
     L, K, d = moments.v.shape

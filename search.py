@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from model import Model, arguments, blame, load, prepare, within
-from projection import BUDGETS, SIDES, STEPS, Projection, plan_on_path, uniform_ranks, write_file
-from train import check_folder, evaluate, keep_freed_memory, log_probabilities, random_windows, text_for
+from projection import BUDGETS, SIDES, STEPS, Projection, path_order, plan_on_path, uniform_ranks, write_file
+from train import check_folder, evaluate, log_probabilities, random_windows, text_for
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,28 +112,29 @@ def lazy(cost: Cost):
 # ---------------------------------------------------------------------------------------------------------------------
 # Output
 
-def save(path: list, shape: tuple, budget: float, uniform_kl: float, evaluations: int, file: Path) -> None:
-    ranks, taken = plan_on_path(path, shape, budget)
-    kl = path[taken - 1][3] if taken else 0.0
+def save(path: list, config, budget: float, uniform_kl: float, evaluations: int, file: Path) -> None:
+    """ranks.json: the whole path, and the plan at `budget` spelled out."""
+    ranks, d = plan_on_path(path_order(path, config), config, budget), config.head_dim
+    taken = int((d - ranks).sum()) // (d // STEPS)
     write_file(file, json.dumps({
-        "head_dim": shape[2], "budget": ranks.sum().item() / (ranks.numel() * shape[2]), "keys": ranks[0].tolist(),
-        "values": ranks[1].tolist(), "kl": kl, "uniform_kl": uniform_kl, "evaluations": evaluations, "path": path}).encode())
+        "head_dim": d, "budget": ranks.sum().item() / (ranks.numel() * d), "keys": ranks[0].tolist(), "values": ranks[1].tolist(),
+        "kl": path[taken - 1][3] if taken else 0.0, "uniform_kl": uniform_kl, "evaluations": evaluations, "path": path}).encode())
 
 
-def draw(path: list, shape: tuple, budget: float, uniform: list[tuple[float, float]], file: Path) -> None:
+def draw(path: list, config, budget: float, uniform: list[tuple[float, float]], file: Path) -> None:
     """The plan as two heat maps, and the path's KL beside that of uniform ranks."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    L, K, d = shape
-    ranks, _ = plan_on_path(path, shape, budget)
+    ranks = plan_on_path(path_order(path, config), config, budget)
+    _, L, K = ranks.shape
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained", width_ratios=[1, 1, 1.5])
     for side, axis in enumerate(axes[:2]):
-        image = axis.imshow(ranks[side], vmin=0, vmax=d, aspect="auto", cmap="viridis")
+        image = axis.imshow(ranks[side], vmin=0, vmax=config.head_dim, aspect="auto", cmap="viridis")
         axis.set(title=f"{SIDES[side]}: {ranks[side].sum() / ranks.sum():.0%} of the cache", xlabel="key-value head",
                  ylabel="layer", xticks=range(0, K, max(1, K // 8)), yticks=range(0, L, max(1, L // 8)))
     figure.colorbar(image, ax=axes[1], label="rank")
-    one = 1 / (2 * L * K * STEPS)
+    one = 1 / (ranks.numel() * STEPS)
     axes[2].plot([100 * (1 - one * (i + 1)) for i in range(len(path))], [max(entry[3], 1e-9) for entry in path], label="searched")
     axes[2].plot([100 * b for b, _ in uniform], [max(kl, 1e-9) for _, kl in uniform], marker="o", label="uniform ranks")
     axes[2].set(yscale="log", xlabel="size of the KV cache, % of full", ylabel="KL on the calibration text, nats a token")
@@ -173,7 +174,6 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for ranks.json and ranks.png [out]")
     args = parser.parse_args()
     device, dtype = prepare(args)
-    keep_freed_memory()
     check_folder(args.out)
     with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
@@ -182,7 +182,7 @@ def main():
         projection.check_fits(model.config)
         projection = projection.to(device)
     tokens, held = text_for(args, model)
-    shape = L, K, d = tuple(projection.mean_v.shape)
+    L, K, d = projection.mean_v.shape
     n = 2 * L * K
 
     generator = torch.Generator().manual_seed(args.seed)
@@ -199,7 +199,8 @@ def main():
     uniform_kl = cost.measure(uniform_ranks(args.budget, model.config), 0)[0]
 
     path, algorithm_1, shown, before = [], 0, 0.0, cost.passes
-    write = lambda: save(path, shape, args.budget, uniform_kl, cost.passes - before, args.out / "ranks.json")
+    reached = lambda: 1 - len(path) / (n * STEPS)
+    write = lambda: save(path, model.config, max(args.budget, reached()), uniform_kl, cost.passes - before, args.out / "ranks.json")
     try:
         candidates = len(cost.candidates())
         for side, layer, head in (exact if args.exact else lazy)(cost):
@@ -208,25 +209,26 @@ def main():
             now, terminal = time.time(), sys.stderr.isatty()
             if now - shown > (0.2 if terminal else 10) or len(path) == rounds:
                 shown, left = now, (now - began) / len(path) * (rounds - len(path))
-                line = (f"budget {1 - len(path) / (n * STEPS):6.1%}  KL {cost.kl:.5f}  {cost.passes - before:,} passes  "
+                line = (f"budget {reached():6.1%}  KL {cost.kl:.5f}  {cost.passes - before:,} passes  "
                         f"{left / 60:.1f} min left")
                 print(f"\r{line:<79s}" if terminal else line, end="" if terminal and len(path) < rounds else "\n",
                       file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         write()
-        print(f"\nStopped; {args.out / 'ranks.json'} holds the path down to {1 - len(path) / (n * STEPS):.1%}", file=sys.stderr)
+        print(f"\nStopped; {args.out / 'ranks.json'} holds the path down to {reached():.1%}", file=sys.stderr)
         raise SystemExit(130)
     write()
     print(f"{cost.passes - before:,} passes, {cost.layer_passes:,} layer evaluations, {time.time() - began:.0f} s; Algorithm 1 takes "
           f"{algorithm_1:,} passes, {algorithm_1 * L:,} layer evaluations along this path")
-    ranks, _ = plan_on_path(path, shape, args.budget)
+    plan = lambda budget: plan_on_path(path_order(path, model.config), model.config, budget)
+    ranks = plan(args.budget)
     ends = [f"{(ranks[s] == d // STEPS).sum()} of {L * K} {SIDES[s]} at {d // STEPS}, {(ranks[s] == d).sum()} at {d}" for s in (0, 1)]
     print(f"At {args.budget:.1%}: {'; '.join(ends)}")
     plans = {("uniform", b): projection.at(uniform_ranks(b, model.config)) for b in TABLE}
-    plans |= {("searched", b): projection.at(plan_on_path(path, shape, b)[0]) for b in TABLE}
+    plans |= {("searched", b): projection.at(plan(b)) for b in TABLE}
     base, results = evaluate(model, held, plans, args.batch, args.seq, args.runs)
     print_table(base, results)
-    draw(path, shape, args.budget, uniform, args.out / "ranks.png")
+    draw(path, model.config, args.budget, uniform, args.out / "ranks.png")
     print(f"Saved {args.out / 'ranks.json'} and {args.out / 'ranks.png'}")
 
 

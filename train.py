@@ -33,9 +33,10 @@ One copy of the weights, no gradient for any of them, and logits only ever 256 t
     python train.py --eval                       # with the same options: the report again, and of OUT/ranks.json if there
 """
 import ast
-import ctypes
+import itertools
 import json
 import math
+import os
 import sys
 import sysconfig
 import time
@@ -50,45 +51,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Model, arguments, blame, fail, load, load_tokenizer, prepare, within
-from projection import (BUDGETS, STEPS, Moments, Projection, Rotation, open_safetensors, read_json,
-                        read_ranks, uniform_ranks, write_file, write_tensors)
+from projection import (BUDGETS, STEPS, Moments, Projection, Rotation, open_safetensors, plan_on_path, read_json,
+                        read_plan, read_ranks, uniform_ranks, write_file, write_tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text: one long run of token ids to train on, and one that is held out
 
-def load_data(path: Path | None, ckpt: Path, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids as (training, held out), each a one-dimensional array of integers, memory-mapped where the file can be.
+def load_data(path: Path | None, ckpt: Path, vocab_size: int, out: Path = Path("out")) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids as (training, held out), each a one-dimensional array of integers, memory-mapped if they come from a file.
 
     `path` is a .txt, a .jsonl (one {"text": …} a line), a .bin of ids (uint16 if the vocabulary has at most 65,536
-    pieces, else uint32), a .npy of ids, or None for Python's own text. Of a file the last tenth is held out. Raises
-    ValueError naming the file and what is wrong with it.
+    pieces, else uint32), a .npy of ids, or None for Python's own text. Text is tokenised once, into a .bin in the folder
+    `out`. Of a file the last tenth is held out. Raises ValueError naming the file and what is wrong with it.
     """
     if path is None:
         tokenizer = load_tokenizer(ckpt)
-        train, held = (encode(tokenizer, documents) for documents in python_documents())
-    else:
-        tokens = load_tokens(path, ckpt, vocab_size)
-        cut = len(tokens) - len(tokens) // 10
-        train, held = tokens[:cut], tokens[cut:]
-    for part in (train, held):
-        for start in range(0, len(part), 2 ** 24):   # in pieces: the file may be larger than memory
-            low, high = int(part[start:start + 2 ** 24].min()), int(part[start:start + 2 ** 24].max())
-            if low < 0 or high >= vocab_size:
-                raise ValueError(f"{path or ckpt}: holds the token id {low if low < 0 else high}, "
-                                 f"outside the model's vocabulary of {vocab_size}")
-    return train, held
-
-
-def load_tokens(path: Path, ckpt: Path, vocab_size: int) -> np.ndarray:
+        return tuple(encode(tokenizer, documents) for documents in python_documents())
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.suffix == ".txt":
-        return encode(load_tokenizer(ckpt), text_pieces(path), one_document=True)
-    if path.suffix == ".jsonl":
-        return encode(load_tokenizer(ckpt), jsonl_documents(path))
+    if path.suffix in (".txt", ".jsonl"):
+        path = tokenise(path, ckpt, vocab_size, out)
+    tokens = load_tokens(path, vocab_size)
+    for start in range(0, len(tokens), 2 ** 22):   # read, not mapped: mapped pages would count as memory of ours
+        part = np.fromfile(path, tokens.dtype, min(2 ** 22, len(tokens) - start), offset=tokens.offset + start * tokens.itemsize)
+        if part.min() < 0 or part.max() >= vocab_size:
+            wrong = part[(part < 0) | (part >= vocab_size)][0]
+            raise ValueError(f"{path}: holds the token id {wrong}, outside the model's vocabulary of {vocab_size}")
+    cut = len(tokens) - len(tokens) // 10
+    return tokens[:cut], tokens[cut:]
+
+
+def load_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """The memory-mapped ids of a .bin or .npy file."""
     if path.suffix == ".bin":
-        kind = np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+        kind = id_dtype(vocab_size)
         if path.stat().st_size % kind.itemsize:
             raise ValueError(f"{path}: {path.stat().st_size} bytes are not a whole number of {kind} token ids")
         return np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)
@@ -105,22 +102,69 @@ def load_tokens(path: Path, ckpt: Path, vocab_size: int) -> np.ndarray:
     raise ValueError(f"{path}: not a kind of file that is known; expected .txt, .jsonl, .bin or .npy")
 
 
+def id_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+
+
+def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
+    """The token ids of a .txt or .jsonl as a .bin in `out`, made unless it is there and neither text nor tokenizer changed.
+
+    Streams: memory does not grow with the file. Returns the path of the .bin.
+    """
+    tokenizer, size = load_tokenizer(ckpt), path.stat()
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / f"{path.name}.bin"
+    origin = {"source": str(path.resolve()), "bytes": size.st_size, "modified": size.st_mtime_ns, "vocab_size": vocab_size,
+              "tokenizer": zlib.crc32((ckpt / "tokenizer.model").read_bytes())}
+    note = target.with_suffix(".json")                              # what the .bin was made from; written last
+    if target.exists() and note.exists() and read_json(note) == origin:
+        return target
+    texts = text_pieces(path) if path.suffix == ".txt" else jsonl_documents(path)
+    began, shown, part = time.time(), time.time(), Path(f"{target}.part")
+    try:
+        with open(part, "wb") as file:
+            for ids in token_stream(tokenizer, texts, one_document=path.suffix == ".txt"):
+                if len(ids) and ids.max() >= vocab_size:
+                    raise ValueError(f"{ckpt}: its tokenizer.model makes the token id {ids.max()}, outside the vocabulary of {vocab_size}")
+                ids.astype(id_dtype(vocab_size)).tofile(file)
+                if time.time() - shown > 10:
+                    shown, done = time.time(), file.tell()
+                    print(f"Tokenising {path}: {done // id_dtype(vocab_size).itemsize:,} tokens, {shown - began:.0f} s", file=sys.stderr)
+        note.unlink(missing_ok=True)
+        part.replace(target)
+        write_file(note, json.dumps(origin).encode())
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
 def encode(tokenizer, texts, one_document: bool = False) -> np.ndarray:
     """Token ids of texts end to end; the beginning-of-sequence token goes before each, or before the first alone."""
-    ids = array("I")
-    for number, text in enumerate(texts):
-        if tokenizer.bos_id() >= 0 and (number == 0 or not one_document):
-            ids.append(tokenizer.bos_id())
-        ids.extend(tokenizer.encode(text))
-    return np.array(ids, np.uint32)
+    return np.concatenate([np.empty(0, np.uint32), *token_stream(tokenizer, texts, one_document)])
 
 
-def text_pieces(path: Path, characters: int = 2 ** 20):
-    """A text file in pieces that end with a line."""
+def token_stream(tokenizer, texts, one_document: bool):
+    """The same in pieces: some texts at a time, shared among the cores by SentencePiece."""
+    batch, characters, before = [], 0, [tokenizer.bos_id()] * (tokenizer.bos_id() >= 0)
+    for text in itertools.chain(texts, [None]):
+        if text is None or characters > 2 ** 20:
+            ids = array("I")
+            for found in tokenizer.encode(batch, num_threads=os.cpu_count()):
+                ids.extend(before + found)
+                before = [] if one_document else before
+            yield np.array(ids, np.uint32)
+            batch, characters = [], 0
+        if text is not None:
+            batch.append(text)
+            characters += len(text)
+
+
+def text_pieces(path: Path, characters: int = 2 ** 17):
+    """A text file in pieces that end with a line, or in the midst of a line of more than so many characters."""
     with open(path, encoding="utf-8") as file:
         try:
             while piece := file.read(characters):
-                yield piece + file.readline()
+                yield piece + file.readline(characters)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
@@ -180,17 +224,6 @@ def docstrings(name: str, node: ast.AST) -> str:
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text += docstrings(f"{name}.{child.name}", child)
     return text
-
-
-def keep_freed_memory() -> None:
-    """Ask the C library to keep freed memory for the next step. glibc hands every block above 32 MB back to the system
-    and gets it back page by page, zeroed: a third of a step on a CPU. Elsewhere (macOS, Windows, musl) does nothing."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block of its own mapping
-        libc.mallopt(-1, 2 ** 31 - 1)   # M_TRIM_THRESHOLD: never shrink the heap
-    except (OSError, AttributeError, TypeError):
-        pass
 
 
 def windows(tokens: np.ndarray, starts: Tensor, T: int) -> Tensor:
@@ -262,20 +295,26 @@ RECIPES = {
 }
 
 
-def draw_ranks(kind: str, B: int, config, generator: torch.Generator) -> Tensor:
+def draw_ranks(kind: str, B: int, config, generator: torch.Generator, path: Tensor | None = None) -> Tensor:
     """Random ranks (2, L, B, K) for every sequence, layer and head, keys and values apart: multiples of d/8.
 
     "independent" draws each from all eight (the paper). "levels" deals every sequence one of the levels from 25 to 87.5%,
     and each head is at most one step off. So budgets really differ from sequence to sequence; independent ranks
-    always average to about 56% of the cache.
+    always average to about 56% of the cache. With a `path` of the search (projection.path_order) a sequence's budget is drawn
+    evenly from 15 to 100%, its ranks are the path's plan for it, and again each head is at most one step off.
     """
-    L, K = config.num_hidden_layers, config.num_key_value_heads
+    L, K, d = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     if kind == "independent":
-        levels = torch.randint(1, STEPS + 1, (2, L, B, K), generator=generator)
-    else:
+        return torch.randint(1, STEPS + 1, (2, L, B, K), generator=generator) * (d // STEPS)
+    if path is None:
         deals = [torch.randperm(STEPS - 2, generator=generator) + 2 for _ in range(math.ceil(B / (STEPS - 2)))]
-        levels = torch.cat(deals)[:B, None] + torch.randint(-1, 2, (2, L, B, K), generator=generator)
-    return levels * (config.head_dim // STEPS)
+        levels = torch.cat(deals)[:B, None].expand(2, L, B, K)
+    else:
+        lowest = max(0.15, 1 - len(path) / (2 * L * K * STEPS))
+        budgets = lowest + (1 - lowest) * torch.rand(B, generator=generator)
+        levels = torch.stack([plan_on_path(path, config, b) for b in budgets.tolist()], dim=2) // (d // STEPS)
+    off = torch.randint(-1, 2, (2, L, B, K), generator=generator)
+    return (levels + off).clamp(1, STEPS) * (d // STEPS)
 
 
 @torch.no_grad()
@@ -298,7 +337,7 @@ def train(model: Model, tokens: np.ndarray, rotation: Rotation, run: "Run") -> N
         total = 0.0
         for _ in range(args.accumulate):
             block = random_windows(tokens, args.batch, args.seq, generator).to(model.device)
-            ranks = draw_ranks(recipe["ranks"], args.batch, config, generator)
+            ranks = draw_ranks(recipe["ranks"], args.batch, config, generator, run.path)
             project = rotation().at(ranks)
             with run.fast_products():
                 with torch.no_grad():                   # the teacher: the same weights, nothing projected
@@ -436,8 +475,8 @@ class Run:
     # What must be as it was for a resumed run to end where the undisturbed one would have.
     FIXED = ("recipe", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype")
 
-    def __init__(self, args, start: Projection):
-        self.args, self.start, self.step, self.losses = args, start, 0, []
+    def __init__(self, args, start: Projection, path: Tensor | None = None):
+        self.args, self.start, self.path, self.step, self.losses = args, start, path, 0, []
         self.config = self.describe(args)
         self.rotation = Rotation(start)
         self.optimizer = torch.optim.Adam(self.rotation.parameters(), lr=args.lr)
@@ -449,10 +488,11 @@ class Run:
 
     @classmethod
     def describe(cls, args) -> dict:
-        return {name: getattr(args, name) for name in cls.FIXED} | {"ckpt": str(args.ckpt), "data": str(args.data or "")}
+        return {name: getattr(args, name) for name in cls.FIXED} | {
+            "ckpt": str(args.ckpt), "data": str(args.data or ""), "ranks": str(args.ranks or "")}
 
     @staticmethod
-    def path(args) -> Path:
+    def state_file(args) -> Path:
         return args.out / "train.state.safetensors"
 
     def save(self, step: int) -> None:
@@ -461,7 +501,9 @@ class Run:
         for name, parameter in self.rotation.named_parameters():
             tensors[f"rotation.{name}"] = parameter
             tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        write_tensors(self.path(self.args), tensors,
+        if self.path is not None:   # the file may be another search's by the time of --resume
+            tensors["path"] = self.path
+        write_tensors(self.state_file(self.args), tensors,
                       {"run": json.dumps({"step": step, "config": self.config, "losses": self.losses, "bfloat16": self.bfloat16})})
         self.saved, self.saved_step = time.time(), step
 
@@ -473,14 +515,14 @@ class Run:
     @staticmethod
     def resume(args, device) -> "Run":
         """The run that `save` wrote. Raises ValueError if there is none, or one of other settings."""
-        path = Run.path(args)
+        path = Run.state_file(args)
         with open_safetensors(path) as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             saved = json.loads((file.metadata() or {}).get("run", "null"))
         if saved is None:
             raise ValueError(f"{path}: not the state of a run")
         trio = lambda name: [tensors[f"{name}.{part}"] for part in ("U_k", "U_v", "mean_v")]
-        run = Run(args, Projection(*trio("start"), Projection(*trio("pca"))).to(device))
+        run = Run(args, Projection(*trio("start"), Projection(*trio("pca"))).to(device), tensors.get("path"))
         for name, value in run.config.items():
             if saved["config"].get(name) != value:
                 raise ValueError(f"{path}: was made with --{name} {saved['config'].get(name)}, not {value}")
@@ -556,7 +598,7 @@ def check_folder(path: Path) -> None:
 def text_for(args, model: Model) -> tuple[np.ndarray, np.ndarray]:
     """The (training, held-out) tokens that --data asks for; fails if they do not fill one run of --seq tokens."""
     with blame("--data"):
-        tokens, held = load_data(args.data, args.ckpt, model.config.vocab_size)
+        tokens, held = load_data(args.data, args.ckpt, model.config.vocab_size, args.out)
         for part, name in ((tokens, "training"), (held, "held-out")):
             if len(part) <= args.seq:
                 raise ValueError(f"{args.data or 'Python'}: too short, {len(part)} {name} tokens for runs of --seq {args.seq}")
@@ -569,6 +611,7 @@ def main():
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
     parser.add_argument("--recipe", choices=list(RECIPES), default="ours", help="ours, or the paper's [ours]")
+    parser.add_argument("--ranks", type=Path, help="train for the plans along the path of this file of search.py, not for uniform ranks")
     parser.add_argument("--steps", type=within(1, 10 ** 7), default=400, help="[400]")
     parser.add_argument("--batch", type=within(1, 10 ** 5), default=8, help="sequences a step [8]")
     parser.add_argument("--seq", type=within(2, 10 ** 6), default=256, help="tokens a sequence [256]")
@@ -583,8 +626,9 @@ def main():
     args.ce = RECIPES[args.recipe]["ce"] if args.ce is None else args.ce
     device, dtype = prepare(args)
     args.dtype = str(dtype).removeprefix("torch.")
-    keep_freed_memory()
 
+    if args.ranks and args.recipe == "paper":
+        fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave out --recipe paper or --ranks")
     check_folder(args.out)
     with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
@@ -592,6 +636,8 @@ def main():
             raise ValueError(f"{args.ckpt}: head_dim {model.config.head_dim} does not divide into {STEPS} steps of rank")
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / model.config.head_dim
+    with blame("--ranks"):
+        path = read_plan(args.ranks, model.config)["path"] if args.ranks and not (args.resume or args.eval) else None
     tokens, held = text_for(args, model)
 
     if args.eval:
@@ -613,7 +659,7 @@ def main():
         if RECIPES[args.recipe]["start"] == "aware":
             start = moments.aware([layer.self_attn.o_proj.weight for layer in model.layers])
         start.pca = moments.pca()
-        run = Run(args, start)
+        run = Run(args, start, path)
     rows = min(args.batch * args.seq, 2048)
     rate = product_rate(model, rows, dtype)
     if device.type == "cpu" and dtype == torch.float32:
@@ -639,7 +685,7 @@ def main():
     projection = Projection(projection.U_k.float(), projection.U_v.float(), projection.mean_v.float(), run.start.pca)
     projection.save(args.out / "projections.safetensors")
     report(model, held, projection, run.config, run.losses, args)
-    Run.path(args).unlink(missing_ok=True)
+    Run.state_file(args).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from model import Model, load_tokenizer, read_config  # noqa: E402
-from train import encode, keep_freed_memory, python_documents  # noqa: E402
+from model import Model, keep_freed_memory, load_tokenizer, read_config  # noqa: E402
+from train import encode, python_documents  # noqa: E402
 
 CONFIG = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "torch_dtype": "bfloat16",

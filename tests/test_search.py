@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from conftest import GOLDEN
 from model import load
-from projection import SIDES, Projection, plan_on_path, read_ranks
+from projection import Projection, plan_on_path, read_ranks
 from search import Cost, exact, lazy
 from test_projection import random_projection, shape
 
@@ -95,13 +95,13 @@ def test_lazy_takes_a_small_share_of_the_passes_and_is_nearly_as_good(double):
 
 def test_the_budget_reached_is_the_largest_not_above_the_one_asked_for(model):
     L, K, d = shape(model)
-    path = [[SIDES[i % 2], i // 2 % L, 0, 0.1 * i] for i in range(8)]
-    one = 1 / (2 * L * K * 8)
-    for lowered in (0, 0.5, 1, 3.2, 8):
+    order, one = torch.arange(8), 1 / (2 * L * K * 8)
+    for lowered, taken in ((0, 0), (0.5, 1), (1, 1), (3.2, 4), (8, 8)):
         budget = 1 - lowered * one
-        ranks, taken = plan_on_path(path, (L, K, d), budget)
-        share = ranks.sum().item() / ranks.numel() / d
+        share = plan_on_path(order, model.config, budget).sum().item() / (2 * L * K * d)
         assert share <= budget < share + one and share == 1 - taken * one
+    with pytest.raises(ValueError, match="ends at"):
+        plan_on_path(order, model.config, 1 - 9 * one)
 
 
 def script(*arguments):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from conftest import GOLDEN, relative
-from projection import Moments, Projection, Rotation, uniform_ranks
+from projection import Moments, Projection, Rotation, plan_on_path, uniform_ranks
 from train import (Distill, draw_ranks, encode, evaluate, jsonl_documents, load_data, main, python_documents,
                    windows)
 
@@ -92,6 +92,19 @@ def test_levels_differ_by_one_step_at_most_and_reach_every_budget(model):
     independent = draw_ranks("independent", 4096, model.config, torch.Generator().manual_seed(0)) * 8 // d
     share = torch.bincount(independent.flatten(), minlength=9)[1:] / independent.numel()
     assert (share - 1 / 8).abs().max() < 0.01
+
+
+def test_ranks_along_a_path_are_its_plans_and_at_most_a_step_off(model):
+    L, K, d = model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim
+    generator = torch.Generator().manual_seed(0)
+    path = torch.cat([torch.randperm(2 * L * K, generator=generator) for _ in range(7)])
+    ranks = draw_ranks("levels", 512, model.config, generator, path)
+    plans = torch.stack([plan_on_path(path[:n], model.config, 1 - n / (16 * L * K)) for n in range(len(path) + 1)])
+    off = (ranks.transpose(0, 2).transpose(1, 2)[:, None] - plans).abs().amax((2, 3, 4))           # (sequence, plan)
+    assert off.amin(1).max() <= d // 8
+    share = ranks.float().mean((0, 1, 3)) / d
+    assert share.min() < 0.25 and share.max() > 0.9
+    assert draw_ranks("levels", 512, model.config, generator, path[:5]).min() >= d - 6 * d // 8       # a path cut short
 
 
 # The report
@@ -230,7 +243,7 @@ def test_a_file_of_tokens_is_mapped_and_its_last_tenth_held_out(tmp_path):
 def test_every_document_begins_with_the_beginning_of_sequence():
     class Letters:
         bos_id = staticmethod(lambda: 1)
-        encode = staticmethod(lambda text: [ord(c) for c in text])
+        encode = staticmethod(lambda texts, num_threads: [[ord(c) for c in text] for text in texts])
     assert encode(Letters, ["ab", "c"]).tolist() == [1, 97, 98, 1, 99]
 
 
@@ -261,6 +274,9 @@ def test_wrong_input_is_named_in_one_line(tmp_path, trained, monkeypatch, capsys
         (["--data", tmp_path], ["--data", tmp_path.name]),
         ([], ["--data", "tokenizer.model"]),
         (["--data", good, "--steps", 0], ["--steps", "0"]),
+        (["--data", good, "--ranks", tmp_path / "none.json"], ["--ranks", "none.json"]),
+        (["--data", good, "--ranks", tmp_path / "file"], ["--ranks", "file", "JSON"]),
+        (["--data", good, "--ranks", tmp_path / "file", "--recipe", "paper"], ["--ranks", "paper"]),
         (["--data", good, "--steps", -3], ["--steps", "-3"]),
         (["--data", good, "--steps", "many"], ["--steps", "many"]),
         (["--data", good, "--batch", 0], ["--batch"]),
@@ -288,7 +304,7 @@ def test_wrong_input_is_named_in_one_line(tmp_path, trained, monkeypatch, capsys
 def test_a_broken_line_of_jsonl_is_numbered(tmp_path):
     class Letters:
         bos_id = staticmethod(lambda: -1)
-        encode = staticmethod(lambda text: [ord(c) for c in text])
+        encode = staticmethod(lambda texts, num_threads: [[ord(c) for c in text] for text in texts])
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "ab"}\n\n{"text": "c"}\n')
     assert encode(Letters, jsonl_documents(path)).tolist() == [97, 98, 99]
