@@ -146,8 +146,8 @@ class Projection:
         if tuple(self.mean_v.shape) != expected:
             raise ValueError(f"projections of the shape (L, K, d) = {tuple(self.mean_v.shape)}, but the model has {expected}")
 
-    def to(self, device) -> "Projection":
-        return Projection(self.U_k.to(device), self.U_v.to(device), self.mean_v.to(device),
+    def to(self, device, dtype: torch.dtype | None = None) -> "Projection":
+        return Projection(self.U_k.to(device, dtype), self.U_v.to(device, dtype), self.mean_v.to(device, dtype),
                           self.pca and self.pca.to(device))
 
     def save(self, path: str | Path) -> None:
@@ -220,7 +220,7 @@ class Rotation(nn.Module):
         rows, columns = torch.triu_indices(d, d, 1)
         apart = rows // (d // STEPS) != columns // (d // STEPS)
         self.rows, self.columns = rows[apart], columns[apart]
-        self.A_k = nn.Parameter(torch.zeros(L, K, len(self.rows), device=start.U_k.device))
+        self.A_k = nn.Parameter(start.U_k.new_zeros(L, K, len(self.rows)))
         self.A_v = nn.Parameter(torch.zeros_like(self.A_k))
         self.mean_v = nn.Parameter(start.mean_v.clone())
 
@@ -334,11 +334,15 @@ def read_json(path: str | Path) -> dict:
 def write_file(path: str | Path, data: bytes) -> None:
     """Write PATH.part, flush it to disk, rename it."""
     part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:   # a full disk: leave it no fuller
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

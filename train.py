@@ -32,6 +32,7 @@ One copy of the weights, no gradient for any of them, and logits only ever 256 t
     python train.py --resume                     # with the options of the stopped run: goes on where it was
     python train.py --eval                       # with the same options: the report again, and of OUT/ranks.json if there
 """
+import argparse
 import ast
 import itertools
 import json
@@ -48,9 +49,10 @@ from textwrap import indent
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.utils.checkpoint import checkpoint
 
-from model import Model, arguments, blame, fail, load, load_tokenizer, prepare, within
+from model import Config, Model, arguments, blame, fail, load, load_tokenizer, prepare, read_config, within
 from projection import (BUDGETS, STEPS, Moments, Projection, Rotation, open_safetensors, plan_on_path, read_json,
                         read_plan, read_ranks, uniform_ranks, write_file, write_tensors)
 
@@ -231,8 +233,9 @@ def windows(tokens: np.ndarray, starts: Tensor, T: int) -> Tensor:
     return torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts.tolist()]).astype(np.int64))
 
 
-def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generator) -> Tensor:
-    return windows(tokens, torch.randint(len(tokens) - T, (B,), generator=generator), T)
+def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generator, mine: slice = slice(None)) -> Tensor:
+    """B random runs of T + 1 tokens, or those of them that are this process's share."""
+    return windows(tokens, torch.randint(len(tokens) - T, (B,), generator=generator)[mine], T)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,45 +326,141 @@ def calibrate(model: Model, tokens: np.ndarray, B: int, T: int, seed: int, batch
     moments = Moments(model.config, model.device)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(batches):
-        model.hidden(random_windows(tokens, B, T, generator)[:, :-1].to(model.device), observe=moments)
+        model.hidden(random_windows(tokens, WORLD * B, T, generator, my_share(B))[:, :-1].to(model.device), observe=moments)
+    for total in (moments.n, moments.k, moments.v, moments.kk, moments.vv, moments.qq):
+        sum_over_processes(total)
     return moments
 
 
-def train(model: Model, tokens: np.ndarray, rotation: Rotation, run: "Run") -> None:
+def train(model: Model, tokens: np.ndarray, valid: np.ndarray, run: "Run") -> None:
     """Rotate the projections so that the model that reads the compressed cache says what the model itself says."""
-    args, config, recipe = run.args, model.config, RECIPES[run.args.recipe]
+    args, config, recipe, rotation = run.args, model.config, RECIPES[run.args.recipe], run.rotation
     progress = Progress(args.steps)
     for step in range(run.step, args.steps):
         # Everything random in a step follows from the seed and its number, so a resumed run draws what it would have.
+        # N processes with batches of B draw what one with N · B would, and each takes its share.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        total = 0.0
+        total = torch.zeros(1, dtype=torch.float64)
         for _ in range(args.accumulate):
-            block = random_windows(tokens, args.batch, args.seq, generator).to(model.device)
-            ranks = draw_ranks(recipe["ranks"], args.batch, config, generator, run.path)
+            block = random_windows(tokens, WORLD * args.batch, args.seq, generator, my_share(args.batch)).to(model.device)
+            ranks = draw_ranks(recipe["ranks"], WORLD * args.batch, config, generator, run.path)[:, :, my_share(args.batch)]
             project = rotation().at(ranks)
             with run.fast_products():
                 with torch.no_grad():                   # the teacher: the same weights, nothing projected
                     teacher = model.hidden(block[:, :-1])
-                student = model.hidden(block[:, :-1], project)
+                student = student_states(model, block[:, :-1], project, args.checkpoint)
             teacher, student = model.norm(teacher), model.norm(student)
             loss, kl = Distill.apply(student, teacher, model, block[:, 1:], args.ce)                # (B,), (B,)
             objective = torch.log(loss + 1e-3).mean() if recipe["objective"] == "log" else loss.mean()
             (objective / args.accumulate).backward()
             total += kl.mean().item() / args.accumulate
+        for gradient in (total, *(p.grad for p in rotation.parameters())):
+            sum_over_processes(gradient).div_(WORLD)
         if not (math.isfinite(total) and all(p.grad.isfinite().all() for p in rotation.parameters())):
             fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a number; {args.out} keeps what was there "
                  f"before. Start again with a smaller --lr or another --dtype")
         run.optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.steps)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        run.losses.append(total)
-        progress(step + 1, f"KL {total:.4f}", args.accumulate * args.batch * args.seq)
+        run.losses.append(total.item())
+        progress(step + 1, f"KL {run.losses[-1]:.4f}", args.accumulate * WORLD * args.batch * args.seq)
+        if (step + 1) % args.check_every == 0 or step + 1 == args.steps:
+            run.keep_best(model, valid, step + 1)
         run.save_sometimes(step + 1)
+
+
+def student_states(model: Model, tokens: Tensor, project, recompute: bool) -> Tensor:
+    """model.hidden with projections; with `recompute` a layer's inner states are not kept for the backward pass but made
+    again there (activation checkpointing): a third more time for a layer's worth of memory instead of all layers'."""
+    x = model.embed(tokens)
+    for i in range(model.config.num_hidden_layers):
+        x = checkpoint(model.layer, i, x, project, use_reentrant=False) if recompute else model.layer(i, x, project)
+    return x
 
 
 def schedule(step: int, steps: int) -> float:
     """The learning rate's factor: warm-up over the first tenth, cosine to zero."""
     return min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun): the same weights in each, other sequences; gradients are averaged, the first one writes
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Meet the other processes; the device of this one."""
+    if WORLD == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def my_share(B: int) -> slice:
+    """Of WORLD · B sequences, those of this process."""
+    return slice(RANK * B, (RANK + 1) * B)
+
+
+def sum_over_processes(total: Tensor) -> Tensor:
+    """In place. Small tensors on the CPU travel with gloo or through the GPU with nccl."""
+    if WORLD > 1:
+        there = total.cuda() if distributed.get_backend() == "nccl" else total
+        distributed.all_reduce(there)
+        total.copy_(there)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+def peak_memory(c: Config, batch: int, seq: int, dtype: torch.dtype, recompute: bool) -> dict[str, float]:
+    """Bytes that a training step holds at its peak, by what holds them. c: the model's config.
+
+    All linear layers are frozen, so they keep no input for the backward pass. What a layer keeps, in numbers a token: the input of
+    each norm and the normed one in float32, q and the attention's output, k and v before and after projection, and three of the MLP.
+    """
+    h, i, L, K, d = c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+    H, n, size = c.num_attention_heads, batch * seq, dtype.itemsize
+    matrices = L * (2 * h * H * d + 2 * h * K * d + 3 * h * i) + c.vocab_size * h * (1 if c.tie_word_embeddings else 2)
+    layer = n * (4 * h + 2 * H * d + 4 * K * d + 3 * i) * size
+    return {
+        "weights": matrices * size,
+        "projections, gradients, Adam": L * K * d * d * 2 * 4 * (12 + 4 * 7 / 16),
+        "states between layers": n * h * size * (L + 4) if recompute else 4 * n * h * size,
+        "states within layers": layer * (1 if recompute else L),
+        "logits": 4 * min(CHUNK, n) * c.vocab_size * 4 + 3 * n * h * size,
+    }
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a process can still get; infinite where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def plan_memory(args, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+    """Say what a step will take; decide --checkpoint where the user did not; fail if it cannot fit."""
+    need = lambda recompute: sum(peak_memory(config, args.batch, args.seq, dtype, recompute).values())
+    free = free_memory(device)
+    if args.checkpoint is None:
+        args.checkpoint = need(False) > 0.8 * free
+    parts = peak_memory(config, args.batch, args.seq, dtype, args.checkpoint)
+    print("Memory of a step, predicted: " + ", ".join(f"{name} {n / 1e6:,.0f}" for name, n in parts.items())
+          + f"; {need(args.checkpoint) / 1e6:,.0f} MB in all" + (", layers recomputed in the backward pass" if args.checkpoint else ""))
+    if need(args.checkpoint) > free:
+        fail(f"--batch {args.batch} --seq {args.seq}: a step needs about {need(args.checkpoint) / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on "
+             f"{device}; take a smaller --seq, --batch 1 with --accumulate, or --checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +502,7 @@ def measures(log_p: Tensor, log_q: Tensor, y: Tensor) -> Tensor:
                         (log_q.argmax(-1) == y).double().sum()]).cpu()
 
 
-def report(model: Model, held: np.ndarray, projection: Projection, run_config: dict, losses: list, args) -> None:
+def report(model: Model, held: np.ndarray, projection: Projection, run: dict, args) -> None:
     """Evaluate PCA and the trained projections at the seven budgets (and the searched plan where OUT/ranks.json is),
     print the table, write OUT/train.json and OUT/train.png."""
     plans = {}
@@ -417,8 +516,8 @@ def report(model: Model, held: np.ndarray, projection: Projection, run_config: d
     base, results = evaluate(model, held, plans, args.batch, args.seq, args.runs)
     rows = [{"budget": budget} | {name: results[name, budget] for name, b in plans if b == budget} for budget in BUDGETS]
     print_table(base, rows)
-    write_file(args.out / "train.json", json.dumps(
-        {"config": run_config, "base": base, "budgets": rows, "loss": losses}, indent=1).encode())
+    with blame("--out"):
+        write_file(args.out / "train.json", json.dumps(run | {"base": base, "budgets": rows}, indent=1).encode())
     draw(base, rows, args.out / "train.png")
     print(f"Saved in {args.out}: projections.safetensors, train.json, train.png")
 
@@ -469,6 +568,9 @@ def draw(base: dict, rows: list[dict], path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # A run: its state on disk, its progress on the screen, its speed
 
+VALID = 8   # runs of --seq tokens at the end of the training text that only `Run.keep_best` sees
+
+
 class Run:
     """Everything of a run that a later `--resume` needs: the rotation, its start, Adam's moments, the losses so far."""
 
@@ -477,10 +579,11 @@ class Run:
 
     def __init__(self, args, start: Projection, path: Tensor | None = None):
         self.args, self.start, self.path, self.step, self.losses = args, start, path, 0, []
+        self.checks = []
         self.config = self.describe(args)
         self.rotation = Rotation(start)
         self.optimizer = torch.optim.Adam(self.rotation.parameters(), lr=args.lr)
-        self.saved, self.saved_step, self.bfloat16 = 0.0, 0, None
+        self.saved, self.saved_step, self.bfloat16, self.best = 0.0, 0, None, math.inf
 
     def fast_products(self):
         """Matrix products in bfloat16 (autocast) where that pays; sums, states, projections and the loss stay float32."""
@@ -495,7 +598,30 @@ class Run:
     def state_file(args) -> Path:
         return args.out / "train.state.safetensors"
 
+    def projection(self) -> Projection:
+        """What has been learnt so far, orthogonal to float32's last digit."""
+        with torch.no_grad():
+            p = self.rotation(torch.float64)
+        return Projection(p.U_k.float(), p.U_v.float(), p.mean_v.float(), self.start.pca)
+
+    def keep_best(self, model: Model, valid: np.ndarray, step: int) -> None:
+        """Measure on text that is neither trained on nor held out, and keep OUT/best.safetensors if it is the best so far."""
+        if RANK or not len(valid):
+            return
+        p, c = self.projection(), model.config
+        ranks = {b: uniform_ranks(b, c) if self.path is None else plan_on_path(self.path, c, b) for b in (0.75, 0.5, 0.25)}
+        _, results = evaluate(model, valid, {b: p.at(r) for b, r in ranks.items()}, self.args.batch, self.args.seq, VALID)
+        score = sum(math.log(r["kl"] + 1e-3) for r in results.values()) / len(results)
+        self.checks.append({"step": step} | {f"{b:.0%}": r["kl"] for b, r in results.items()})
+        if score < self.best:
+            self.best = score
+            with blame("--out"):
+                p.save(self.args.out / "best.safetensors")
+
     def save(self, step: int) -> None:
+        """Write OUT/train.state.safetensors, whole or not at all."""
+        if RANK:
+            return
         tensors = {f"start.{name}": getattr(self.start, name) for name in ("U_k", "U_v", "mean_v")}
         tensors |= {f"pca.{name}": getattr(self.start.pca, name) for name in ("U_k", "U_v", "mean_v")}
         for name, parameter in self.rotation.named_parameters():
@@ -503,13 +629,15 @@ class Run:
             tensors |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         if self.path is not None:   # the file may be another search's by the time of --resume
             tensors["path"] = self.path
-        write_tensors(self.state_file(self.args), tensors,
-                      {"run": json.dumps({"step": step, "config": self.config, "losses": self.losses, "bfloat16": self.bfloat16})})
+        with blame("--out"):
+            write_tensors(self.state_file(self.args), tensors, {"run": json.dumps({
+                "step": step, "config": self.config, "losses": self.losses, "checks": self.checks, "best": self.best,
+                "bfloat16": self.bfloat16})})
         self.saved, self.saved_step = time.time(), step
 
     def save_sometimes(self, step: int) -> None:
-        """Once in 30 seconds, between steps only: an interrupt in the midst of one must not save half of it."""
-        if time.time() - self.saved > 30:
+        """Every --save-every seconds, between steps only: an interrupt in the midst of one must not save half of it."""
+        if time.time() - self.saved >= self.args.save_every:
             self.save(step)
 
     @staticmethod
@@ -531,8 +659,8 @@ class Run:
             run.optimizer.state[parameter] = {
                 key.removeprefix(f"adam.{name}."): value if key.endswith("step") else value.to(device)
                 for key, value in tensors.items() if key.startswith(f"adam.{name}.")}
-        run.step, run.losses = saved["step"], saved["losses"]
-        run.saved_step, run.bfloat16 = run.step, saved["bfloat16"]
+        run.step = run.saved_step = saved["step"]
+        run.losses, run.checks, run.best, run.bfloat16 = (saved[name] for name in ("losses", "checks", "best", "bfloat16"))
         return run
 
 
@@ -545,7 +673,7 @@ class Progress:
     def __call__(self, step: int, text: str, tokens: int) -> None:
         self.tokens, self.done = self.tokens + tokens, self.done + 1
         now, terminal = time.time(), sys.stderr.isatty()
-        if step < self.total and now - self.shown < (0.2 if terminal else 10):
+        if RANK or step < self.total and now - self.shown < (0.2 if terminal else 10):
             return
         self.shown, seconds = now, now - self.start
         left = (self.total - step) * seconds / self.done
@@ -598,7 +726,11 @@ def check_folder(path: Path) -> None:
 def text_for(args, model: Model) -> tuple[np.ndarray, np.ndarray]:
     """The (training, held-out) tokens that --data asks for; fails if they do not fill one run of --seq tokens."""
     with blame("--data"):
+        if RANK:                    # the first process tokenises, the others find the file
+            distributed.barrier()
         tokens, held = load_data(args.data, args.ckpt, model.config.vocab_size, args.out)
+        if WORLD > 1 and RANK == 0:
+            distributed.barrier()
         for part, name in ((tokens, "training"), (held, "held-out")):
             if len(part) <= args.seq:
                 raise ValueError(f"{args.data or 'Python'}: too short, {len(part)} {name} tokens for runs of --seq {args.seq}")
@@ -619,6 +751,11 @@ def main():
     parser.add_argument("--lr", type=within(0.0, 10.0), help="Adam's rate at its peak [0.5 / head_dim; 0.001 for the paper's recipe]")
     parser.add_argument("--ce", type=within(0.0, 1.0), help="share of next-token cross-entropy in the loss [0; 0.75 for the paper's]")
     parser.add_argument("--runs", type=within(1, 10 ** 6), default=64, help="runs of --seq held-out tokens to report on [64]")
+    parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction,
+                        help="recompute each layer in the backward pass: less memory, a third more time [if it would not fit otherwise]")
+    parser.add_argument("--check-every", type=within(1, 10 ** 7), default=100, help="steps between two looks at text of its own; "
+                        "the best projections are kept in OUT/best.safetensors [100]")
+    parser.add_argument("--save-every", type=within(0.0, 1e6), default=30.0, help="seconds between two saves of the run's state [30]")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for what is written [out]")
     parser.add_argument("--resume", action="store_true", help="go on with the run that was stopped in --out")
     parser.add_argument("--eval", action="store_true", help="no training: report on what is in --out")
@@ -629,16 +766,24 @@ def main():
 
     if args.ranks and args.recipe == "paper":
         fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave out --recipe paper or --ranks")
-    check_folder(args.out)
+    if RANK == 0:
+        check_folder(args.out)
+    with blame("--ckpt"):
+        config = read_config(args.ckpt / "config.json")
+        if config.head_dim % STEPS:
+            raise ValueError(f"{args.ckpt}: head_dim {config.head_dim} does not divide into {STEPS} steps of rank")
+    if not args.eval:
+        plan_memory(args, config, device, dtype)
+    device = join_processes(device)
     with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
-        if model.config.head_dim % STEPS:
-            raise ValueError(f"{args.ckpt}: head_dim {model.config.head_dim} does not divide into {STEPS} steps of rank")
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / model.config.head_dim
     with blame("--ranks"):
         path = read_plan(args.ranks, model.config)["path"] if args.ranks and not (args.resume or args.eval) else None
     tokens, held = text_for(args, model)
+    cut = len(tokens) - (VALID * args.seq + 1 if len(tokens) > 10 * VALID * args.seq else 0)
+    tokens, valid = tokens[:cut], tokens[cut:]
 
     if args.eval:
         with blame("--eval"):
@@ -649,7 +794,7 @@ def main():
             for name in ("ckpt", "data", "seq"):
                 if before["config"][name] != now[name]:
                     raise ValueError(f"{args.out}: was trained with --{name} {before['config'][name]}, not {now[name]}")
-        return report(model, held, projection.to(device), before["config"], before["loss"], args)
+        return report(model, held, projection.to(device), before, args)
     if args.resume:
         with blame("--resume"):
             run = Run.resume(args, device)
@@ -659,33 +804,40 @@ def main():
         if RECIPES[args.recipe]["start"] == "aware":
             start = moments.aware([layer.self_attn.o_proj.weight for layer in model.layers])
         start.pca = moments.pca()
-        run = Run(args, start, path)
+        run = Run(args, start.to(device, wide(dtype)), path)
     rows = min(args.batch * args.seq, 2048)
     rate = product_rate(model, rows, dtype)
     if device.type == "cpu" and dtype == torch.float32:
         rate16 = product_rate(model, rows, torch.bfloat16)
-        run.bfloat16 = rate16 > 1.5 * rate if run.bfloat16 is None else run.bfloat16
+        if run.bfloat16 is None:   # the first process decides for all
+            run.bfloat16 = sum_over_processes(torch.tensor([RANK == 0 and rate16 > 1.5 * rate]).float()).item() > 0
         print(f"Matrix products reach {rate / 1e9:.0f} GFLOP/s in float32 and {rate16 / 1e9:.0f} in bfloat16: training uses "
               f"{'bfloat16 for the layers' if run.bfloat16 else 'float32'}, the report float32", flush=True)
     first, began = run.step, time.time()
     try:
-        train(model, tokens, run.rotation, run)
+        train(model, tokens, valid, run)
     except KeyboardInterrupt:
-        print(f"\nStopped; the same command with --resume goes on from step {run.saved_step}", file=sys.stderr)
+        if RANK == 0:
+            print(f"\nStopped; the same command with --resume goes on from step {run.saved_step}", file=sys.stderr)
         raise SystemExit(130)
+    except torch.OutOfMemoryError:
+        fail(f"--batch {args.batch} --seq {args.seq}: the memory of {device} does not suffice; a smaller --seq, --batch 1 with "
+             f"--accumulate, or --checkpoint take less")
     synchronize(device)
-    seconds, done = time.time() - began, (args.steps - first) * args.accumulate * args.batch * args.seq
+    seconds, done = time.time() - began, (args.steps - first) * args.accumulate * WORLD * args.batch * args.seq
     if done:
         print(f"Trained for {seconds:.0f} s, {done / seconds:,.0f} tokens/s: the model's own operations at "
-              f"{100 * operations_a_token(model) * done / seconds / rate:.0f}% of the {rate / 1e9:.0f} GFLOP/s that its "
+              f"{100 * operations_a_token(model) * done / seconds / rate / WORLD:.0f}% of the {rate / 1e9:.0f} GFLOP/s that its "
               f"matrix products alone reach here in {args.dtype}")
     run.save(args.steps)
-    with torch.no_grad():
-        projection = run.rotation(torch.float64)
-    projection = Projection(projection.U_k.float(), projection.U_v.float(), projection.mean_v.float(), run.start.pca)
-    projection.save(args.out / "projections.safetensors")
-    report(model, held, projection, run.config, run.losses, args)
-    Run.state_file(args).unlink(missing_ok=True)
+    if RANK == 0:
+        projection = run.projection()
+        with blame("--out"):
+            projection.save(args.out / "projections.safetensors")
+        report(model, held, projection, {"config": run.config, "loss": run.losses, "checks": run.checks}, args)
+        Run.state_file(args).unlink(missing_ok=True)
+    if WORLD > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     ids = np.random.default_rng(1).integers(3, 96, 4000).astype(np.uint16)
     np.save(folder / "tokens.npy", ids)
-    done = run_train(folder / "tokens.npy", folder / "out", "--steps", 60)
+    done = run_train(folder / "tokens.npy", folder / "out", "--steps", 150)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -149,14 +149,15 @@ def test_a_run_leaves_the_files_that_others_rely_on(trained):
         U = tensors[name].double()
         assert (U.mT @ U - torch.eye(d)).abs().max() < 1e-5
     report = json.loads((trained / "out" / "train.json").read_text())
-    assert len(report["loss"]) == 60 and report["config"]["steps"] == 60
+    assert len(report["loss"]) == 150 and report["config"]["steps"] == 150
     assert [row["budget"] for row in report["budgets"]] == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]
     assert set(report["base"]) == {"perplexity", "accuracy"}
     for row in report["budgets"]:
         assert set(row["pca"]) == set(row["trained"]) == {"kl", "perplexity", "accuracy"}
     assert report["budgets"][0]["trained"]["kl"] < 1e-6
     assert (trained / "out" / "train.png").read_bytes()[:4] == b"\x89PNG"
-    assert sorted(p.name for p in (trained / "out").iterdir()) == ["projections.safetensors", "train.json", "train.png"]
+    assert sorted(p.name for p in (trained / "out").iterdir()) == \
+        ["best.safetensors", "projections.safetensors", "train.json", "train.png"]
 
 
 def test_training_beats_pca_at_every_budget(trained):
@@ -176,7 +177,7 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_does(trained, tmp_path):
     code = ("import sys, train; plain = train.Run.save_sometimes\n"
             "def stop(run, step):\n    if step == 23: run.save(step)\n    if step == 25: raise KeyboardInterrupt\n"
             "train.Run.save_sometimes = stop\nsys.argv = ['train.py'] + sys.argv[1:]\ntrain.main()")
-    arguments = ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--seq", 32, "--batch", 8, "--steps", 60, "--out", tmp_path]
+    arguments = ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--seq", 32, "--batch", 8, "--steps", 150, "--out", tmp_path]
     stopped = script("-c", code, *arguments)
     assert stopped.returncode == 130 and "--resume goes on from step 23" in stopped.stderr and "Traceback" not in stopped.stderr
     assert not (tmp_path / "projections.safetensors").exists()
