@@ -71,8 +71,8 @@ class Moments:
         M = Σ W_o[h]ᵀ W_o[h] over the query heads h of the group. A heuristic; `python train.py --lr 0 --steps 1` compares it with PCA.
         """
         d = self.v.shape[-1]
-        heads = torch.stack([W.to(self.vv).unflatten(1, (-1, self.G, d)) for W in W_o])  # (L, hidden, K, G, d)
-        read = torch.einsum("lxkgd,lxkge->lkde", heads, heads)
+        heads = (W.to(self.vv).unflatten(1, (-1, self.G, d)) for W in W_o)               # (hidden, K, G, d), layer by layer
+        read = torch.stack([torch.einsum("xkgd,xkge->kde", W, W) for W in heads])
         return Projection(leading(unit_trace(self.covariance("k")) + unit_trace(self.qq)),
                           leading(unit_trace(self.covariance("v")) + unit_trace(read)), self.mean_v())
 
@@ -219,7 +219,7 @@ class Rotation(nn.Module):
         self.start = start
         rows, columns = torch.triu_indices(d, d, 1)
         apart = rows // (d // STEPS) != columns // (d // STEPS)
-        self.rows, self.columns = rows[apart], columns[apart]
+        self.rows, self.columns = (x[apart].to(start.U_k.device) for x in (rows, columns))
         self.A_k = nn.Parameter(start.U_k.new_zeros(L, K, len(self.rows)))
         self.A_v = nn.Parameter(torch.zeros_like(self.A_k))
         self.mean_v = nn.Parameter(start.mean_v.clone())
@@ -229,6 +229,12 @@ class Rotation(nn.Module):
         U_k, U_v = self.start.U_k.to(dtype), self.start.U_v.to(dtype)
         return Projection(U_k @ self.cayley(self.A_k.to(dtype)), U_v @ self.cayley(self.A_v.to(dtype)), self.mean_v.to(dtype),
                           self.start.pca)
+
+    def told_apart(self, ranks: Tensor) -> Tensor:
+        """Which entries of A_k and A_v the ranks (2, L, B, K) of a step can see, those between a column that some sequence
+        keeps and one that it cuts: (2, L, K, n). The gradient of the others is rounding noise, which Adam would blow up."""
+        r = ranks.to(self.rows.device)[..., None]
+        return ((self.rows < r) & (self.columns >= r)).any(2)
 
     def cayley(self, entries: Tensor) -> Tensor:
         """C(A) = (I − A/2)⁻¹ (I + A/2), (L, K, d, d). I − A/2 is never singular: A has imaginary eigenvalues."""

@@ -340,11 +340,11 @@ def train(model: Model, tokens: np.ndarray, valid: np.ndarray, run: "Run") -> No
         # Everything random in a step follows from the seed and its number, so a resumed run draws what it would have.
         # N processes with batches of B draw what one with N · B would, and each takes its share.
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        total = torch.zeros(1, dtype=torch.float64)
+        total, seen = torch.zeros(1, dtype=torch.float64), False
         for _ in range(args.accumulate):
             block = random_windows(tokens, WORLD * args.batch, args.seq, generator, my_share(args.batch)).to(model.device)
-            ranks = draw_ranks(recipe["ranks"], WORLD * args.batch, config, generator, run.path)[:, :, my_share(args.batch)]
-            project = rotation().at(ranks)
+            ranks = draw_ranks(recipe["ranks"], WORLD * args.batch, config, generator, run.path)
+            project, seen = rotation().at(ranks[:, :, my_share(args.batch)]), rotation.told_apart(ranks) | seen
             with run.fast_products():
                 with torch.no_grad():                   # the teacher: the same weights, nothing projected
                     teacher = model.hidden(block[:, :-1])
@@ -356,6 +356,8 @@ def train(model: Model, tokens: np.ndarray, valid: np.ndarray, run: "Run") -> No
             total += kl.mean().item() / args.accumulate
         for gradient in (total, *(p.grad for p in rotation.parameters())):
             sum_over_processes(gradient).div_(WORLD)
+        rotation.A_k.grad.mul_(seen[0])
+        rotation.A_v.grad.mul_(seen[1])
         if not (math.isfinite(total) and all(p.grad.isfinite().all() for p in rotation.parameters())):
             fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a number; {args.out} keeps what was there "
                  f"before. Start again with a smaller --lr or another --dtype")
@@ -586,7 +588,7 @@ class Run:
         self.saved, self.saved_step, self.bfloat16, self.best = 0.0, 0, None, math.inf
 
     def fast_products(self):
-        """Matrix products in bfloat16 (autocast) where that pays; sums, states, projections and the loss stay float32."""
+        """Matrix products in bfloat16 (autocast) where that pays and no --dtype was given; sums, states, projections and the loss stay float32."""
         return torch.autocast("cpu", torch.bfloat16, enabled=bool(self.bfloat16))
 
     @classmethod
@@ -691,17 +693,18 @@ def describe(model: Model) -> str:
 @torch.no_grad()
 def product_rate(model: Model, rows: int, dtype: torch.dtype) -> float:
     """Operations a second that matrix products of this model's shapes reach here, on their own (median of six)."""
-    weights = [p.to(dtype) for p in model.layers[0].parameters() if p.ndim == 2] + [model.lm_head.weight.to(dtype)]
-    states = [torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights]
-    seconds = []
-    for _ in range(6):
-        synchronize(model.device)
-        start = time.perf_counter()
-        for x, w in zip(states, weights):
+    operations, seconds = 0, 0.0
+    for w in [p for p in model.layers[0].parameters() if p.ndim == 2] + [model.lm_head.weight]:
+        w, times = w.to(dtype), []
+        x = torch.randn(rows, w.shape[1], dtype=dtype, device=w.device)
+        for _ in range(6):
+            synchronize(model.device)
+            start = time.perf_counter()
             F.linear(x, w)
-        synchronize(model.device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * rows * sum(w.numel() for w in weights) / sorted(seconds)[2]
+            synchronize(model.device)
+            times.append(time.perf_counter() - start)
+        operations, seconds = operations + 2 * rows * w.numel(), seconds + sorted(times)[2]
+    return operations / seconds
 
 
 def synchronize(device: torch.device) -> None:
@@ -762,7 +765,7 @@ def main():
     args = parser.parse_args()
     args.ce = RECIPES[args.recipe]["ce"] if args.ce is None else args.ce
     device, dtype = prepare(args)
-    args.dtype = str(dtype).removeprefix("torch.")
+    mixed, args.dtype = args.dtype is None and device.type == "cpu", str(dtype).removeprefix("torch.")
 
     if args.ranks and args.recipe == "paper":
         fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave out --recipe paper or --ranks")
@@ -807,7 +810,7 @@ def main():
         run = Run(args, start.to(device, wide(dtype)), path)
     rows = min(args.batch * args.seq, 2048)
     rate = product_rate(model, rows, dtype)
-    if device.type == "cpu" and dtype == torch.float32:
+    if mixed:                       # where no --dtype was asked for: whatever is faster here
         rate16 = product_rate(model, rows, torch.bfloat16)
         if run.bfloat16 is None:   # the first process decides for all
             run.bfloat16 = sum_over_processes(torch.tensor([RANK == 0 and rate16 > 1.5 * rate]).float()).item() > 0

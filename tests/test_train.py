@@ -1,7 +1,9 @@
 """Training: the right loss with the right gradient, only the projections learn, a stopped run goes on as if it had not."""
 import json
+import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from safetensors.torch import load_file
 
 from conftest import GOLDEN, relative
 from projection import Moments, Projection, Rotation, plan_on_path, uniform_ranks
-from train import (Distill, draw_ranks, encode, evaluate, jsonl_documents, load_data, main, python_documents,
-                   windows)
+from model import load_tokenizer, read_config
+from train import (Distill, draw_ranks, encode, evaluate, jsonl_documents, load_data, main, peak_memory,
+                   python_documents, student_states, windows)
 
 ROOT = GOLDEN.parent.parent
 CKPT = GOLDEN / "mistral_sharded_head_dim"
@@ -190,6 +193,104 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_does(trained, tmp_path):
         assert (once[name] - twice[name]).abs().max() < 1e-6
     a, b = (json.loads((out / "train.json").read_text())["loss"] for out in (trained / "out", tmp_path))
     assert a == pytest.approx(b, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype, bound", [("float64", 1e-8), ("float32", 1e-4)])
+def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path, dtype, bound):
+    arguments = ["train.py", "--ckpt", CKPT, "--data", trained / "tokens.npy", "--seq", 32, "--steps", 10, "--dtype", dtype]
+    one = script(*arguments, "--batch", 8, "--out", tmp_path / "one")
+    two = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments, "--batch", 4, "--out", tmp_path / "two")
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    a, b = (load_file(tmp_path / name / "projections.safetensors") for name in ("one", "two"))
+    for name in ("U_k", "U_v", "pca_U_k"):
+        for r in range(2, 16, 2):
+            P, Q = (x[name][..., :r].double() @ x[name][..., :r].double().mT for x in (a, b))
+            assert (P - Q).abs().max() < bound
+    assert json.loads((tmp_path / "two" / "train.json").read_text())["loss"] == \
+        pytest.approx(json.loads((tmp_path / "one" / "train.json").read_text())["loss"], rel=1e-3)
+
+
+def test_recomputed_layers_give_the_same_gradients(model, tokens):
+    start = random_start(model)
+    ranks = draw_ranks("levels", len(tokens), model.config, torch.Generator().manual_seed(0))
+    gradients = []
+    for recompute in (False, True):
+        rotation = Rotation(start)
+        student_states(model, tokens, rotation().at(ranks), recompute).square().sum().backward()
+        gradients.append([p.grad for p in rotation.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_killed_at_any_moment_a_run_goes_on_and_its_files_load(trained, tmp_path):
+    """KILLS=20 in the environment kills that often."""
+    arguments = ["train.py", "--ckpt", CKPT, "--data", trained / "tokens.npy", "--seq", 32, "--batch", 8, "--steps", 150,
+                 "--out", tmp_path, "--save-every", 0]
+    wait, files = np.random.default_rng(), lambda: sorted(tmp_path.glob("*.safetensors"))
+    for _ in range(int(os.environ.get("KILLS", 2))):
+        resume = ["--resume"] * (tmp_path / "train.state.safetensors").exists()
+        run = subprocess.Popen([sys.executable, *map(str, arguments + resume)], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        if wait.random() < 0.5:                                   # half of the kills once steps are being made
+            while run.poll() is None and not files():
+                time.sleep(0.02)
+        time.sleep(wait.uniform(0, 3))
+        run.kill()
+        run.wait()
+        for file in files():
+            load_file(file)
+        for file in tmp_path.glob("*.json"):
+            json.loads(file.read_text())
+    resume = ["--resume"] * (tmp_path / "train.state.safetensors").exists()
+    done = script(*arguments, *resume)
+    assert done.returncode == 0, done.stderr
+    once, twice = (load_file(out / "projections.safetensors") for out in (trained / "out", tmp_path))
+    assert all((once[name] - twice[name]).abs().max() < 1e-6 for name in once)
+
+
+def test_memory_grows_with_what_is_kept():
+    c = read_config(ROOT / "demo" / "config.json")
+    need = lambda *arguments: sum(peak_memory(c, *arguments).values())
+    assert need(8, 256, torch.float32, True) < need(8, 256, torch.float32, False) < need(16, 256, torch.float32, False)
+    assert need(8, 256, torch.bfloat16, False) < need(8, 256, torch.float32, False)
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(trained, tmp_path, monkeypatch, capsys):
+    """The disk is full from the third write of the state on."""
+    (tmp_path / "projections.safetensors").write_bytes(b"of an earlier run")
+    writes, plain = [], os.fsync
+
+    def full(file):
+        writes.append(file)
+        if len(writes) > 6:
+            raise OSError(28, "No space left on device")
+        plain(file)
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--seq", 32, "--steps", 20,
+                                                             "--out", tmp_path, "--save-every", 0])])
+    with pytest.raises(SystemExit) as left:
+        main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert left.value.code == 2 and "--out" in lines[-1] and "No space" in lines[-1]
+    assert (tmp_path / "projections.safetensors").read_bytes() == b"of an earlier run"
+    load_file(tmp_path / "train.state.safetensors")
+    assert not list(tmp_path.glob("*.part"))
+
+
+# Text becomes token ids once
+
+def test_a_text_is_tokenised_once_and_a_changed_one_again(tmp_path):
+    text, demo = tmp_path / "text.txt", ROOT / "demo"
+    text.write_text("The first line.\n" * 3000 + "word " * 100000)
+    tokenizer = load_tokenizer(demo)
+    train, held = load_data(text, demo, 4096, tmp_path / "out")
+    ids, made = np.concatenate((train, held)), tmp_path / "out" / "text.txt.bin"
+    assert ids[0] == tokenizer.bos_id() and (ids[1:] != tokenizer.bos_id()).all()
+    assert tokenizer.decode(ids.tolist()).split() == text.read_text().split()
+    first = made.stat().st_mtime_ns
+    load_data(text, demo, 4096, tmp_path / "out")
+    assert made.stat().st_mtime_ns == first
+    text.write_text("Another text.")
+    assert len(np.concatenate(load_data(text, demo, 4096, tmp_path / "out"))) == 1 + len(tokenizer.encode("Another text."))
+    assert not list((tmp_path / "out").glob("*.part"))
 
 
 def test_accumulated_batches_are_one_large_batch(model):
