@@ -160,6 +160,16 @@ class KVCache:
             self.tables[i] = (torch.cat((self.offsets[:, i], self.ranks[:, i])) // step).to(self.device)
         return self.tables[i]
 
+    def spread(self, batch: int, more: int) -> "KVCache":
+        """A cache for `batch` sequences that all begin with the one in this, with room for `more` tokens."""
+        other = KVCache(self.projection, self.ranks, batch, self.length + more, self.dtype, self.device)
+        other.folded, other.length = self.folded, self.length
+        for mine, theirs in zip(self.groups, other.groups):
+            for (_, *blocks), (_, *copies) in zip(mine, theirs):
+                for block, copy in zip(blocks, copies):
+                    copy[:, :, :self.length] = block[:, :, :self.length]
+        return other
+
     def advance(self, T: int) -> None:
         """Count the T tokens that every layer has appended."""
         self.length += T

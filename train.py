@@ -52,6 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed
 from torch.utils.checkpoint import checkpoint
 
+from cache import KVCache
 from model import Config, Model, arguments, blame, fail, load, load_tokenizer, prepare, read_config, within
 from projection import (BUDGETS, STEPS, Moments, Projection, Rotation, open_safetensors, plan_on_path, read_json,
                         read_plan, read_ranks, uniform_ranks, write_file, write_tensors)
@@ -504,22 +505,99 @@ def measures(log_p: Tensor, log_q: Tensor, y: Tensor) -> Tensor:
                         (log_q.argmax(-1) == y).double().sum()]).cpu()
 
 
+def read_questions(path: Path) -> list[dict]:
+    """Multiple-choice questions, {"context": …, "choices": […], "label": n} a line. Raises ValueError naming a bad line."""
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                question = json.loads(line)
+                context, choices, label = (question[key] for key in ("context", "choices", "label"))
+                if not isinstance(context, str) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices) \
+                        or type(label) is not int or not 0 <= label < len(choices):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f'{path}: line {number} is not {{"context": text, "choices": [two texts or more], '
+                                 f'"label": number of the right one, from 0}}') from None
+            questions.append(question)
+    if not questions:
+        raise ValueError(f"{path}: holds no question")
+    return questions
+
+
+@torch.no_grad()
+def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Tensor:
+    """log p(choice | context) of every choice, summed over its tokens: (choices,).
+
+    What all choices begin with is prefilled once; the choices then follow as one batch. A choice's tokens are those that
+    context + choice has beyond the context's own, at least one.
+    """
+    encode = lambda text: [tokenizer.bos_id()] * (tokenizer.bos_id() >= 0) + tokenizer.encode(text)
+    context, wholes = len(encode(question["context"])), [encode(question["context"] + choice) for choice in question["choices"]]
+    same = 0
+    while same < min(context, *(len(w) - 1 for w in wholes)) and len({w[same] for w in wholes}) == 1:
+        same += 1
+    if not same:
+        raise ValueError(f"the tokenizer has no beginning of sequence, and nothing goes before {question['choices'][0]!r}")
+    ends, longest = [w[same:] for w in wholes], max(map(len, wholes)) - same
+    cache.length = 0
+    states = model.hidden(torch.tensor([wholes[0][:same]], device=model.device), cache=cache)[:, -1:].expand(len(ends), -1, -1)
+    if longest > 1:
+        padded = torch.tensor([end[:-1] + [0] * (longest - len(end)) for end in ends], device=model.device)
+        states = torch.cat((states, model.hidden(padded, cache=cache.spread(len(ends), longest - 1))), dim=1)
+    log_p = model.head(states).to(wide(model.dtype)).log_softmax(-1)                    # (choices, longest, vocab)
+    scores = []
+    for row, end, whole in zip(log_p, ends, wholes):
+        first = min(context, len(whole) - 1) - same                                     # tokens before belong to the context
+        scores.append(row[torch.arange(first, len(end)), end[first:]].sum())
+    return torch.stack(scores)
+
+
+def answer(model: Model, tokenizer, questions: list[dict], projection: Projection | None, ranks: Tensor) -> dict[str, float]:
+    """The share of questions whose right choice has the largest score, as it is and by character; the first of equals counts."""
+    room = max(len(tokenizer.encode(q["context"])) for q in questions) + 1
+    cache = KVCache(projection or Projection.identity(model.config).to(model.device), ranks, 1, room, model.dtype, model.device)
+    right = torch.zeros(2)
+    for q in questions:
+        scores = choice_scores(model, tokenizer, q, cache).cpu()
+        by_character = scores / torch.tensor([len(choice) for choice in q["choices"]])
+        right += torch.tensor([x.argmax() == q["label"] for x in (scores, by_character)])
+    return dict(zip(("accuracy", "accuracy_by_character"), (right / len(questions)).tolist()))
+
+
+def report_tasks(model: Model, projection: Projection, plans: dict, args) -> dict:
+    """Multiple choice at every budget, through the real cache: the paper's measure (section 4.1)."""
+    with blame("--tasks"):
+        questions, tokenizer = read_questions(args.tasks), load_tokenizer(args.ckpt)
+        print(f"{args.tasks}: {len(questions)} questions, accuracy by summed log-likelihood (and by log-likelihood a character), %\n")
+        base = answer(model, tokenizer, questions, None, uniform_ranks(1.0, model.config))
+        rows = []
+        show = lambda r: f"{100 * r['accuracy']:6.2f} ({100 * r['accuracy_by_character']:5.2f})"
+        print("   cache  " + "".join(f"{name:>17s}" for name in ("base", *dict.fromkeys(name for name, _ in plans))))
+        for budget in BUDGETS:
+            row = {name: answer(model, tokenizer, questions, projection.pca if name == "pca" else projection, ranks)
+                   for (name, b), ranks in plans.items() if b == budget}
+            rows.append({"budget": budget} | row)
+            print(f"  {budget:6.1%}  " + "".join(f"{show(r):>17s}" for r in (base, *row.values())), flush=True)
+    return {"tasks": {"file": str(args.tasks), "questions": len(questions), "base": base, "budgets": rows}}
+
+
 def report(model: Model, held: np.ndarray, projection: Projection, run: dict, args) -> None:
-    """Evaluate PCA and the trained projections at the seven budgets (and the searched plan where OUT/ranks.json is),
-    print the table, write OUT/train.json and OUT/train.png."""
-    plans = {}
+    """Evaluate PCA and the trained projections at the seven budgets (with --eval the searched plan, where OUT/ranks.json is,
+    and --tasks), print the tables, write OUT/train.json and OUT/train.png. `run` is what train.json says of the run."""
+    ranks = {}
     for budget in BUDGETS:
-        ranks = uniform_ranks(budget, model.config)
-        plans["pca", budget] = projection.pca.at(ranks)
-        plans["trained", budget] = projection.at(ranks)
+        ranks["pca", budget] = ranks["trained", budget] = uniform_ranks(budget, model.config)
         if args.eval and (args.out / "ranks.json").exists():   # after training it would be of older projections
             with blame("--out"):
-                plans["searched", budget] = projection.at(read_ranks(args.out / "ranks.json", model.config, budget))
+                ranks["searched", budget] = read_ranks(args.out / "ranks.json", model.config, budget)
+    plans = {(name, b): (projection.pca if name == "pca" else projection).at(r) for (name, b), r in ranks.items()}
     base, results = evaluate(model, held, plans, args.batch, args.seq, args.runs)
     rows = [{"budget": budget} | {name: results[name, budget] for name, b in plans if b == budget} for budget in BUDGETS]
     print_table(base, rows)
+    tasks = report_tasks(model, projection, ranks, args) if args.tasks else {}
     with blame("--out"):
-        write_file(args.out / "train.json", json.dumps(run | {"base": base, "budgets": rows}, indent=1).encode())
+        write_file(args.out / "train.json", json.dumps(run | {"base": base, "budgets": rows} | tasks, indent=1).encode())
     draw(base, rows, args.out / "train.png")
     print(f"Saved in {args.out}: projections.safetensors, train.json, train.png")
 
@@ -762,6 +840,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for what is written [out]")
     parser.add_argument("--resume", action="store_true", help="go on with the run that was stopped in --out")
     parser.add_argument("--eval", action="store_true", help="no training: report on what is in --out")
+    parser.add_argument("--tasks", type=Path, help="with --eval: a .jsonl of multiple-choice questions to answer at every budget")
     args = parser.parse_args()
     args.ce = RECIPES[args.recipe]["ce"] if args.ce is None else args.ce
     device, dtype = prepare(args)
@@ -769,6 +848,11 @@ def main():
 
     if args.ranks and args.recipe == "paper":
         fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave out --recipe paper or --ranks")
+    if args.tasks:
+        if not args.eval:
+            fail("--tasks: is answered by a report on what is in --out; add --eval")
+        with blame("--tasks"):
+            read_questions(args.tasks)
     if RANK == 0:
         check_folder(args.out)
     with blame("--ckpt"):
