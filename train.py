@@ -434,7 +434,7 @@ def peak_memory(c: Config, batch: int, seq: int, dtype: torch.dtype, recompute: 
     layer = n * (4 * h + 2 * H * d + 4 * K * d + 3 * i) * size
     return {
         "weights": matrices * size,
-        "projections, gradients, Adam": L * K * d * d * 2 * 4 * (12 + 4 * 7 / 16),
+        "projections": 18 * 4 * L * K * d * d,   # start, PCA, A, its gradient, Adam's two moments, the Cayley maps and their graph
         "states between layers": n * h * size * (L + 4) if recompute else 4 * n * h * size,
         "states within layers": layer * (1 if recompute else L),
         "logits": 4 * min(CHUNK, n) * c.vocab_size * 4 + 3 * n * h * size,
@@ -820,7 +820,8 @@ def text_for(args, model: Model) -> tuple[np.ndarray, np.ndarray]:
     return tokens, held
 
 
-def main():
+def options() -> argparse.Namespace:
+    """The command line."""
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
     parser.add_argument("--recipe", choices=list(RECIPES), default="ours", help="ours, or the paper's [ours]")
@@ -841,7 +842,11 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on with the run that was stopped in --out")
     parser.add_argument("--eval", action="store_true", help="no training: report on what is in --out")
     parser.add_argument("--tasks", type=Path, help="with --eval: a .jsonl of multiple-choice questions to answer at every budget")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = options()
     args.ce = RECIPES[args.recipe]["ce"] if args.ce is None else args.ce
     device, dtype = prepare(args)
     mixed, args.dtype = args.dtype is None and device.type == "cpu", str(dtype).removeprefix("torch.")
