@@ -76,6 +76,9 @@ def read_config(path: Path) -> Config:
     for key, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if raw.get(key) not in (None, only):
             raise ValueError(f"{path}: {key} is {raw[key]!r}; only {only!r} is supported")
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise ValueError(f"{path}: {key} is {raw[key]!r}; expected an object or null")
     # Older files hold rope_theta at the top and rope_scaling beside it; newer ones hold both inside rope_parameters.
     rope = {"rope_theta": raw.get("rope_theta") or 10000.0, **(raw.get("rope_scaling") or {}),
             **(raw.get("rope_parameters") or {})}
@@ -107,6 +110,8 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"{path}: no {missing.args[0]!r}") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: a setting has the wrong type or value ({error})") from None
+    if min(config.vocab_size, config.hidden_size, config.num_hidden_layers, heads, config.num_key_value_heads, config.head_dim) < 1:
+        raise ValueError(f"{path}: a size is not positive")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(f"{path}: {config.num_attention_heads} query heads do not divide among "
                          f"{config.num_key_value_heads} key-value heads")
@@ -372,6 +377,8 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     torch.manual_seed(args.seed)
     try:
         device = torch.device(args.device)
+        if device.type not in ("cpu", "cuda"):      # others lack float64, which calibration sums in
+            fail(f"--device {args.device}: only cpu and cuda are supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f"--device {args.device}: not a device of this machine or this build of PyTorch")
@@ -415,7 +422,7 @@ def generate(model: Model, tokens: list[int], count: int, temperature: float = 0
     for _ in range(count):
         logits = model.head(model.hidden(new, cache=cache)[:, -1]).float()              # (1, vocab)
         new = (logits.argmax(-1, keepdim=True) if temperature == 0
-               else torch.multinomial((logits / temperature).softmax(-1), 1))           # (1, 1)
+               else torch.multinomial(((logits - logits.amax()) / temperature).softmax(-1), 1))   # (1, 1)
         token = new.item()
         if token in model.config.eos_token_id:
             return

@@ -17,20 +17,26 @@ loses to plain PCA where most of it is. `--recipe ours`, the default, must not l
 
   start      PCA weighted by what reads the keys and values (Moments.aware). Better than PCA before any training.
   ranks      one level for a sequence, each head at most one step off. Independent ranks always average to about half
-             of the cache, so the paper's recipe never sees a nearly full one, nor a quarter of it.
+             of the cache, so the paper's recipe never sees a nearly full one, nor a quarter of it. With --ranks FILE a
+             random plan of the path that search.py found, each head at most a step off: then the columns learn for
+             the plans that will be used.
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at 87.5%: in a plain mean the
              small ranks drown the rest, and the columns that only large ranks see follow noise. In the logarithm a
              tenth less KL counts the same at every budget (down to about 0.001). No cross-entropy: it pulls towards the text, away from the
              model, also where the cache is full and there is nothing to mend.
   rate       0.5 / head_dim. Adam moves every angle of a rotation equally fast, and a column turns by head_dim of them.
 
-One copy of the weights, no gradient for any of them, and logits only ever 256 tokens at a time.
+One copy of the weights, no gradient for any of them, logits only ever 256 tokens at a time, and with --checkpoint one
+layer's inner states at a time: a 7B model in bfloat16 trains in some 16 GB (`peak_memory`; predicted, not measured on a GPU).
 
     python train.py                                                         # the demo on Python's own documentation
     python train.py --ckpt /path/to/Llama-2-7b-hf --data redpajama.jsonl --seq 2048 --batch 1 --accumulate 8
     python train.py --recipe paper --out out_paper                          # the paper's recipe, to compare
+    python train.py --ranks out/ranks.json --out out_path                   # along the path that search.py found
+    torchrun --nproc_per_node=8 train.py --ckpt ... --data ...              # several GPUs, each with its own sequences
     python train.py --resume                     # with the options of the stopped run: goes on where it was
     python train.py --eval                       # with the same options: the report again, and of OUT/ranks.json if there
+    python train.py --eval --tasks demo/questions.jsonl                     # and multiple-choice questions at every budget
 """
 import argparse
 import ast

@@ -4,10 +4,10 @@ Makes checkpoints of random bfloat16 weights in a temporary folder, sharded with
 the peak of loading all 32 layers and one short forward pass against the size of the weights, and the peak of two training
 steps with 2 layers against train.py's prediction.
 
-    python tests/memory_7b.py [FOLDER]
+    python tests/memory_7b.py table          # the prediction alone, for three public models
+    python tests/memory_7b.py                # and the measurements
 """
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,14 +20,31 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
 from model import Model, load, read_config  # noqa: E402
+from train import peak_memory  # noqa: E402
 
 CONFIG = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
           "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
 
+OTHERS = {"LLaMA-2-7B": {}, "Mistral-7B-v0.3": {"model_type": "mistral", "vocab_size": 32768, "intermediate_size": 14336, "num_key_value_heads": 8},
+          "LLaMA-3.1-8B": {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}}
+
+
+def table(folder: Path) -> None:
+    """What train.py predicts for a GPU: bfloat16, one sequence of 2,048 tokens, with and without recomputed layers."""
+    for name, changes in OTHERS.items():
+        (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+        config = read_config(folder / "config.json")
+        for recompute in (True, False):
+            parts = peak_memory(config, 1, 2048, torch.bfloat16, recompute)
+            print(f"{name:16s} {'--checkpoint' if recompute else '--no-checkpoint':16s}"
+                  + ", ".join(f"{part} {n / 1e9:.2f}" for part, n in parts.items()) + f"; {sum(parts.values()) / 1e9:.1f} GB in all")
+
 
 def peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Bytes of this process in memory at its largest (not getrusage: a child inherits its parent's)."""
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
 
 def make(folder: Path, layers: int) -> int:
@@ -59,14 +76,13 @@ def measure_load(folder: str) -> None:
 
 
 def measure_training(folder: str, data: str, dtype: str, checkpoint: str) -> None:
-    import train
     sys.argv = ["train.py", "--ckpt", folder, "--data", data, "--steps", "2", "--batch", "1", "--seq", "1024", "--runs", "1",
                 "--dtype", dtype, checkpoint, "--out", f"{folder}/out"]
     train.calibrate.__defaults__ = (1,)                 # one batch of text, not 16, and no report: the peak is the same
     train.report = lambda *_: None
     before = peak()
     train.main()
-    predicted = sum(train.peak_memory(read_config(Path(folder) / "config.json"), 1, 1024, getattr(torch, dtype),
+    predicted = sum(peak_memory(read_config(Path(folder) / "config.json"), 1, 1024, getattr(torch, dtype),
                                       checkpoint == "--checkpoint").values())
     print(json.dumps({"peak": peak() - before, "predicted": predicted}))
 
@@ -79,7 +95,10 @@ def child(function: str, *arguments) -> dict:
 
 
 def main():
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        table(Path(folder))
+        if sys.argv[1:] == ["table"]:
+            return
         small = Path(folder) / "small"
         make(small, 2)
         np.save(small / "tokens.npy", np.random.default_rng(0).integers(3, 32000, 50000))

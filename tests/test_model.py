@@ -111,6 +111,8 @@ def test_old_and_new_names_of_settings_say_the_same(folder):
     (dict(num_key_value_heads=3), "3 key-value heads"),
     (dict(hidden_size="wide"), "wide"),
     (dict(head_dim=8), "shape"),
+    (dict(rope_scaling=[8]), "rope_scaling"),
+    (dict(num_hidden_layers=0), "positive"),
 ])
 def test_a_config_that_is_not_supported_is_refused_by_name(folder, settings, culprit):
     edit(folder / "config.json", **settings)
