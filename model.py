@@ -468,6 +468,10 @@ def main():
     size = dict(batch=1, max_len=len(prompt) + args.tokens, dtype=dtype, device=device)
     full_bytes = uniform_ranks(1.0, model.config).sum().item() * size["max_len"] * dtype.itemsize
     cache = KVCache(*plan, **size) if plan else KVCache.full(model.config, **size)
+    if plan:   # one plan only: the folded weights take the place of the originals
+        for i, layer in enumerate(model.layers):
+            cache.fold(i, layer.self_attn)
+            layer.self_attn.v_proj = layer.self_attn.o_proj = None
 
     tokens, shown, start, first = list(prompt), "", time.perf_counter(), None
     for token in itertools.chain([None], generate(model, prompt, args.tokens, args.temperature, cache)):
@@ -483,7 +487,8 @@ def main():
     print(f"prefill {len(prompt)} tokens" + (f" at {len(prompt) / (first - start):,.0f} tokens/s" if first else "")
           + (f", decode {made - 1} at {(made - 1) / (end - first):,.0f} tokens/s" if made > 1 else "")
           + f"; cache {cache.data.nbytes:,} bytes for {cache.max_len} tokens, {cache.data.nbytes / full_bytes:.1%} of the full "
-            f"{full_bytes:,}", file=sys.stderr)
+            f"{full_bytes:,}" + (f"; values folded into {sum(W.nbytes for fold in cache.folded for W in fold if W is not None):,} "
+                                 f"bytes of weights" if plan else ""), file=sys.stderr)
 
 
 if __name__ == "__main__":
