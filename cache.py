@@ -36,7 +36,7 @@ class KVCache:
     """Keys and values of `batch` sequences of equal length, up to `max_len` tokens, at a plan of ranks (2, L, K).
 
     `data` is the one flat tensor, `length` the number of tokens in it, `offsets` (2, L, K) where each block begins. dtype
-    and device are the model's. A forward pass calls `check_room`, for every layer `fold` and `attend`, then `advance`.
+    and device are the model's; the weights folded for it stay with it, so one cache serves one model. A forward pass calls `check_room`, for every layer `fold` and `attend`, then `advance`.
     Raises ValueError for ranks or sizes that make no sense, and when it is full.
     """
 
@@ -81,8 +81,8 @@ class KVCache:
     def check_room(self, model, B: int, T: int) -> None:
         """ValueError unless this is a cache for the model, and T more tokens of B sequences fit."""
         self.projection.check_fits(model.config)
-        if self.dtype != model.dtype:
-            raise ValueError(f"a cache of {self.dtype} for a model in {model.dtype}")
+        if (self.dtype, self.data.device) != (model.dtype, model.device):
+            raise ValueError(f"a cache of {self.dtype} on {self.data.device} for a model in {model.dtype} on {model.device}")
         if B != self.batch:
             raise ValueError(f"{B} sequences for a cache made for {self.batch}")
         if self.length + T > self.max_len:
@@ -161,7 +161,10 @@ class KVCache:
         return self.tables[i]
 
     def spread(self, batch: int, more: int) -> "KVCache":
-        """A cache for `batch` sequences that all begin with the one in this, with room for `more` tokens."""
+        """A cache for `batch` sequences that all begin with the one in this, with room for `more` tokens. Raises ValueError
+        if this holds several."""
+        if self.batch != 1:
+            raise ValueError(f"a cache of {self.batch} sequences; only one can be spread")
         other = KVCache(self.projection, self.ranks, batch, self.length + more, self.dtype, self.device)
         other.folded, other.length = self.folded, self.length
         for mine, theirs in zip(self.groups, other.groups):

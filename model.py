@@ -100,7 +100,7 @@ def read_config(path: Path) -> Config:
             rope_theta=float(rope["rope_theta"]),
             rope_scaling={k: float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor",
                           "original_max_position_embeddings")} if kind == "llama3" else None,
-            sliding_window=raw.get("sliding_window"),
+            sliding_window=int(raw["sliding_window"]) if raw.get("sliding_window") is not None else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_position_embeddings=int(raw.get("max_position_embeddings") or 2048),
             bos_token_id=raw.get("bos_token_id"),
@@ -110,7 +110,8 @@ def read_config(path: Path) -> Config:
         raise ValueError(f"{path}: no {missing.args[0]!r}") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: a setting has the wrong type or value ({error})") from None
-    if min(config.vocab_size, config.hidden_size, config.num_hidden_layers, heads, config.num_key_value_heads, config.head_dim) < 1:
+    if min(config.vocab_size, config.hidden_size, config.num_hidden_layers, heads, config.num_key_value_heads, config.head_dim,
+           1 if config.sliding_window is None else config.sliding_window) < 1:
         raise ValueError(f"{path}: a size is not positive")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(f"{path}: {config.num_attention_heads} query heads do not divide among "

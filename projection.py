@@ -209,8 +209,8 @@ class Rotation(nn.Module):
     """U = U₀ C(A) for every head, with A = 0 at the start: `rotation()` is the Projection at the current parameters.
 
     The parameters are the entries of A above the diagonal, less those between two columns of one block of d/8: every
-    allowed rank keeps or drops such a block whole, so turning within it changes no projection, and Adam would blow up the
-    rounding noise that is its gradient. The value means train too; key means can have no effect.
+    allowed rank keeps or drops such a block whole, so turning within it changes no projection: near A = 0 the gradient is
+    rounding noise, and Adam would blow it up. The value means train too; key means can have no effect.
     """
 
     def __init__(self, start: Projection):
@@ -232,7 +232,8 @@ class Rotation(nn.Module):
 
     def told_apart(self, ranks: Tensor) -> Tensor:
         """Which entries of A_k and A_v the ranks (2, L, B, K) of a step can see, those between a column that some sequence
-        keeps and one that it cuts: (2, L, K, n). The gradient of the others is rounding noise, which Adam would blow up."""
+        keeps and one that it cuts: (2, L, K, n). The gradient of the others is rounding noise while A is near zero, and
+        Adam would blow it up."""
         r = ranks.to(self.rows.device)[..., None]
         return ((self.rows < r) & (self.columns >= r)).any(2)
 
@@ -274,7 +275,10 @@ def path_order(path: list, config) -> Tensor:
         places = [(SIDES.index(side) * L + range(L).index(layer)) * K + range(K).index(head) for side, layer, head, _ in path]
     except (TypeError, ValueError) as error:
         raise ValueError(f"not a path of ranks for this model ({error})") from None
-    return torch.tensor(places, dtype=torch.long)
+    order = torch.tensor(places, dtype=torch.long)
+    if (order.bincount(minlength=1) >= STEPS).any():
+        raise ValueError("a path that takes a rank below an eighth of head_dim")
+    return order
 
 
 def plan_on_path(order: Tensor, config, budget: float) -> Tensor:
@@ -305,7 +309,7 @@ def read_ranks(path: str | Path, config, budget: float | None = None) -> Tensor:
     try:
         ranks = torch.tensor([plan["keys"], plan["values"]]) if budget is None else plan_on_path(plan["path"], config, budget)
         check_ranks(ranks, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not a plan of ranks for this model ({error})") from None
     return ranks
 

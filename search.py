@@ -93,7 +93,7 @@ def exact(cost: Cost):
         yield best
 
 
-NEARLY = 1.1   # how far above the least an increase may be; 1 takes a sixth more passes for a KL that is no smaller
+NEARLY = 0.1   # how far above the least an increase may be, as a share of it; 0 takes a sixth more passes and gains nothing
 
 
 def lazy(cost: Cost):
@@ -103,7 +103,7 @@ def lazy(cost: Cost):
     while heap:
         _, candidate = heapq.heappop(heap)
         increase = cost.of(candidate) - cost.kl
-        if heap and increase > NEARLY * heap[0][0]:                 # no longer the cheapest: back among the others
+        if heap and increase > heap[0][0] + NEARLY * abs(heap[0][0]):  # no longer the cheapest: back among the others
             heapq.heappush(heap, (increase, candidate))
             continue
         cost.lower(candidate)
@@ -115,13 +115,13 @@ def lazy(cost: Cost):
 # ---------------------------------------------------------------------------------------------------------------------
 # Output
 
-def save(path: list, config, budget: float, uniform_kl: float, evaluations: int, file: Path) -> None:
-    """ranks.json: the whole path, and the plan at `budget` spelled out."""
+def save(path: list, config, budget: float, kl: float, uniform_kl: float, evaluations: int, file: Path) -> None:
+    """ranks.json: the whole path, and the plan at `budget` spelled out; `kl` is that of the full plan."""
     ranks, d = plan_on_path(path_order(path, config), config, budget), config.head_dim
     taken = int((d - ranks).sum()) // (d // STEPS)
     write_file(file, json.dumps({
         "head_dim": d, "budget": ranks.sum().item() / (ranks.numel() * d), "keys": ranks[0].tolist(), "values": ranks[1].tolist(),
-        "kl": path[taken - 1][3] if taken else 0.0, "uniform_kl": uniform_kl, "evaluations": evaluations, "path": path}).encode())
+        "kl": path[taken - 1][3] if taken else kl, "uniform_kl": uniform_kl, "evaluations": evaluations, "path": path}).encode())
 
 
 def draw(path: list, config, budget: float, uniform: list[tuple[float, float]], file: Path) -> None:
@@ -138,9 +138,9 @@ def draw(path: list, config, budget: float, uniform: list[tuple[float, float]], 
                  ylabel="layer", xticks=range(0, K, max(1, K // 8)), yticks=range(0, L, max(1, L // 8)))
     figure.colorbar(image, ax=axes[1], label="rank")
     one = 1 / (ranks.numel() * STEPS)
-    axes[2].plot([100 * (1 - one * (i + 1)) for i in range(len(path))], [max(entry[3], 1e-9) for entry in path], label="searched")
-    axes[2].plot([100 * b for b, _ in uniform], [max(kl, 1e-9) for _, kl in uniform], marker="o", label="uniform ranks")
-    axes[2].set(yscale="log", xlabel="size of the KV cache, % of full", ylabel="KL on the calibration text, nats a token")
+    axes[2].plot([100 * (1 - one * (i + 1)) for i in range(len(path))], [entry[3] for entry in path], label="searched")
+    axes[2].plot([100 * b for b, _ in uniform], [kl for _, kl in uniform], marker="o", label="uniform ranks")
+    axes[2].set(yscale="log", ylim=(1e-5, None), xlabel="size of the KV cache, % of full", ylabel="KL on the calibration text, nats a token")
     axes[2].invert_xaxis()
     axes[2].grid(alpha=0.3)
     axes[2].legend()
@@ -198,12 +198,16 @@ def main():
     print(f"{n} ranks to lower in {rounds} rounds on {text.numel():,} tokens. Algorithm 1 takes up to {rounds * n:,} forward passes; "
           f"this search about {guess:,}, {guess * seconds / 2 / 60 * (0.6 if not args.exact else 1):.1f} minutes. "
           f"KL of the full plan: {cost.kl:.1e}")
-    uniform = [(b / STEPS, cost.measure(uniform_ranks(b / STEPS, model.config), 0)[0]) for b in range(STEPS, 0, -1)]
-    uniform_kl = cost.measure(uniform_ranks(args.budget, model.config), 0)[0]
-
-    path, algorithm_1, shown, before = [], 0, 0.0, cost.passes
+    uniform = [(b / STEPS, cost.measure(uniform_ranks(b / STEPS, model.config), 0)[0]) for b in range(STEPS - 1, 0, -1)]
+    path, algorithm_1, shown, floor = [], 0, 0.0, cost.kl
     reached = lambda: 1 - len(path) / (n * STEPS)
-    write = lambda: save(path, model.config, max(args.budget, reached()), uniform_kl, cost.passes - before, args.out / "ranks.json")
+
+    def write(evaluations: int) -> None:
+        budget = max(args.budget, reached())
+        uniform_kl = cost.measure(uniform_ranks(budget, model.config), 0)[0]
+        save(path, model.config, budget, floor, uniform_kl, evaluations, args.out / "ranks.json")
+
+    cost.passes = cost.layer_passes = 0
     try:
         candidates = len(cost.candidates())
         for side, layer, head in (exact if args.exact else lazy)(cost):
@@ -212,19 +216,21 @@ def main():
             now, terminal = time.time(), sys.stderr.isatty()
             if now - shown > (0.2 if terminal else 10) or len(path) == rounds:
                 shown, left = now, (now - began) / len(path) * (rounds - len(path))
-                line = (f"budget {reached():6.1%}  KL {cost.kl:.5f}  {cost.passes - before:,} passes  "
+                line = (f"budget {reached():6.1%}  KL {cost.kl:.5f}  {cost.passes:,} passes  "
                         f"{left / 60:.1f} min left")
                 print(f"\r{line:<79s}" if terminal else line, end="" if terminal and len(path) < rounds else "\n",
                       file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        write()
-        print(f"\nStopped; {args.out / 'ranks.json'} holds the path down to {reached():.1%}", file=sys.stderr)
+        if path:
+            write(cost.passes)
+        print(f"\nStopped; {args.out / 'ranks.json'} holds the path down to {reached():.1%}" if path else "\nStopped; nothing was saved", file=sys.stderr)
         raise SystemExit(130)
-    write()
-    print(f"{cost.passes - before:,} passes, {cost.layer_passes:,} layer evaluations, {time.time() - began:.0f} s; Algorithm 1 takes "
+    evaluations = cost.passes
+    print(f"{cost.passes:,} passes, {cost.layer_passes:,} layer evaluations, {time.time() - began:.0f} s; Algorithm 1 takes "
           f"{algorithm_1:,} passes, {algorithm_1 * L:,} layer evaluations along this path")
     plan = lambda budget: plan_on_path(path_order(path, model.config), model.config, budget)
     ranks = plan(args.budget)
+    write(evaluations)
     ends = [f"{(ranks[s] == d // STEPS).sum()} of {L * K} {SIDES[s]} at {d // STEPS}, {(ranks[s] == d).sum()} at {d}" for s in (0, 1)]
     print(f"At {args.budget:.1%}: {'; '.join(ends)}")
     plans = {("uniform", b): projection.at(uniform_ranks(b, model.config)) for b in TABLE}

@@ -49,6 +49,7 @@ import sysconfig
 import time
 import zlib
 from array import array
+from datetime import timedelta
 from pathlib import Path
 from textwrap import indent
 
@@ -186,7 +187,8 @@ def jsonl_documents(path: Path):
                 continue
             try:
                 text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+                text.encode()                                           # JSON can spell half a character
+            except (ValueError, KeyError, TypeError, AttributeError):
                 text = None
             if not isinstance(text, str):
                 raise ValueError(f'{path}: line {number} is not a JSON object with a "text"')
@@ -366,8 +368,8 @@ def train(model: Model, tokens: np.ndarray, valid: np.ndarray, run: "Run") -> No
         rotation.A_k.grad.mul_(seen[0])
         rotation.A_v.grad.mul_(seen[1])
         if not (math.isfinite(total) and all(p.grad.isfinite().all() for p in rotation.parameters())):
-            fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a number; {args.out} keeps what was there "
-                 f"before. Start again with a smaller --lr or another --dtype")
+            fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a number; {args.out}/projections.safetensors "
+                 f"is as it was. Start again with a smaller --lr or another --dtype")
         run.optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.steps)
         run.optimizer.step()
         run.optimizer.zero_grad()
@@ -405,7 +407,7 @@ def join_processes(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))   # of tokenising
     if RANK:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -432,18 +434,19 @@ def peak_memory(c: Config, batch: int, seq: int, dtype: torch.dtype, recompute: 
     """Bytes that a training step holds at its peak, by what holds them. c: the model's config.
 
     All linear layers are frozen, so they keep no input for the backward pass. What a layer keeps, in numbers a token: the input of
-    each norm and the normed one in float32, q and the attention's output, k and v before and after projection, and three of the MLP.
+    each norm and the normed one, q and the attention's output, k and v before and after projection, and three of the MLP.
+    The layer whose turn it is holds gradients and results on the way beside them.
     """
     h, i, L, K, d = c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_key_value_heads, c.head_dim
     H, n, size = c.num_attention_heads, batch * seq, dtype.itemsize
     matrices = L * (2 * h * H * d + 2 * h * K * d + 3 * h * i) + c.vocab_size * h * (1 if c.tie_word_embeddings else 2)
-    layer = n * (4 * h + 2 * H * d + 4 * K * d + 3 * i) * size
+    layer, on_the_way = 4 * h + 2 * H * d + 4 * K * d + 3 * i, 6 * h + 4 * i
     return {
         "weights": matrices * size,
-        "projections": 18 * 4 * L * K * d * d,   # start, PCA, A, its gradient, Adam's two moments, the Cayley maps and their graph
-        "states between layers": n * h * size * (L + 4) if recompute else 4 * n * h * size,
-        "states within layers": layer * (1 if recompute else L),
-        "logits": 4 * min(CHUNK, n) * c.vocab_size * 4 + 3 * n * h * size,
+        "projections": 18 * 4 * L * K * d * d,   # some 18 matrices a head: start, PCA, A, gradient, Adam, Cayley map and its graph
+        "between layers": n * h * size * (L if recompute else 1),
+        "within layers": n * size * (layer * (1 if recompute else L) + on_the_way),
+        "loss": 6 * min(CHUNK, n) * c.vocab_size * wide(dtype).itemsize + 5 * n * h * size,
     }
 
 
@@ -453,7 +456,7 @@ def free_memory(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
+        return 1024 * int(lines["MemAvailable"].split()[0]) / WORLD
     except (OSError, KeyError, ValueError):
         return math.inf
 
@@ -514,7 +517,7 @@ def measures(log_p: Tensor, log_q: Tensor, y: Tensor) -> Tensor:
 def read_questions(path: Path) -> list[dict]:
     """Multiple-choice questions, {"context": …, "choices": […], "label": n} a line. Raises ValueError naming a bad line."""
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 question = json.loads(line)
@@ -536,10 +539,10 @@ def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Te
     """log p(choice | context) of every choice, summed over its tokens: (choices,).
 
     What all choices begin with is prefilled once; the choices then follow as one batch. A choice's tokens are those that
-    context + choice has beyond the context's own, at least one.
+    context + choice has beyond the context's own, at least one; space at the end of the context counts to the choices.
     """
-    encode = lambda text: [tokenizer.bos_id()] * (tokenizer.bos_id() >= 0) + tokenizer.encode(text)
-    context, wholes = len(encode(question["context"])), [encode(question["context"] + choice) for choice in question["choices"]]
+    ids = lambda text: [tokenizer.bos_id()] * (tokenizer.bos_id() >= 0) + tokenizer.encode(text)
+    context, wholes = len(ids(question["context"].rstrip())), [ids(question["context"] + choice) for choice in question["choices"]]
     same = 0
     while same < min(context, *(len(w) - 1 for w in wholes)) and len({w[same] for w in wholes}) == 1:
         same += 1
@@ -661,7 +664,7 @@ class Run:
     """Everything of a run that a later `--resume` needs: the rotation, its start, Adam's moments, the losses so far."""
 
     # What must be as it was for a resumed run to end where the undisturbed one would have.
-    FIXED = ("recipe", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype")
+    FIXED = ("recipe", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype", "train_tokens")
 
     def __init__(self, args, start: Projection, path: Tensor | None = None):
         self.args, self.start, self.path, self.step, self.losses = args, start, path, 0, []
@@ -678,7 +681,8 @@ class Run:
     @classmethod
     def describe(cls, args) -> dict:
         return {name: getattr(args, name) for name in cls.FIXED} | {
-            "ckpt": str(args.ckpt), "data": str(args.data or ""), "ranks": str(args.ranks or "")}
+            "ckpt": str(args.ckpt), "data": str(args.data or ""), "ranks": str(args.ranks or ""),
+            "processes": WORLD}
 
     @staticmethod
     def state_file(args) -> Path:
@@ -739,7 +743,7 @@ class Run:
         run = Run(args, Projection(*trio("start"), Projection(*trio("pca"))).to(device), tensors.get("path"))
         for name, value in run.config.items():
             if saved["config"].get(name) != value:
-                raise ValueError(f"{path}: was made with --{name} {saved['config'].get(name)}, not {value}")
+                raise ValueError(f"{path}: was made with {'--' if hasattr(args, name) else ''}{name} {saved['config'].get(name)}, not {value}")
         for name, parameter in run.rotation.named_parameters():
             parameter.data.copy_(tensors[f"rotation.{name}"])
             run.optimizer.state[parameter] = {
@@ -853,12 +857,22 @@ def options() -> argparse.Namespace:
 
 def main():
     args = options()
+    try:
+        run_command(args)
+    except torch.OutOfMemoryError:
+        fail(f"--batch {args.batch} --seq {args.seq}: the memory of --device {args.device} does not suffice; a smaller --seq, "
+             f"--batch 1 with --accumulate, or --checkpoint take less")
+
+
+def run_command(args: argparse.Namespace) -> None:
     args.ce = RECIPES[args.recipe]["ce"] if args.ce is None else args.ce
     device, dtype = prepare(args)
     mixed, args.dtype = args.dtype is None and device.type == "cpu", str(dtype).removeprefix("torch.")
 
     if args.ranks and args.recipe == "paper":
         fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave out --recipe paper or --ranks")
+    if args.eval and WORLD > 1:
+        fail("--eval: runs in one process; leave out torchrun")
     if args.tasks:
         if not args.eval:
             fail("--tasks: is answered by a report on what is in --out; add --eval")
@@ -870,9 +884,9 @@ def main():
         config = read_config(args.ckpt / "config.json")
         if config.head_dim % STEPS:
             raise ValueError(f"{args.ckpt}: head_dim {config.head_dim} does not divide into {STEPS} steps of rank")
+    device = join_processes(device)
     if not args.eval:
         plan_memory(args, config, device, dtype)
-    device = join_processes(device)
     with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     if args.lr is None:
@@ -880,6 +894,7 @@ def main():
     with blame("--ranks"):
         path = read_plan(args.ranks, model.config)["path"] if args.ranks and not (args.resume or args.eval) else None
     tokens, held = text_for(args, model)
+    args.train_tokens = len(tokens)
     cut = len(tokens) - (VALID * args.seq + 1 if len(tokens) > 10 * VALID * args.seq else 0)
     tokens, valid = tokens[:cut], tokens[cut:]
 
@@ -905,6 +920,7 @@ def main():
         run = Run(args, start.to(device, wide(dtype)), path)
     rows = min(args.batch * args.seq, 2048)
     rate = product_rate(model, rows, dtype)
+    run.bfloat16 = run.bfloat16 if mixed else False
     if mixed:                       # where no --dtype was asked for: whatever is faster here
         rate16 = product_rate(model, rows, torch.bfloat16)
         if run.bfloat16 is None:   # the first process decides for all
@@ -916,11 +932,9 @@ def main():
         train(model, tokens, valid, run)
     except KeyboardInterrupt:
         if RANK == 0:
-            print(f"\nStopped; the same command with --resume goes on from step {run.saved_step}", file=sys.stderr)
+            print(f"\nStopped; the same command with --resume goes on from step {run.saved_step}" if run.saved_step else
+                  "\nStopped before anything was saved", file=sys.stderr)
         raise SystemExit(130)
-    except torch.OutOfMemoryError:
-        fail(f"--batch {args.batch} --seq {args.seq}: the memory of {device} does not suffice; a smaller --seq, --batch 1 with "
-             f"--accumulate, or --checkpoint take less")
     synchronize(device)
     seconds, done = time.time() - began, (args.steps - first) * args.accumulate * WORLD * args.batch * args.seq
     if done:

@@ -192,7 +192,8 @@ def test_a_plan_is_the_longest_prefix_of_the_path_within_the_budget(model, tmp_p
             expected[int(side == "values"), layer, head] -= d // 8
         assert torch.equal(read_ranks(tmp_path / "ranks.json", model.config, budget), expected)
     assert (read_ranks(tmp_path / "ranks.json", model.config) == d).all()
-    for broken in ({"head_dim": d + 8}, {"path": [["keys", 99, 0, 0]]}, {"path": 3}, {"keys": [[d]]}):
+    for broken in ({"head_dim": d + 8}, {"path": [["keys", 99, 0, 0]]}, {"path": 3}, {"keys": [[d]]}, {"keys": None},
+                   {"path": [["keys", 0, 0, 0]] * 8}):
         (tmp_path / "ranks.json").write_text(json.dumps(plan | broken))
         with pytest.raises(ValueError, match="ranks.json"):
             read_ranks(tmp_path / "ranks.json", model.config, None if "keys" in broken else 0.5)

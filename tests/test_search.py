@@ -93,6 +93,19 @@ def test_lazy_takes_a_small_share_of_the_passes_and_is_nearly_as_good(double):
     assert sum(curve) < 1.3 * sum(best)
 
 
+def test_lazy_ends_where_lowering_reduces_the_kl():
+    """Rounding makes increases negative in bfloat16."""
+    class Noise:
+        kl, step = 0.0, 1
+        ranks = torch.full((2, 1, 2), 3)
+        of = lambda self, c: -1e-5 * (1 + 0.05 * sum(c))
+        candidates = lambda self: [tuple(c) for c in (self.ranks > 1).nonzero().tolist()]
+
+        def lower(self, c):
+            self.ranks[c] -= 1
+    assert len(list(lazy(Noise()))) == 8
+
+
 def test_the_budget_reached_is_the_largest_not_above_the_one_asked_for(model):
     L, K, d = shape(model)
     order, one = torch.arange(8), 1 / (2 * L * K * 8)

@@ -19,6 +19,7 @@ QUESTIONS = [
     {"context": "same", "choices": [" twice", " twice"], "label": 0},                              # a tie: the first
     {"context": "Return the val", "choices": ["ue", "ley of the kings", "id"], "label": 0},        # tokens merge across the border
     {"context": "A longer context, of several words, that all choices share. ", "choices": ["Yes", "No"], "label": 1},
+    {"context": "Q: ", "choices": ["unusual", "value"], "label": 0},                               # the space goes to the choices
 ]
 
 
@@ -30,7 +31,7 @@ def demo():
 def by_whole_sequences(model, tokenizer, question, project):
     scores = []
     for choice in question["choices"]:
-        context = [tokenizer.bos_id()] + tokenizer.encode(question["context"])
+        context = [tokenizer.bos_id()] + tokenizer.encode(question["context"].rstrip())
         whole = [tokenizer.bos_id()] + tokenizer.encode(question["context"] + choice)
         log_p = model(torch.tensor([whole]), project=project).log_softmax(-1)[0]
         first = min(len(context), len(whole) - 1)
@@ -61,7 +62,7 @@ def test_the_largest_score_answers_and_the_first_of_equals(demo):
         for i, x in enumerate((scores, scores / lengths)):
             right[i] += max(range(len(x)), key=lambda n: x[n]) == question["label"]
     got = answer(model, tokenizer, QUESTIONS, None, full)
-    assert got == pytest.approx({"accuracy": right[0] / 6, "accuracy_by_character": right[1] / 6})
+    assert got == pytest.approx({"accuracy": right[0] / 7, "accuracy_by_character": right[1] / 7})
     assert answer(model, tokenizer, QUESTIONS[3:4], None, full)["accuracy"] == 1
 
 
