@@ -1,6 +1,6 @@
 """Search the ranks: which heads may be narrow, and which must stay wide (paper, section 3.3 and Algorithm 1).
 
-A uniform rank wastes the cache: heads and layers differ, and keys cost far more than values. Algorithm 1 starts with every
+A uniform rank wastes the cache: heads, layers, keys and values differ in what they can spare. Algorithm 1 starts with every
 rank at d. Each round it lowers, in turn, every rank by d/8, measures the KL to the model on a calibration text, and keeps
 the one lowering that costs least:
 
@@ -14,6 +14,12 @@ small share of the passes, by two observations:
               again, and lowered if it is still the least, or within a tenth of that.
   from l up   Lowering a head of layer l leaves the layers below untouched. Each layer's input under the current plan is
               kept, and a candidate of layer l runs only the layers from l up.
+
+Counted on the demo (48 ranks, 336 rounds; `python search.py`): 758 passes, 2.1 for each lowering after one for each rank,
+of 0.61 of the layers on average; Algorithm 1 takes 13,819 along that path. LLaMA-2-7B has 2,048 ranks and 14,336 rounds: at the
+same rates some 32,000 passes and 630,000 layer evaluations, against 25 million passes. A pass over 1,024 tokens is 13.5 TFLOP; at
+an assumed 200 TFLOP/s that is under half an hour against some twenty days. (Predicted, not measured: a 7B model may need more
+than 2.1.)
 
 The order of lowerings is a nested path, always found down to 12.5%: a plan for any larger budget is a prefix of it. A rank
 never falls below d/8: a head that kept nothing would attend blindly, and the block that holds it would be empty.
