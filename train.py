@@ -256,10 +256,17 @@ CHUNK = 256   # tokens whose logits exist at a time; so few that on a CPU they s
 def log_probabilities(model: Model, *states: Tensor):
     """For normed states (n, hidden) of the same tokens: the log-probabilities, chunk by chunk of tokens, so that two
     (tokens × vocabulary) matrices never exist whole. Yields (slice, log p of the first, log p of the second, …)."""
-    W = model.lm_head.weight
     for start in range(0, len(states[0]), CHUNK):
         rows = slice(start, start + CHUNK)
-        yield rows, *((x[rows] @ W.T).to(wide(x.dtype)).log_softmax(-1) for x in states)
+        yield rows, *(logits(x[rows], model.lm_head.weight).log_softmax(-1) for x in states)
+
+
+def logits(x: Tensor, W: Tensor) -> Tensor:
+    """x Wᵀ of states (n, hidden) and W (vocab, hidden), in float32 or float64. A bfloat16 result would carry eight bits,
+    and small KLs drown in that. So bfloat16 weights are widened, some pieces of the vocabulary at a time."""
+    if x.dtype == wide(x.dtype):
+        return x @ W.T
+    return torch.cat([x.float() @ part.float().T for part in W.split(2 ** 13)], dim=-1)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from conftest import GOLDEN, relative
 from projection import Moments, Projection, Rotation, plan_on_path, uniform_ranks
 from model import load_tokenizer, read_config
-from train import (Distill, draw_ranks, encode, evaluate, jsonl_documents, load_data, main, peak_memory,
+from train import (Distill, draw_ranks, encode, evaluate, jsonl_documents, load_data, logits, main, peak_memory,
                    python_documents, student_states, windows)
 
 ROOT = GOLDEN.parent.parent
@@ -57,6 +57,11 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(model, c, monkeyp
     assert relative(kl, expected_kl) < 1e-12
     assert relative(loss, (1 - c) * expected_kl + c * ce) < 1e-12
     assert relative(student.grad, other.grad) < 1e-12
+
+
+def test_logits_of_a_bfloat16_model_keep_float32_digits():
+    x, W = torch.randn(5, 64).bfloat16(), torch.randn(20000, 64).bfloat16()
+    assert relative(logits(x, W), x.double() @ W.double().T) < 1e-6
 
 
 def test_only_the_projections_get_gradients(model, tokens):
