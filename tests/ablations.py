@@ -6,7 +6,8 @@
     python tests/ablations.py free           # no orthogonality: U itself is learnt, without the Cayley map
     python tests/ablations.py default        # train.py's default, to compare with
 
-Each takes --steps, --seed and the like as train.py does, and prints a line for each row.
+Each takes --steps, --seed and the like as train.py does (`sides` reads --out), and prints a line for each row. They exist to
+be compared with one another: same text, same steps.
 """
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def main():
             rows[f"{('keys', 'values')[side]} alone"] = at(p, ranks)
     else:
         args.checkpoint, args.recipe, args.ranks, args.lr = False, "ours", None, args.lr or 0.5 / config.head_dim
-        args.dtype, args.ce = "float32", 0.0
+        args.dtype, args.ce, args.train_tokens = "float32", 0.0, len(tokens)
         if name == "fixed":
             train.draw_ranks = lambda kind, B, c, *_: torch.full((2, config.num_hidden_layers, B, config.num_key_value_heads),
                                                                  3 * config.head_dim // STEPS)

@@ -81,6 +81,16 @@ def random_start(model) -> Projection:
     return moments.aware([layer.self_attn.o_proj.weight for layer in model.layers])
 
 
+def test_text_can_be_generated_before_training(model, tokens):
+    """Generation runs in inference mode, whose tensors no gradient may meet; the table of RoPE is shared."""
+    from model import generate
+    list(generate(model, tokens[0, :1].tolist(), 21))
+    rotation = Rotation(random_start(model))
+    ranks = draw_ranks("levels", 3, model.config, torch.Generator().manual_seed(0))
+    student_states(model, tokens, rotation().at(ranks), False).sum().backward()
+    assert rotation.A_k.grad.isfinite().all()
+
+
 def test_a_full_rank_student_has_no_loss(model, tokens):
     full = uniform_ranks(1.0, model.config)[:, :, None].expand(-1, -1, len(tokens), -1)
     x = model.norm(model.hidden(tokens))
