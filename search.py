@@ -228,7 +228,8 @@ def main():
                       file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         if path:
-            write(cost.passes)
+            with blame("--out"):
+                write(cost.passes)
         print(f"\nStopped; {args.out / 'ranks.json'} holds the path down to {reached():.1%}" if path else "\nStopped; nothing was saved", file=sys.stderr)
         raise SystemExit(130)
     evaluations = cost.passes
@@ -236,14 +237,16 @@ def main():
           f"{algorithm_1:,} passes, {algorithm_1 * L:,} layer evaluations along this path")
     plan = lambda budget: plan_on_path(path_order(path, model.config), model.config, budget)
     ranks = plan(args.budget)
-    write(evaluations)
+    with blame("--out"):
+        write(evaluations)
     ends = [f"{(ranks[s] == d // STEPS).sum()} of {L * K} {SIDES[s]} at {d // STEPS}, {(ranks[s] == d).sum()} at {d}" for s in (0, 1)]
     print(f"At {args.budget:.1%}: {'; '.join(ends)}")
     plans = {("uniform", b): projection.at(uniform_ranks(b, model.config)) for b in TABLE}
     plans |= {("searched", b): projection.at(plan(b)) for b in TABLE}
     base, results = evaluate(model, held, plans, args.batch, args.seq, args.runs)
     print_table(base, results)
-    draw(path, model.config, args.budget, uniform, args.out / "ranks.png")
+    with blame("--out"):
+        draw(path, model.config, args.budget, uniform, args.out / "ranks.png")
     print(f"Saved {args.out / 'ranks.json'} and {args.out / 'ranks.png'}")
 
 

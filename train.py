@@ -614,7 +614,7 @@ def report(model: Model, held: np.ndarray, projection: Projection, run: dict, ar
     tasks = report_tasks(model, projection, ranks, args) if args.tasks else {}
     with blame("--out"):
         write_file(args.out / "train.json", json.dumps(run | {"base": base, "budgets": rows} | tasks, indent=1).encode())
-    draw(base, rows, args.out / "train.png")
+        draw(base, rows, args.out / "train.png")
     print(f"Saved in {args.out}: projections.safetensors, train.json, train.png")
 
 
