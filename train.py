@@ -32,7 +32,7 @@ layer's inner states at a time: a 7B model in bfloat16 trains in some 16 GB (`pe
     python train.py                                                         # the demo on Python's own documentation
     python train.py --ckpt /path/to/Llama-2-7b-hf --data redpajama.jsonl --seq 2048 --batch 1 --accumulate 8
     python train.py --recipe paper --out out_paper                          # the paper's recipe, to compare
-    python train.py --start out/projections.safetensors --ranks out/ranks.json --out out_path    # on, along a searched path
+    python train.py --ranks out/ranks.json --out out_path                   # along the path that search.py found
     torchrun --nproc_per_node=8 train.py --ckpt ... --data ...              # several GPUs, each with its own sequences
     python train.py --resume                     # with the options of the stopped run: goes on where it was
     python train.py --eval                       # with the same options: the report again, and of OUT/ranks.json if there
@@ -688,7 +688,7 @@ class Run:
     @classmethod
     def describe(cls, args) -> dict:
         return {name: getattr(args, name) for name in cls.FIXED} | {
-            "ckpt": str(args.ckpt), "data": str(args.data or ""), "ranks": str(args.ranks or ""), "start": str(args.start or ""),
+            "ckpt": str(args.ckpt), "data": str(args.data or ""), "ranks": str(args.ranks or ""),
             "processes": WORLD}
 
     @staticmethod
@@ -843,7 +843,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
     parser.add_argument("--recipe", choices=list(RECIPES), default="ours", help="ours, or the paper's [ours]")
     parser.add_argument("--ranks", type=Path, help="train for the plans along the path of this file of search.py, not for uniform ranks")
-    parser.add_argument("--start", type=Path, help="projections to go on from, such as out/projections.safetensors [calibration]")
     parser.add_argument("--steps", type=within(1, 10 ** 7), default=400, help="[400]")
     parser.add_argument("--batch", type=within(1, 10 ** 5), default=8, help="sequences a step [8]")
     parser.add_argument("--seq", type=within(2, 10 ** 6), default=256, help="tokens a sequence [256]")
@@ -899,10 +898,6 @@ def run_command(args: argparse.Namespace) -> None:
         model = load(args.ckpt, device, dtype)
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / model.config.head_dim
-    with blame("--start"):
-        given = Projection.load(args.start) if args.start and not (args.resume or args.eval) else None
-        if given is not None:
-            given.check_fits(model.config)
     with blame("--ranks"):
         path = read_plan(args.ranks, model.config)["path"] if args.ranks and not (args.resume or args.eval) else None
     tokens, held = text_for(args, model)
@@ -926,9 +921,7 @@ def run_command(args: argparse.Namespace) -> None:
     else:
         moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
         start = moments.pca()
-        if given is not None:
-            start = given
-        elif RECIPES[args.recipe]["start"] == "aware":
+        if RECIPES[args.recipe]["start"] == "aware":
             start = moments.aware([layer.self_attn.o_proj.weight for layer in model.layers])
         start.pca = moments.pca()
         run = Run(args, start.to(device, wide(dtype)), path)

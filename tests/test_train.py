@@ -411,7 +411,6 @@ def test_wrong_input_is_named_in_one_line(tmp_path, trained, monkeypatch, capsys
         (["--data", good, "--out", tmp_path / "file" / "below"], ["--out", "file"]),
         (["--data", good, "--resume"], ["--resume", "no such file"]),
         (["--data", good, "--eval"], ["--eval", "projections.safetensors"]),
-        (["--data", good, "--start", tmp_path / "none.safetensors"], ["--start", "none.safetensors"]),
         (["--data", good, "--wrong"], ["--wrong"]),
     ]
     for arguments, culprits in cases:
