@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"train.py": "--steps 3 --batch 2 --seq 64 --runs 2", "search.py": "--batch 1 --seq 16 --runs 2",
          "tests/ablations.py": "--steps 3 --batch 2 --seq 64 --runs 2"}
-ELSEWHERE = ("/path/to/", "python3 -m venv", "pytest", "memory_7b.py", "check_readme.py", "make_demo.py", "make_questions.py")   # other machines; the tests themselves; long
+ELSEWHERE = ("/path/to/", "$M", "python3 -m venv", "pytest", "memory_7b.py", "check_readme.py", "make_demo.py", "make_questions.py")   # other machines; the tests themselves; long
 
 
 def main():
