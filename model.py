@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import itertools
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -380,6 +381,8 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         device = torch.device(args.device)
         if device.type not in ("cpu", "cuda"):      # others lack float64, which calibration sums in
             fail(f"--device {args.device}: only cpu and cuda are supported")
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:   # torchrun: a GPU for each process
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f"--device {args.device}: not a device of this machine or this build of PyTorch")

@@ -407,17 +407,15 @@ def schedule(step: int, steps: int) -> float:
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
-def join_processes(device: torch.device) -> torch.device:
-    """Meet the other processes; the device of this one."""
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes, each with its own device; only the first one keeps its standard output."""
     if WORLD == 1:
-        return device
+        return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))   # of tokenising
     if RANK:
         sys.stdout = open(os.devnull, "w")
-    return device
 
 
 def my_share(B: int) -> slice:
@@ -891,7 +889,7 @@ def run_command(args: argparse.Namespace) -> None:
         config = read_config(args.ckpt / "config.json")
         if config.head_dim % STEPS:
             raise ValueError(f"{args.ckpt}: head_dim {config.head_dim} does not divide into {STEPS} steps of rank")
-    device = join_processes(device)
+    join_processes(device)
     if not args.eval:
         plan_memory(args, config, device, dtype)
     with blame("--ckpt"):
