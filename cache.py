@@ -117,12 +117,12 @@ class KVCache:
         groups = [(heads, keys[:, :, first:end], values[:, :, first:end]) for heads, keys, values in self.groups[i]]
         if T == 1:
             return attend_one(groups, q[:, :, :, 0], d ** -0.5)
-        return torch.cat([attend_many(q[:, heads], keys, values, window or end, d ** -0.5) for heads, keys, values in groups], dim=-1)
+        return join([attend_many(q[:, heads], keys, values, window or end, d ** -0.5) for heads, keys, values in groups], 2)
 
     def append(self, i: int, k: Tensor, v: Tensor) -> None:
         """Write keys (B, K, T, d) and value coordinates (B, T, Σ r) behind what layer i holds."""
         T, done = v.shape[1], 0
-        if T == 1:   # one token's numbers, of all heads in one go
+        if T == 1 and len(self.groups[i]) > 1:   # one token's numbers, of all heads in one go
             kept, first, rank = self.places(i)
             self.data[first + self.length * rank] = torch.cat((k.flatten(1)[:, kept], v[:, 0]), dim=1)
             return
@@ -184,21 +184,22 @@ def attend_one(groups: list, q: Tensor, scale: float) -> Tensor:
     The G queries that share a key-value head form one matrix: each stored number is read once, and never repeated. The
     scores of all heads, which do not depend on ranks, stand in one tensor for one softmax.
     """
-    B, K, G, _ = q.shape
-    q = (q * scale).transpose(0, 1).contiguous()                                        # (K, B, G, d)
-    scores = q.new_empty(K, B, G, groups[0][1].shape[2])
-    for heads, keys, _ in groups:
-        product(q[heads, :, :, :keys.shape[3]], keys.transpose(2, 3), out=scores[heads])
-    weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return torch.cat([product(weights[heads], values).transpose(0, 1).flatten(1) for heads, _, values in groups], dim=-1)[:, None]
+    q = (q * scale).transpose(0, 1)                                                     # (K, B, G, d)
+    scores = join([product(q[heads, :, :, :keys.shape[3]], keys.transpose(2, 3)) for heads, keys, _ in groups], 0)
+    weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32)).to(q.dtype)                    # (K, B, G, n)
+    return join([product(weights[heads], values).transpose(0, 1).flatten(1) for heads, _, values in groups], 1)[:, None]
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def join(parts: list[Tensor], dim: int) -> Tensor:
+    """torch.cat, which copies even where there is only one."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a (J, B, m, k) @ b (J, B, k, n). A matrix alone goes without a batch, which is faster on a CPU."""
     if a.shape[0] * a.shape[1] == 1:
-        return torch.mm(a[0, 0], b[0, 0], out=None if out is None else out[0, 0])[None, None]
-    flat = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=None if out is None else out.flatten(0, 1))
-    return flat.unflatten(0, a.shape[:2])
+        return torch.mm(a[0, 0], b[0, 0])[None, None]
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
 def attend_many(q: Tensor, keys: Tensor, values: Tensor, window: int, scale: float) -> Tensor:
