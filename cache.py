@@ -114,7 +114,7 @@ class KVCache:
         self.append(i, k, v)
         if T == 1 and self.data.is_cuda:
             return self.attend_on_gpu(i, q, first, end, d ** -0.5)
-        groups = [(heads, keys[:, :, first:end], values[:, :, first:end]) for heads, keys, values in self.groups[i]]
+        groups = [(heads, *(x.narrow(2, first, end - first) for x in blocks)) for heads, *blocks in self.groups[i]]
         if T == 1:
             return attend_one(groups, q[:, :, :, 0], d ** -0.5)
         return join([attend_many(q[:, heads], keys, values, window or end, d ** -0.5) for heads, keys, values in groups], 2)
@@ -126,11 +126,10 @@ class KVCache:
             kept, first, rank = self.places(i)
             self.data[first + self.length * rank] = torch.cat((k.flatten(1)[:, kept], v[:, 0]), dim=1)
             return
-        rows = slice(self.length, self.length + T)
         for heads, keys, values in self.groups[i]:
             J, B, _, r_v = values.shape
-            keys[:, :, rows] = k[:, heads, :, :keys.shape[3]].transpose(0, 1)
-            values[:, :, rows] = v[:, :, done:done + J * r_v].view(B, T, J, r_v).permute(2, 0, 1, 3)
+            keys.narrow(2, self.length, T).copy_(k[:, heads, :, :keys.shape[3]].transpose(0, 1))
+            values.narrow(2, self.length, T).copy_(v[:, :, done:done + J * r_v].view(B, T, J, r_v).permute(2, 0, 1, 3))
             done += J * r_v
 
     def places(self, i: int) -> tuple[Tensor, Tensor, Tensor]:

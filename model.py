@@ -210,21 +210,22 @@ class Model(nn.Module):
     def layer(self, i: int, x: Tensor, project=None, observe=None, cache=None) -> Tensor:
         """Layer i over the states x (B, T, hidden) of positions 0 … T−1, or of those that follow the cache."""
         c, layer, (B, T, _) = self.config, self.layers[i], x.shape
+        attention = layer.self_attn
         heads = lambda y: y.view(B, T, -1, c.head_dim).transpose(1, 2)                  # (B, heads, T, d)
         h = layer.input_layernorm(x)
         table = rope_table(c, cache.length if cache is not None else 0, T, x.dtype, x.device)
-        qk = torch.cat((layer.self_attn.q_proj(h), layer.self_attn.k_proj(h)), dim=-1)
+        qk = torch.cat((attention.q_proj(h), attention.k_proj(h)), dim=-1)
         q, k = rotate(heads(qk), *table).split((c.num_attention_heads, c.num_key_value_heads), dim=1)
         if cache is not None:                                                           # values stay coordinates
-            W_v, W_o, bias = cache.fold(i, layer.self_attn)
+            W_v, W_o, bias = cache.fold(i, attention)
             a = F.linear(cache.attend(i, q, k, F.linear(h, W_v), c.sliding_window), W_o, bias)
         else:
-            v = heads(layer.self_attn.v_proj(h))                                        # (B, K, T, d)
+            v = heads(attention.v_proj(h))                                        # (B, K, T, d)
             if observe is not None:
                 observe(i, q, k, v)
             if project is not None:
                 k, v = project(i, k, v)
-            a = layer.self_attn.o_proj(self.attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
+            a = attention.o_proj(self.attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
         x = x + a
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
