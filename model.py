@@ -247,12 +247,18 @@ class Model(nn.Module):
 
 
 @lru_cache(maxsize=4)            # every layer of a pass asks for the same table
-@torch.inference_mode(False)     # it outlives the pass, and the next one may be of training
 def rope_table(c: Config, start: int, T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What `rotate` multiplies with at positions from `start` on: cos and ∓sin of position · frequency, (T, d) each.
+    """What `rotate` multiplies with at positions from `start` on: cos and ∓sin of position · frequency, (T, d) each."""
+    first = start - start % 512
+    rows = slice(start - first, start - first + T)
+    cos, sin = rope_block(c, first, -(-rows.stop // 512) * 512, dtype, device)
+    return cos[rows], sin[rows]
 
-    In float64 up to there, since positions run to 10⁵ and beyond.
-    """
+
+@lru_cache(maxsize=4)            # the same for hundreds of generated tokens
+@torch.inference_mode(False)     # it outlives the pass, and the next one may be of training
+def rope_block(c: Config, start: int, T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same, computed: in float64 up to the cosine, since positions run to 10⁵ and beyond."""
     frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
     if c.rope_scaling:   # LLaMA 3.1: slow frequencies are slowed by `factor`, fast ones kept, those between blended
         s = c.rope_scaling
