@@ -121,7 +121,8 @@ def read_config(path: Path) -> Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The transformer. The modules only hold the weights, under Hugging Face's names; the arithmetic is in Model.layer.
+# The transformer. The modules only hold the weights, under Hugging Face's names; the arithmetic is in Model.layer, with
+# F.linear on the weights: calling a module costs as much as a small product, and a decoded token makes many.
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
@@ -140,7 +141,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = F.linear(x, self.gate_proj.weight), F.linear(x, self.up_proj.weight)
+        return F.linear(F.silu(gate) * up, self.down_proj.weight)
 
 
 class RMSNorm(nn.Module):
@@ -214,7 +216,7 @@ class Model(nn.Module):
         heads = lambda y: y.view(B, T, -1, c.head_dim).transpose(1, 2)                  # (B, heads, T, d)
         h = layer.input_layernorm(x)
         table = rope_table(c, cache.length if cache is not None else 0, T, x.dtype, x.device)
-        qk = torch.cat((attention.q_proj(h), attention.k_proj(h)), dim=-1)
+        qk = torch.cat((F.linear(h, attention.q_proj.weight), F.linear(h, attention.k_proj.weight)), dim=-1)
         q, k = rotate(heads(qk), *table).split((c.num_attention_heads, c.num_key_value_heads), dim=1)
         if cache is not None:                                                           # values stay coordinates
             W_v, W_o, bias = cache.fold(i, attention)
