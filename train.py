@@ -953,7 +953,8 @@ def run_command(args: argparse.Namespace) -> None:
             projection.save(args.out / "projections.safetensors")
         report(model, held, projection, {"config": run.config, "loss": run.losses, "checks": run.checks}, args)
         Run.state_file(args).unlink(missing_ok=True)
-    if WORLD > 1:
+    if WORLD > 1:                   # all leave together: gloo aborts a process that leaves while others still talk
+        distributed.barrier()
         distributed.destroy_process_group()
 
 
