@@ -105,7 +105,7 @@ class KVCache:
         q (B, H, T, d) and k (B, K, T, d) after RoPE; v (B, T, Σ r) coordinates, from W_v'. Returns (B, T, Σ r over query
         heads), for W_o'. `length` moves on once all layers have appended: `advance`.
         """
-        (B, H, T, d), K = q.shape, k.shape[1]
+        (_, H, T, d), K = q.shape, k.shape[1]
         start, end = self.length, self.length + T
         q = q.unflatten(1, (K, H // K))                                                 # (B, K, G, T, d)
         if self.key_bases[i] is not None:
