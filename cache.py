@@ -36,7 +36,8 @@ class KVCache:
     """Keys and values of `batch` sequences of equal length, up to `max_len` tokens, at a plan of ranks (2, L, K).
 
     `data` is the one flat tensor, `length` the number of tokens in it, `offsets` (2, L, K) where each block begins. dtype
-    and device are the model's; the weights folded for it stay with it, so one cache serves one model. A forward pass calls `check_room`, for every layer `fold` and `attend`, then `advance`.
+    and device are the model's; the weights folded for it stay with it, so one cache serves one model. A forward pass calls
+    `check_room`, for every layer `fold` and `attend`, then `advance`.
     Raises ValueError for ranks or sizes that make no sense, and when it is full.
     """
 
@@ -122,7 +123,7 @@ class KVCache:
     def append(self, i: int, k: Tensor, v: Tensor) -> None:
         """Write keys (B, K, T, d) and value coordinates (B, T, Σ r) behind what layer i holds."""
         T, done = v.shape[1], 0
-        if T == 1 and len(self.groups[i]) > 1:   # one token's numbers, of all heads in one go
+        if T == 1 and len(self.groups[i]) > 1:   # one token's numbers, of heads of all ranks in one go
             kept, first, rank = self.places(i)
             self.data[first + self.length * rank] = torch.cat((k.flatten(1)[:, kept], v[:, 0]), dim=1)
             return

@@ -222,7 +222,7 @@ class Model(nn.Module):
             W_v, W_o, bias = cache.fold(i, attention)
             a = F.linear(cache.attend(i, q, k, F.linear(h, W_v), c.sliding_window), W_o, bias)
         else:
-            v = heads(attention.v_proj(h))                                        # (B, K, T, d)
+            v = heads(attention.v_proj(h))                                              # (B, K, T, d)
             if observe is not None:
                 observe(i, q, k, v)
             if project is not None:

@@ -389,7 +389,7 @@ def train(model: Model, tokens: np.ndarray, valid: np.ndarray, run: "Run") -> No
 
 def student_states(model: Model, tokens: Tensor, project, recompute: bool) -> Tensor:
     """model.hidden with projections; with `recompute` a layer's inner states are not kept for the backward pass but made
-    again there (activation checkpointing): a third more time for a layer's worth of memory instead of all layers'."""
+    again there (activation checkpointing): a third more operations for a layer's worth of memory instead of all layers'."""
     x = model.embed(tokens)
     for i in range(model.config.num_hidden_layers):
         x = checkpoint(model.layer, i, x, project, use_reentrant=False) if recompute else model.layer(i, x, project)
@@ -672,8 +672,7 @@ class Run:
     FIXED = ("recipe", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype", "train_tokens")
 
     def __init__(self, args, start: Projection, path: Tensor | None = None):
-        self.args, self.start, self.path, self.step, self.losses = args, start, path, 0, []
-        self.checks = []
+        self.args, self.start, self.path, self.step, self.losses, self.checks = args, start, path, 0, [], []
         self.config = self.describe(args)
         self.rotation = Rotation(start)
         self.optimizer = torch.optim.Adam(self.rotation.parameters(), lr=args.lr)
@@ -849,7 +848,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--ce", type=within(0.0, 1.0), help="share of next-token cross-entropy in the loss [0; 0.75 for the paper's]")
     parser.add_argument("--runs", type=within(1, 10 ** 6), default=64, help="runs of --seq held-out tokens to report on [64]")
     parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction,
-                        help="recompute each layer in the backward pass: less memory, a third more time [if it would not fit otherwise]")
+                        help="recompute each layer in the backward pass: less memory, a third more operations [if it would not fit otherwise]")
     parser.add_argument("--check-every", type=within(1, 10 ** 7), default=100, help="steps between two looks at text of its own; "
                         "the best projections are kept in OUT/best.safetensors [100]")
     parser.add_argument("--save-every", type=within(0.0, 1e6), default=30.0, help="seconds between two saves of the run's state [30]")
