@@ -1,0 +1,464 @@
+"""What every script needs and no reader of the method must read.
+
+In this order: the command line and errors of one line; files that are written whole or not at all;
+pictures; progress; text in and out; several processes (torchrun); the memory of a training step.
+
+An error of the user is one line on stderr and exit code 2: the option as it was typed, the file,
+and what is wrong.
+"""
+import argparse
+import contextlib
+import ctypes
+import json
+import math
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, distributed
+
+DEMO = Path(__file__).resolve().parent / "demo"
+
+
+# ------------------------------------------------------------------------------
+# The command line
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Say one line on stderr and leave; exit code 2 is an error of the user."""
+    print(" ".join(message.split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def blame(option: str):
+    """Turn an error about what the user passed into `fail`, with the option as typed in front."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(f"{option}: {error}")
+    except KeyError as error:
+        fail(f"{option}: the file has no entry {error}")
+
+
+def arguments(doc: str, several: bool = False) -> argparse.ArgumentParser:
+    """A parser with a script's docstring as its help, and with the options of all scripts.
+
+    `several`: the script may run in several processes (torchrun).
+    """
+    if WORLD > 1 and not several:
+        fail("torchrun: only train.py runs in several processes; use python")
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--ckpt", type=Path, default=DEMO, help="folder of the checkpoint [demo]")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="[cuda if there, else cpu]")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float64"],
+                        help="[bfloat16 on cuda, float32 on cpu]")
+    parser.add_argument("--seed", type=within(0, 2 ** 32), default=0, help="[0]")
+    return parser
+
+
+def moved(parser: argparse.ArgumentParser, *options: str, to: str) -> None:
+    """Answer options that a script no longer has with one line that names their successor."""
+    class Moved(argparse.Action):
+        def __call__(self, parser, namespace, values, option=None):
+            fail(f"{option}: {to}")
+
+    for option in options:
+        parser.add_argument(option, action=Moved, nargs="?", help=argparse.SUPPRESS)
+
+
+def within(low, high):
+    """An argparse type: a number of the type of `low`, from `low` to `high`."""
+    def parse(text: str):
+        value = type(low)(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = type(low).__name__
+    return parse
+
+
+def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype asked for, the seed set; fails where the device is not there."""
+    torch.manual_seed(args.seed)
+    try:
+        device = torch.device(args.device)
+        if device.type not in ("cpu", "cuda"):      # others lack float64, which calibration sums in
+            fail(f"--device {args.device}: only cpu and cuda are supported")
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:     # torchrun: a GPU each
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f"--device {args.device}: not a device of this machine or this build of PyTorch")
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    return device, getattr(torch, args.dtype or default)
+
+
+def prepare_training(args, config, levels: int) -> tuple[torch.device, torch.dtype]:
+    """The same, for a training: checks --out, the model and its memory, and meets the processes."""
+    device, dtype = prepare(args)
+    keep_freed_memory()
+    args.dtype = str(dtype).removeprefix("torch.")
+    if args.amp and dtype != torch.float32:
+        fail(f"--amp: is for float32 weights, not {args.dtype}")
+    if config.head_dim % levels:
+        fail(f"--ckpt: {args.ckpt}: head_dim {config.head_dim} does not divide into {levels} levels "
+             "of rank")
+    if RANK == 0:
+        check_folder(args.out)
+    join_processes(device)
+    plan_memory(args, config, device, dtype)
+    if device.type == "cpu" and dtype == torch.float32 and has_bfloat16_units() and not args.amp:
+        print("This CPU has units for bfloat16 products: --amp would pay")
+    return device, dtype
+
+
+def run_script(main) -> None:
+    """Run a script's main; a GPU that is too small is said in one line."""
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        fail("--device: its memory does not suffice; a smaller --batch, --seq or --tokens takes "
+             "less, and for train.py --batch 1 with --accumulate, or --checkpoint")
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library to keep freed memory for the next step.
+
+    glibc hands every block above 32 MB back to the system and gets it back page by page, zeroed: a
+    third of a training step on a CPU. Elsewhere (macOS, Windows, musl) this does nothing.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)                     # no block of its own mapping
+        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)     # never shrink the heap
+    except (OSError, AttributeError, TypeError):
+        pass
+
+
+# ------------------------------------------------------------------------------
+# Files. Reading gives a ValueError that names the file; writing goes to a temporary name first and
+# is then renamed, so that a failure never costs what was there.
+
+
+def open_safetensors(path: str | Path):
+    """safetensors.safe_open; its tensors on a CPU are views of the memory-mapped file."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or a truncated one ({error})") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path):
+    """Yields PATH.part, open for bytes; once written, it is flushed and takes the place of PATH."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:                                # after a failure: a full disk is left no fuller
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: dict, indent: int | None = None) -> None:
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=indent).encode())
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata=None) -> None:
+    """A safetensors file; `metadata` (str to str) is what it says beside the tensors."""
+    copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    with written_whole(path) as file:
+        file.write(serialize(copies, metadata))
+
+
+def save_state(path: Path, module, optimizer, tensors: dict[str, Tensor], said: dict) -> None:
+    """A training's state: parameters, Adam's moments, other tensors, and facts in JSON."""
+    tensors = dict(tensors)
+    for name, parameter in module.named_parameters():
+        tensors[f"parameter.{name}"] = parameter
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"adam.{name}.{key}"] = value
+    with blame("--out"):
+        write_tensors(path, tensors, {"said": json.dumps(said)})
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """All tensors of `save_state`, and its facts. ValueError if the file is something else."""
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        said = json.loads((file.metadata() or {}).get("said", "null"))
+    if said is None:
+        raise ValueError(f"{path}: not the state of a training")
+    return tensors, said
+
+
+def restore_state(module, optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put parameters and Adam's moments where `save_state` found them."""
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(tensors[f"parameter.{name}"])
+        adam = f"adam.{name}."
+        optimizer.state[parameter] = {
+            key.removeprefix(adam): value if key.endswith(".step") else value.to(parameter)
+            for key, value in tensors.items() if key.startswith(adam)}
+
+
+def check_same(path: Path, before: dict, now: dict) -> None:
+    """ValueError where settings differ from those that the state in `path` was made with."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"{path}: was made with --{name} {before.get(name)}, not {value}")
+
+
+def check_folder(path: Path) -> None:
+    """Make the folder of --out; fail before any work is done if nothing can be written there."""
+    with blame("--out"):
+        path.mkdir(parents=True, exist_ok=True)
+        with written_whole(path / "writable"):
+            pass
+        (path / "writable").unlink()
+
+
+# ------------------------------------------------------------------------------
+# Pictures
+
+@contextlib.contextmanager
+def picture(path: Path, columns: int = 1, width: float = 10, height: float = 4, **options):
+    """Yields the axes of a figure with so many panels, then saves it as a PNG, whole or not."""
+    from matplotlib.figure import Figure  # slow to import, and needed at the end alone
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure.subplots(1, columns, **options)
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=130, format="png")
+
+
+# ------------------------------------------------------------------------------
+# Progress
+
+class Progress:
+    """One line that is rewritten on a terminal; elsewhere a plain line every ten seconds.
+
+    Called after each of `total` steps with its number, a text, and how many tokens it took.
+    """
+
+    def __init__(self, total: int, what: str = "step"):
+        self.total, self.what = total, what
+        self.began = time.time()
+        self.shown = 0.0
+        self.tokens = self.done = 0
+
+    def __call__(self, step: int, text: str, tokens: int = 0) -> None:
+        self.tokens += tokens
+        self.done += 1
+        now, terminal, last = time.time(), sys.stderr.isatty(), step == self.total
+        pause = 0.2 if terminal else 10
+        if RANK or (now - self.shown < pause and not last):
+            return
+        self.shown = now
+        seconds = now - self.began
+        minutes_left = (self.total - step) * seconds / self.done / 60
+        speed = f"  {self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
+        line = f"{self.what} {step}/{self.total}  {text}{speed}  {minutes_left:.1f} min left"
+        if terminal:
+            print(f"\r{line:<79s}", end="\n" if last else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------
+# Text in and out
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt, the beginning of sequence first. ValueError if there are none."""
+    ids = tokenizer.encode(text)
+    if tokenizer.bos_id() >= 0:
+        ids = [tokenizer.bos_id(), *ids]
+    if not ids:
+        raise ValueError("nothing to continue, and the tokenizer has no beginning of sequence")
+    return ids
+
+
+def show(tokenizer, prompt: list[int], new_tokens) -> list[int]:
+    """Print the prompt, then each new token's text as it comes. Returns the new tokens."""
+    tokens = list(prompt)
+    shown = tokenizer.decode(tokens)
+    print(shown, end="", flush=True)
+    for token in new_tokens:
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):     # half a character, spelled in bytes: wait for the rest
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print(tokenizer.decode(tokens)[len(shown):])
+    return tokens[len(prompt):]
+
+
+def prompt_arguments(parser) -> None:
+    parser.add_argument("--prompt", default="Return the ", help="text to continue")
+    parser.add_argument("--tokens", type=within(1, 10 ** 6), default=100,
+                        help="how many new ones at most [100]")
+    parser.add_argument("--temperature", type=within(0.0, 100.0), default=0.0,
+                        help="0 takes the likeliest token [0]")
+
+
+# ------------------------------------------------------------------------------
+# Several processes (torchrun): the same weights in each, other sequences; gradients are averaged,
+# the first one writes
+
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes, each with its own device; only the first keeps its stdout."""
+    if WORLD == 1:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # The others wait while the first one tokenises, which may take hours.
+    distributed.init_process_group(backend, timeout=timedelta(days=2))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def leave_processes() -> None:
+    """All together: gloo aborts a process that leaves while others still talk."""
+    if WORLD > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What the first process does here (tokenising, say) is done when the others begin."""
+    if RANK:
+        distributed.barrier()
+    yield
+    if WORLD > 1 and RANK == 0:
+        distributed.barrier()
+
+
+def my_share(B: int) -> slice:
+    """Of WORLD · B sequences, those of this process."""
+    return slice(RANK * B, (RANK + 1) * B)
+
+
+def sum_over_processes(total: Tensor) -> Tensor:
+    """In place. Small tensors on the CPU travel with gloo, or through the GPU with nccl."""
+    if WORLD > 1:
+        there = total.cuda() if distributed.get_backend() == "nccl" else total
+        distributed.all_reduce(there)
+        total.copy_(there)
+    return total
+
+
+# ------------------------------------------------------------------------------
+# The memory of a training step
+
+CHUNK = 256     # tokens whose logits exist at a time; so few that on a CPU they stay in its cache
+
+
+def describe(ckpt: Path, model) -> str:
+    c, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
+    return (f"{ckpt}: {millions:,.1f} M parameters, {c.num_hidden_layers} layers, "
+            f"{c.num_attention_heads} query heads on {c.num_key_value_heads} key-value heads "
+            f"of {c.head_dim}")
+
+
+def peak_memory(c, batch: int, seq: int, dtype: torch.dtype, recompute: bool) -> dict[str, float]:
+    """Bytes that a training step holds at its peak, by what holds them. c: the model's config.
+
+    All linear layers are frozen, so they keep no input for the backward pass. The layer whose turn
+    it is holds gradients and results on the way beside what it keeps. `recompute`: layers are
+    computed again in the backward pass (--checkpoint), and only one keeps anything.
+    """
+    hidden, inner, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
+    H, K, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    tokens, size = batch * seq, dtype.itemsize
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+
+    attention = 2 * hidden * H * d + 2 * hidden * K * d
+    embeddings = c.vocab_size * hidden * (1 if c.tie_word_embeddings else 2)
+    weights = L * (attention + 3 * hidden * inner) + embeddings
+    # Numbers per token: the inputs of both norms and the normed states; q and what attention gives;
+    # k and v before and after projection; three of the MLP.
+    kept = 4 * hidden + 2 * H * d + 4 * K * d + 3 * inner
+    on_the_way = 6 * hidden + 4 * inner
+    # Some 18 matrices per head: start, PCA, A, gradient, Adam's moments, the Cayley map's graph.
+    projections = 18 * L * K * d * d
+    return {
+        "weights": weights * size,
+        "projections": projections * 4,
+        "between layers": tokens * hidden * size * (L if recompute else 1),
+        "within layers": tokens * size * (kept * (1 if recompute else L) + on_the_way),
+        "loss": 6 * min(CHUNK, tokens) * c.vocab_size * wide + 5 * tokens * hidden * size,
+    }
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a process can still get; infinite where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = dict(line.split(":") for line in lines)["MemAvailable"]
+        return 1024 * int(available.split()[0]) / WORLD
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def plan_memory(args, config, device: torch.device, dtype: torch.dtype) -> None:
+    """Say what a step will take; decide --checkpoint where the user did not; fail if too large."""
+    def need(recompute: bool) -> dict[str, float]:
+        return peak_memory(config, args.batch, args.seq, dtype, recompute)
+
+    free = free_memory(device)
+    if args.checkpoint is None:
+        args.checkpoint = sum(need(False).values()) > 0.8 * free
+    parts = need(args.checkpoint)
+    total = sum(parts.values())
+    listed = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items())
+    how = ", layers recomputed in the backward pass" if args.checkpoint else ""
+    print(f"Memory of a step, predicted: {listed}; {total / 1e6:,.0f} MB in all{how}")
+    if total > free:
+        fail(f"--batch {args.batch} --seq {args.seq}: a step needs about {total / 1e9:.1f} GB and "
+             f"{free / 1e9:.1f} GB are free on {device}; take a smaller --seq, --batch 1 with "
+             "--accumulate, or --checkpoint")
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU has units for bfloat16 products, as Linux says (AVX512-BF16, AMX, ARM's)."""
+    try:
+        return "bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

@@ -1,0 +1,305 @@
+"""A file, or Python's own documentation, becomes windows of token ids.
+
+Training, calibration and search read random windows of one long row of ids; every report reads
+windows of another, which is held out: the last tenth of a user's file, and of Python's own text the
+modules and topics that a hash of their name picks. Each document begins with the tokenizer's
+beginning of sequence.
+
+    python data.py                                   # what Python's own text amounts to
+    python data.py --ckpt DIR --data text.jsonl      # tokenises it, and says what it found
+
+--data takes a .txt, a .jsonl with a "text" field, a .bin of token ids (uint16 if the vocabulary has
+at most 65,536 pieces, else uint32) or a .npy of them. A text is tokenised once, streaming, into a
+.bin in the --out folder, and mapped from there.
+"""
+import ast
+import itertools
+import json
+import os
+import sys
+import sysconfig
+import time
+import zlib
+from array import array
+from pathlib import Path
+from textwrap import indent
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import common
+from model import load_tokenizer, read_config
+
+# ------------------------------------------------------------------------------
+# Windows
+
+def windows(tokens: np.ndarray, starts: Tensor, T: int) -> Tensor:
+    """The windows of T + 1 tokens at `starts`, (B, T + 1): inputs are [:, :-1], targets [:, 1:]."""
+    rows = np.stack([tokens[start:start + T + 1] for start in starts.tolist()])
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generator,
+                   mine: slice = slice(None)) -> Tensor:
+    """B random windows of T + 1 tokens, or those of them that are this process's share."""
+    starts = torch.randint(len(tokens) - T, (B,), generator=generator)
+    return windows(tokens, starts[mine], T)
+
+
+# ------------------------------------------------------------------------------
+# Ids
+
+def load_data(path: Path | None, ckpt: Path, vocab_size: int, out: Path = Path("out")):
+    """Token ids as (training, held out), each (n,) integers, memory-mapped if they are of a file.
+
+    `path` is what --data takes, or None for Python's own text; a text is tokenised into the folder
+    `out`. ValueError names the file and what is wrong with it.
+    """
+    if path is None:
+        tokenizer = load_tokenizer(ckpt)
+        training, held_out = python_documents()
+        return encode(tokenizer, training), encode(tokenizer, held_out)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.suffix in (".txt", ".jsonl"):
+        path = tokenise(path, ckpt, vocab_size, out)
+    tokens = load_ids(path, vocab_size)
+    check_ids(path, tokens, vocab_size)
+    cut = len(tokens) - len(tokens) // 10
+    return tokens[:cut], tokens[cut:]
+
+
+def load_ids(path: Path, vocab_size: int) -> np.ndarray:
+    """The memory-mapped ids of a .bin or .npy file."""
+    if path.suffix == ".bin":
+        dtype = id_dtype(vocab_size)
+        size = path.stat().st_size
+        if size % dtype.itemsize:
+            raise ValueError(f"{path}: {size} bytes are not a whole number of {dtype} token ids")
+        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
+    if path.suffix != ".npy":
+        raise ValueError(f"{path}: an unknown kind of file; expected .txt, .jsonl, .bin or .npy")
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:      # numpy parses the header as Python: a cut one raises anything
+        raise ValueError(f"{path}: not a .npy file of numbers ({error})") from None
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"{path}: not a .npy file of numbers")
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"{path}: {tokens.dtype} of shape {tokens.shape}; expected integers of "
+                         "shape (n,), token ids")
+    return tokens
+
+
+def check_ids(path: Path, tokens: np.ndarray, vocab_size: int, piece: int = 2 ** 22) -> None:
+    """ValueError for an id outside the vocabulary. Reads the file: mapped pages count as memory."""
+    for start in range(0, len(tokens), piece):
+        count = min(piece, len(tokens) - start)
+        offset = tokens.offset + start * tokens.itemsize
+        part = np.fromfile(path, tokens.dtype, count, offset=offset)
+        if part.min() < 0 or part.max() >= vocab_size:
+            wrong = part[(part < 0) | (part >= vocab_size)][0]
+            raise ValueError(f"{path}: holds the token id {wrong}, outside the model's vocabulary "
+                             f"of {vocab_size}")
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+
+
+def text_for(args, config) -> tuple[np.ndarray, np.ndarray]:
+    """The (training, held-out) ids that --data asks for; fails if they do not fill one window."""
+    with common.blame("--data"):
+        with common.first_process_first():
+            tokens, held_out = load_data(args.data, args.ckpt, config.vocab_size, args.out)
+        for part, name in ((tokens, "training"), (held_out, "held-out")):
+            if len(part) <= args.seq:
+                raise ValueError(f"{args.data or 'Python'}: too short, {len(part)} {name} tokens "
+                                 f"for windows of --seq {args.seq}")
+    print(f"{args.data or 'Python documentation'}: {len(tokens):,} tokens to train on, "
+          f"{len(held_out):,} held out", flush=True)
+    return tokens, held_out
+
+
+# ------------------------------------------------------------------------------
+# Text to ids
+
+def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
+    """The ids of a .txt or .jsonl as a .bin in `out`; the path of the .bin.
+
+    Made unless it is there and neither text nor tokenizer changed. Streams: memory does not grow
+    with the file.
+    """
+    tokenizer = load_tokenizer(ckpt)
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / f"{path.name}.bin"
+    note = target.with_suffix(".json")                  # what the .bin was made from; written last
+    origin = {
+        "source": str(path.resolve()),
+        "bytes": path.stat().st_size,
+        "modified": path.stat().st_mtime_ns,
+        "vocab_size": vocab_size,
+        "tokenizer": zlib.crc32((ckpt / "tokenizer.model").read_bytes()),
+    }
+    if target.exists() and note.exists() and common.read_json(note) == origin:
+        return target
+    is_one = path.suffix == ".txt"
+    texts = text_pieces(path) if is_one else jsonl_documents(path)
+    dtype = id_dtype(vocab_size)
+    began = shown = time.time()
+    with common.written_whole(target) as file:
+        for ids in token_stream(tokenizer, texts, one_document=is_one):
+            if len(ids) and ids.max() >= vocab_size:
+                raise ValueError(f"{ckpt}: its tokenizer.model makes the token id {ids.max()}, "
+                                 f"outside the vocabulary of {vocab_size}")
+            file.write(ids.astype(dtype).tobytes())
+            if time.time() - shown > 10:
+                shown = time.time()
+                print(f"Tokenising {path}: {file.tell() // dtype.itemsize:,} tokens, "
+                      f"{shown - began:.0f} s", file=sys.stderr)
+        note.unlink(missing_ok=True)
+    common.write_json(note, origin)
+    return target
+
+
+def encode(tokenizer, texts, one_document: bool = False) -> np.ndarray:
+    """Ids of texts end to end, the beginning of sequence before each (or before the first)."""
+    return np.concatenate([np.empty(0, np.uint32), *token_stream(tokenizer, texts, one_document)])
+
+
+def token_stream(tokenizer, texts, one_document: bool):
+    """The same in pieces: a megabyte of texts at a time, shared among the cores by SentencePiece."""
+    before = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
+    batch, characters = [], 0
+    for text in itertools.chain(texts, [None]):         # None: the end
+        if text is None or characters > 2 ** 20:
+            ids = array("I")
+            for found in tokenizer.encode(batch, num_threads=os.cpu_count()):
+                ids.extend(before + found)
+                before = [] if one_document else before
+            yield np.array(ids, np.uint32)
+            batch, characters = [], 0
+        if text is not None:
+            batch.append(text)
+            characters += len(text)
+
+
+def text_pieces(path: Path, characters: int = 2 ** 17):
+    """A text file in pieces that end with a line, or within a line that is longer than one."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            while piece := file.read(characters):
+                yield piece + file.readline(characters)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def jsonl_documents(path: Path):
+    """The "text" fields of a file of JSON lines; empty lines are skipped."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                text.encode()                           # JSON can spell half a character
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'{path}: line {number} is not a JSON object with a "text"')
+            yield text
+
+
+# ------------------------------------------------------------------------------
+# Python's own text
+
+CODE = {"test", "tests", "idlelib", "lib2to3"}          # sources that are no documentation
+DATA = {"site-packages", "dist-packages", "pydoc_data", "encodings"}
+
+
+def python_documents(sources: bool = False) -> tuple[list[str], list[str]]:
+    """The text that every Python carries, as (training documents, held-out documents).
+
+    A document is a topic of the language reference or the docstrings of one module of the standard
+    library. With `sources` (the demo's training) each module's source is one too, and so are the
+    library's own tests. A hash of the topic's or module's name holds one in ten out, so that a
+    module's docstrings and source fall on one side in every version of Python. Paragraphs of a
+    held-out text that stand in a training one too are cut.
+    """
+    from pydoc_data.topics import topics
+    library = Path(sysconfig.get_paths()["stdlib"])
+    training, held_out = [], []
+    for name, text in sorted(topics.items()):
+        side = held_out if is_held_out(name) else training
+        side.append(text)
+    for file in sorted(library.rglob("*.py")):
+        parts = file.relative_to(library).with_suffix("").parts
+        documented = not CODE & set(parts)
+        if DATA & set(parts) or not (documented or sources):
+            continue
+        module = ".".join(parts).removesuffix(".__init__")
+        try:
+            source = file.read_text(encoding="utf-8")
+            texts = [docstrings(module, ast.parse(source))] if documented else []
+        except (SyntaxError, ValueError):               # some tests are broken on purpose
+            continue
+        if sources:
+            texts.append(source)
+        side = held_out if is_held_out(module) else training
+        side += [text for text in texts if text]
+    known = {p for text in training for p in text.split("\n\n") if len(p) > 30}
+    held_out = ["\n\n".join(p for p in text.split("\n\n") if p not in known) for text in held_out]
+    return training, [text for text in held_out if text]
+
+
+def is_held_out(name: str) -> bool:
+    return zlib.crc32(name.encode()) % 10 == 0
+
+
+def docstrings(name: str, node: ast.AST) -> str:
+    """The docstrings of a module, under the signatures that they describe, as pydoc prints them."""
+    text = ""
+    if (doc := ast.get_docstring(node)):
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        signature = f"({ast.unparse(node.args)})" if is_function else ""
+        text = f"{name}{signature}\n{indent(doc, '    ')}\n\n"
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text += docstrings(f"{name}.{child.name}", child)
+    return text
+
+
+# ------------------------------------------------------------------------------
+
+def data_arguments(parser) -> None:
+    parser.add_argument("--data", type=Path,
+                        help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
+    parser.add_argument("--out", type=Path, default=Path("out"),
+                        help="folder for what is written, token ids among it [out]")
+
+
+def main():
+    parser = common.arguments(__doc__)
+    data_arguments(parser)
+    args = parser.parse_args()
+    args.seq = 1
+    common.check_folder(args.out)
+    with common.blame("--ckpt"):
+        config = read_config(args.ckpt / "config.json")
+    tokens, held_out = text_for(args, config)
+    seen = np.zeros(config.vocab_size, bool)
+    for start in range(0, len(tokens), 2 ** 22):
+        seen[tokens[start:start + 2 ** 22]] = True
+    print(f"{seen.sum():,} of the {config.vocab_size:,} ids occur in the training text")
+    try:
+        tokenizer = load_tokenizer(args.ckpt)
+    except ValueError as error:
+        print(error)
+        return
+    for name, ids in (("training", tokens), ("held-out", held_out)):
+        print(f"\nThe {name} text begins:\n\n{indent(tokenizer.decode(ids[:60].tolist()), '    ')}")
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,417 @@
+"""How far a compressed model is from the model, on text it never saw.
+
+    KL          Σ p log(p / q), the model's next-token distribution p against the compressed one's
+                q, the mean over tokens, in nats per token: 0 is the model itself
+    perplexity  exp of the mean −log q(next token), and accuracy, how often its likeliest is right
+    questions   multiple choice by log-likelihood, through the real cache: the paper's measure
+                (section 4.1)
+
+The first two run whole windows of held-out text with keys and values projected (`project=`); a
+test holds that the cache gives the same logits. The KL is also what training minimises (Distill).
+
+    python evaluate.py                                  # what train.py and search.py left in out/
+    python evaluate.py --out out_path --tasks demo/questions.jsonl
+
+Reads OUT/projections.safetensors and, where search.py wrote them, OUT/ranks.json and
+OUT/ranks_pca.json (`search.py --pca`); writes OUT/evaluation.json and .png. A line of --tasks is
+{"context": text, "choices": [texts], "label": number of the right one, from 0}.
+"""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import common
+from cache import KVCache, read_plan
+from data import data_arguments, text_for, windows
+from model import Model, load, load_tokenizer
+from projection import BUDGETS, Projection, uniform_ranks
+
+# ------------------------------------------------------------------------------
+# Distance from the model
+
+def log_probabilities(model: Model, *states: Tensor):
+    """For normed states (n, hidden) of the same tokens: the log-probabilities, chunk by chunk.
+
+    So that two (tokens × vocabulary) matrices never exist whole. Yields (slice of the tokens,
+    log p of the first states, log p of the second, …).
+    """
+    for start in range(0, len(states[0]), common.CHUNK):
+        rows = slice(start, start + common.CHUNK)
+        yield rows, *(logits(x[rows], model.lm_head.weight).log_softmax(-1) for x in states)
+
+
+def logits(x: Tensor, W: Tensor) -> Tensor:
+    """x Wᵀ of states (n, hidden) and W (vocab, hidden), in float32 or float64.
+
+    A bfloat16 result would carry eight bits, and small KLs drown in that. So bfloat16 weights are
+    widened, some pieces of the vocabulary at a time.
+    """
+    if x.dtype == wide(x.dtype):
+        return x @ W.T
+    return torch.cat([x.float() @ piece.float().T for piece in W.split(2 ** 13)], dim=-1)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that probabilities are computed in: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.no_grad()
+def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit: int):
+    """The base model, and every hook `project` of `hooks`, over at most `limit` windows of T tokens.
+
+    Returns ({"perplexity", "accuracy"} of the base, {name: {"kl", "perplexity", "accuracy"}}).
+    ValueError where the model's weights make no sense.
+    """
+    count = min(limit, (len(tokens) - 1) // T)
+    stride = (len(tokens) - 1) // count             # spread evenly over all of the held-out text
+    base = torch.zeros(3, dtype=torch.float64)
+    totals = {name: torch.zeros(3, dtype=torch.float64) for name in hooks}
+    for starts in (torch.arange(count) * stride).split(B):
+        block = windows(tokens, starts, T).to(model.device)
+        x, y = block[:, :-1], block[:, 1:].flatten()
+        teacher = model.norm(model.hidden(x)).flatten(0, 1)
+        for rows, log_p in log_probabilities(model, teacher):
+            base += sums(log_p, log_p, y[rows])
+        for name, project in hooks.items():
+            student = model.norm(model.hidden(x, project)).flatten(0, 1)
+            for rows, log_p, log_q in log_probabilities(model, teacher, student):
+                totals[name] += sums(log_p, log_q, y[rows])
+    _, perplexity, accuracy = means(base, count * T)
+    results = {}
+    for name, total in totals.items():
+        kl, ppl, right = means(total, count * T)
+        results[name] = {"kl": kl, "perplexity": ppl, "accuracy": right}
+    return {"perplexity": perplexity, "accuracy": accuracy}, results
+
+
+def sums(log_p: Tensor, log_q: Tensor, y: Tensor) -> Tensor:
+    """Over tokens (n, vocab): KL(p ‖ q), the cross-entropy of q, and its right guesses; (3,)."""
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    cross_entropy = -log_q.gather(1, y[:, None])
+    right = log_q.argmax(-1) == y
+    return torch.stack([x.double().sum() for x in (kl, cross_entropy, right)]).cpu()
+
+
+def means(total: Tensor, n: int) -> tuple[float, float, float]:
+    """KL, perplexity and accuracy from sums over n tokens."""
+    kl, cross_entropy, accuracy = (total / n).tolist()
+    if not cross_entropy < 700:                     # exp would overflow; NaN is not below either
+        raise ValueError(f"a cross-entropy of {cross_entropy:.3g} nats per token: are the weights "
+                         "whole?")
+    return kl, math.exp(cross_entropy), accuracy
+
+
+class Distill(torch.autograd.Function):
+    """(1 − c) KL(p_teacher ‖ p_student) + c · cross-entropy, and the KL: per sequence, (B,) each.
+
+    The loss of training. Its gradient for the student's logits is q − ((1 − c) p + c · onehot),
+    taken in the same pass, chunk by chunk, while the probabilities are at hand: no logits are kept
+    for the backward pass. Student and teacher are normed states (B, T, hidden).
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, model: Model, targets: Tensor, c: float):
+        B, T, _ = student.shape
+        s, t = student.flatten(0, 1), teacher.flatten(0, 1)
+        y = targets.flatten()[:, None]
+        gradient = torch.empty_like(s)
+        kl = s.new_zeros(B * T, dtype=wide(s.dtype))
+        cross_entropy = torch.zeros_like(kl)
+        for rows, log_q, log_p in log_probabilities(model, s, t):
+            target = log_p.exp()                                    # what q should be: p
+            kl[rows] = log_p.sub_(log_q).mul_(target).sum(-1)       # Σ p log(p / q)
+            if c > 0:
+                cross_entropy[rows] = -log_q.gather(1, y[rows])[:, 0]
+                share = torch.full_like(target[:, :1], c)
+                target.mul_(1 - c).scatter_add_(1, y[rows], share)
+            by_logits = log_q.exp_().sub_(target)
+            gradient[rows] = by_logits.to(s.dtype) @ model.lm_head.weight
+        ctx.save_for_backward(gradient.view_as(student).div_(T))
+        kl = kl.view(B, T).mean(1)
+        cross_entropy = cross_entropy.view(B, T).mean(1)
+        ctx.mark_non_differentiable(kl)
+        return (1 - c) * kl + c * cross_entropy, kl
+
+    @staticmethod
+    def backward(ctx, by_loss: Tensor, _):
+        gradient, = ctx.saved_tensors
+        return gradient * by_loss[:, None, None].to(gradient), None, None, None, None
+
+
+# ------------------------------------------------------------------------------
+# Multiple choice
+
+def read_questions(path: Path) -> list[dict]:
+    """{"context": …, "choices": […], "label": n} a line. ValueError names a bad line."""
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            question = json.loads(line)
+            check_question(question)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f'{path}: line {number} is not {{"context": text, "choices": [two '
+                             'texts or more], "label": number of the right one, from 0}') from None
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path}: holds no question")
+    return questions
+
+
+def check_question(question: dict) -> None:
+    choices, label = question["choices"], question["label"]
+    texts = [question["context"], *choices]
+    if not all(isinstance(text, str) for text in texts) or not all(choices) or len(choices) < 2:
+        raise ValueError
+    if type(label) is not int or not 0 <= label < len(choices):
+        raise ValueError
+
+
+@torch.no_grad()
+def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Tensor:
+    """log p(choice | context) of every choice, summed over its tokens: (choices,).
+
+    What all choices begin with is prefilled once; the choices then follow as one batch. A choice's
+    tokens are those that context + choice has beyond the context's own, at least one; space at the
+    end of the context counts to the choices.
+    """
+    before = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
+
+    def ids(text: str) -> list[int]:
+        return before + tokenizer.encode(text)
+
+    context = len(ids(question["context"].rstrip()))
+    wholes = [ids(question["context"] + choice) for choice in question["choices"]]
+    same = 0                                        # tokens that all share, and each has one more
+    most = min(context, *(len(whole) - 1 for whole in wholes))
+    while same < most and len({whole[same] for whole in wholes}) == 1:
+        same += 1
+    if not same:
+        raise ValueError("the tokenizer has no beginning of sequence, and nothing goes before "
+                         f"{question['choices'][0]!r}")
+    ends = [whole[same:] for whole in wholes]
+    longest = max(map(len, ends))
+
+    cache.length = 0
+    prefix = torch.tensor([wholes[0][:same]], device=model.device)
+    states = model.hidden(prefix, cache=cache)[:, -1:].expand(len(ends), -1, -1)
+    if longest > 1:
+        padded = [end[:-1] + [0] * (longest - len(end)) for end in ends]
+        wider = spread(cache, len(ends), longest - 1)
+        after = model.hidden(torch.tensor(padded, device=model.device), cache=wider)
+        states = torch.cat((states, after), dim=1)
+    log_p = model.head(states).to(wide(model.dtype)).log_softmax(-1)    # (choices, longest, vocab)
+
+    scores = []
+    for row, end, whole in zip(log_p, ends, wholes, strict=True):
+        first = min(context, len(whole) - 1) - same     # tokens before belong to the context
+        scores.append(row[torch.arange(first, len(end)), end[first:]].sum())
+    return torch.stack(scores)
+
+
+def spread(cache: KVCache, batch: int, more: int) -> KVCache:
+    """A cache for `batch` sequences that all begin with the one in `cache`, and `more` tokens."""
+    n = cache.length
+    wider = KVCache(cache.projection, cache.ranks, batch, n + more, cache.dtype, cache.device)
+    wider.folded = cache.folded
+    wider.length = n
+    for groups, copies in zip(cache.groups, wider.groups, strict=True):
+        for group, copy in zip(groups, copies, strict=True):
+            copy.keys[:, :, :n] = group.keys[:, :, :n]
+            copy.values[:, :, :n] = group.values[:, :, :n]
+    return wider
+
+
+def answer(model: Model, tokenizer, questions: list[dict], projection: Projection, ranks: Tensor):
+    """The share of questions whose right choice scores highest, as it is and by character.
+
+    The first of equals counts.
+    """
+    room = max(len(tokenizer.encode(q["context"])) for q in questions) + 1
+    cache = KVCache(projection, ranks, 1, room, model.dtype, model.device)
+    right = torch.zeros(2)
+    for q in questions:
+        scores = choice_scores(model, tokenizer, q, cache).cpu()
+        by_character = scores / torch.tensor([len(choice) for choice in q["choices"]])
+        right += torch.tensor([x.argmax() == q["label"] for x in (scores, by_character)])
+    accuracy, accuracy_by_character = (right / len(questions)).tolist()
+    return {"accuracy": accuracy, "accuracy_by_character": accuracy_by_character}
+
+
+# ------------------------------------------------------------------------------
+# The report: named curves, each a projection with a plan for every budget
+
+CURVES = {      # name in files: heading in tables, label and style in pictures
+    "pca": ("PCA", "PCA, uniform ranks", "C1", "s"),
+    "trained": ("trained", "trained, uniform ranks", "C0", "o"),
+    "uniform": ("uniform", "uniform ranks", "C0", "o"),
+    "pca_ordered": ("PCA*", "PCA, ranks along the order", "C3", "v"),
+    "trained_ordered": ("trained*", "trained, ranks along the order", "C2", "^"),
+    "pca_searched": ("PCA*", "PCA, searched ranks", "C3", "v"),
+    "searched": ("trained*", "trained, searched ranks", "C2", "^"),
+}
+
+
+def write_report(model: Model, held_out, curves: dict, args, path: Path, said: dict) -> None:
+    """Report on `curves`; write `path`, a .json, with what else is `said`, and a .png beside it."""
+    base, rows = report(model, held_out, curves, args)
+    with common.blame("--out"):
+        common.write_json(path, said | {"base": base, "budgets": rows}, indent=1)
+        draw(base, rows, path.with_suffix(".png"))
+    print(f"Saved {path} and {path.with_suffix('.png')}")
+
+
+def report(model: Model, held_out: np.ndarray, curves: dict, args, budgets=BUDGETS):
+    """Measure `curves`, {name: (projection, function from a budget to a plan)}, and print a table.
+
+    Returns what the base model has, and a row for every budget.
+    """
+    hooks = {}
+    for name, (projection, plan) in curves.items():
+        hooks |= {(name, budget): projection.at(plan(budget)) for budget in budgets}
+    with common.blame("--ckpt"):
+        base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
+    rows = []
+    for budget in budgets:
+        rows.append({"budget": budget} | {name: results[name, budget] for name in curves})
+    print_table(base, rows)
+    return base, rows
+
+
+def print_table(base: dict, rows: list[dict]) -> None:
+    names = [name for name in rows[0] if name != "budget"]
+    headings = "".join(f"{CURVES[name][0]:>11s}" for name in names)
+    columns = (("KL to the base model", "kl", ".5f", 1), ("perplexity", "perplexity", ".3f", 1),
+               ("accuracy, %", "accuracy", ".2f", 100))
+    print(f"\nHeld-out text, base model: perplexity {base['perplexity']:.3f}, accuracy "
+          f"{base['accuracy']:.2%}\n")
+    print("   cache" + "".join(f" | {title:^{len(headings)}s}" for title, *_ in columns))
+    print("        " + f" | {headings}" * len(columns))
+    for row in rows:
+        line = f"  {row['budget']:6.1%}"
+        for _, key, form, scale in columns:
+            line += " | " + "".join(f"{scale * row[name][key]:11{form}}" for name in names)
+        print(line)
+    print("\n* with a rank for every head\n" if "*" in headings else "")
+
+
+def draw(base: dict, rows: list[dict], path: Path) -> None:
+    """KL and accuracy against the budget."""
+    x = [100 * row["budget"] for row in rows]
+    with common.picture(path, columns=2) as (distance, quality):
+        for name in rows[0]:
+            if name == "budget":
+                continue
+            _, label, color, marker = CURVES[name]
+            style = {"label": label, "color": color, "marker": marker}
+            kl = [row[name]["kl"] if row["budget"] < 1 else math.nan for row in rows]   # not log 0
+            distance.plot(x, kl, **style)
+            quality.plot(x, [100 * row[name]["accuracy"] for row in rows], **style)
+        distance.set(yscale="log", ylabel="KL to the base model, nats per token",
+                     title="Distance from the base model")
+        quality.axhline(100 * base["accuracy"], color="grey", linestyle="--", label="base model")
+        quality.set(ylabel="accuracy of the next token, %", title="Quality on held-out text")
+        for axis in (distance, quality):
+            axis.set(xlabel="size of the KV cache, % of full", xticks=x)
+            axis.invert_xaxis()
+            axis.grid(alpha=0.3)
+            axis.legend()
+
+
+def report_tasks(model: Model, curves: dict, args) -> dict:
+    """Multiple choice at every budget, through the real cache."""
+    with common.blame("--tasks"):
+        questions, tokenizer = read_questions(args.tasks), load_tokenizer(args.ckpt)
+        print(f"{args.tasks}: {len(questions)} questions, accuracy by summed log-likelihood "
+              "(and by log-likelihood per character), %\n")
+        unturned = Projection.identity(model.config)
+        full = uniform_ranks(1.0, model.config)
+        base = answer(model, tokenizer, questions, unturned, full)
+        print("   cache  " + "".join(f"{name:>17s}" for name in ("base", *curves)))
+        rows = []
+        for budget in BUDGETS:
+            row = {name: answer(model, tokenizer, questions, projection, plan(budget))
+                   for name, (projection, plan) in curves.items()}
+            rows.append({"budget": budget} | row)
+            shown = [f"{100 * r['accuracy']:6.2f} ({100 * r['accuracy_by_character']:5.2f})"
+                     for r in (base, *row.values())]
+            print(f"  {budget:6.1%}  " + "".join(f"{text:>17s}" for text in shown), flush=True)
+    return {"file": str(args.tasks), "questions": len(questions), "base": base, "budgets": rows}
+
+
+# ------------------------------------------------------------------------------
+# The script
+
+def report_arguments(parser, batch: int = 8) -> None:
+    parser.add_argument("--batch", type=common.within(1, 10 ** 5), default=batch,
+                        help=f"sequences at a time [{batch}]")
+    parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=256, help="tokens of each [256]")
+    parser.add_argument("--windows", type=common.within(1, 10 ** 6), default=64,
+                        help="windows of --seq held-out tokens to report on [64]")
+    common.moved(parser, "--runs", to="is --windows now")
+
+
+def curves_in(folder: Path, model: Model) -> dict:
+    """What train.py and search.py left in a folder, as curves."""
+    config = model.config
+    trained, pca = (Projection.load(folder / "projections.safetensors", p) for p in ("", "pca_"))
+    trained.check_fits(config)
+    trained, pca = trained.to(model.device), pca.to(model.device)
+    curves = {
+        "pca": (pca, lambda budget: uniform_ranks(budget, config)),
+        "trained": (trained, lambda budget: uniform_ranks(budget, config)),
+    }
+    if (folder / "ranks_pca.json").exists():
+        curves["pca_searched"] = (
+            pca, lambda budget: read_plan(folder / "ranks_pca.json", config, budget)[1])
+    if (folder / "ranks.json").exists():
+        curves["searched"] = (
+            trained, lambda budget: read_plan(folder / "ranks.json", config, budget)[1])
+    return curves
+
+
+def check_same_run(folder: Path, args) -> None:
+    """ValueError where train.json says that other text or another model was trained on."""
+    if not (folder / "train.json").exists():
+        return
+    config = common.read_json(folder / "train.json")["config"]
+    for name, now in (("ckpt", str(args.ckpt)), ("data", str(args.data or "")), ("seq", args.seq)):
+        if config[name] != now:
+            raise ValueError(f"{folder}: was trained with --{name} {config[name]}, not {now}")
+
+
+def main():
+    parser = common.arguments(__doc__)
+    data_arguments(parser)
+    report_arguments(parser)
+    parser.add_argument("--tasks", type=Path,
+                        help="a .jsonl of multiple-choice questions to answer at every budget")
+    args = parser.parse_args()
+    device, dtype = common.prepare(args)
+    common.keep_freed_memory()
+    if args.tasks:
+        with common.blame("--tasks"):
+            read_questions(args.tasks)
+    common.check_folder(args.out)
+    with common.blame("--ckpt"):
+        model = load(args.ckpt, device, dtype)
+    with common.blame("--out"):
+        curves = curves_in(args.out, model)
+        check_same_run(args.out, args)
+        for _, plan in curves.values():
+            plan(BUDGETS[-1])                       # a path that ends early is better known now
+    print(common.describe(args.ckpt, model))
+    _, held_out = text_for(args, model.config)
+
+    said = {"tasks": report_tasks(model, curves, args)} if args.tasks else {}
+    write_report(model, held_out, curves, args, args.out / "evaluation.json", said)
+
+
+if __name__ == "__main__":
+    common.run_script(main)
