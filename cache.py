@@ -14,14 +14,14 @@ or v U_r. Attention happens in that small space, for the G query heads that shar
     output = softmax(scores) (v U_r)        r numbers per query head; W_o' = U_rᵀ W_o reads them
 
 This is MatryoshkaKV (arXiv 2410.14731). The value side costs no arithmetic: U_r is folded into W_v
-and W_o (projection.fold_values; its Figure 2). The folded weights belong to the plan of ranks, so
-the cache holds them, beside the data, whatever the context; the model stays as it is. A head at
-rank d is stored unturned, so this class with all ranks d is the base model's cache.
+and W_o (projection.fold_values). The folded weights belong to the plan of ranks, so the cache holds
+them, and the model stays as it is. A head at rank d is stored unturned: with all ranks d this is
+the base model's cache.
 
-    python cache.py                                 # the full cache: its layout, and bytes for 7Bs
-    python cache.py --budget 0.375                  # what of it the same rank everywhere leaves
-    python cache.py --ranks out/ranks.json --budget 0.25
+    python cache.py                                 # the full cache: its layout and its bytes
+    python cache.py --ranks out/ranks.json --budget 0.25        # or --budget alone: uniform ranks
 """
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,7 @@ class KVCache:
     `data` is the one flat tensor, `length` the number of tokens in it, `offsets` (2, L, K) where
     each block begins. dtype and device are the model's; since the folded weights stay with it, one
     cache serves one model. A forward pass calls `check_room`; for every layer `fold` and `attend`;
-    then `advance`. ValueError for ranks or sizes that make no sense, and when it is full.
+    then counts its tokens. ValueError for ranks or sizes that make no sense, and when it is full.
     """
 
     def __init__(
@@ -76,11 +76,9 @@ class KVCache:
         L, K, d = projection.mean_v.shape
         check_ranks(ranks, L, K, d)
         if ranks.ndim != 3:
-            raise ValueError(f"ranks of shape {list(ranks.shape)}; a cache has one plan for all "
-                             f"sequences, {[2, L, K]}")
+            raise ValueError(f"ranks of shape {list(ranks.shape)}; a cache has one plan, (2, L, K)")
         if batch < 1 or max_len < 1:
-            raise ValueError(f"a cache for a batch of {batch} and {max_len} tokens; both must be "
-                             "at least 1")
+            raise ValueError(f"batch {batch}, max_len {max_len}: both must be at least 1")
         self.projection = projection
         self.head_dim = d
         self.ranks = ranks.cpu().long()
@@ -99,36 +97,28 @@ class KVCache:
 
         self.groups = [self.group_heads(i) for i in range(L)]
         self.key_bases = [self.key_basis(i) for i in range(L)]
-        self.folded = [None] * L        # made at the first pass, for every layer: see `fold`,
-        self.places = [None] * L        # `places_of_token`
-        self.tables = [None] * L        # and `table`
-
-    @staticmethod
-    def full(config, batch: int, max_len: int, **place) -> "KVCache":
-        """The base model's cache: every rank d, nothing turned."""
-        unturned = Projection.identity(config)
-        return KVCache(unturned, uniform_ranks(1.0, config), batch, max_len, **place)
+        # Made at the first pass, for every layer: see `fold`, `places_of_token`, `table`.
+        self.folded, self.places, self.tables = [None] * L, [None] * L, [None] * L
 
     def group_heads(self, i: int) -> list[Group]:
         """The groups of layer i: one where ranks are uniform, K where neighbours all differ."""
         pairs = self.ranks[:, i].T.tolist()                         # K of [r_k, r_v]
-        K = len(pairs)
         groups = []
         first = 0
-        for j in range(1, K + 1):
-            if j == K or pairs[j] != pairs[first]:
-                r_k, r_v = pairs[first]
-                keys = self.blocks(0, i, first, j, r_k)
-                values = self.blocks(1, i, first, j, r_v)
-                groups.append(Group(slice(first, j), keys, values))
-                first = j
+        for (r_k, r_v), heads in itertools.groupby(pairs):
+            end = first + len(list(heads))
+            keys = self.blocks(0, i, first, end, r_k)
+            values = self.blocks(1, i, first, end, r_v)
+            groups.append(Group(slice(first, end), keys, values))
+            first = end
         return groups
 
     def blocks(self, side: int, i: int, first: int, end: int, r: int):
         """The view (end − first, batch, max_len, r) of the blocks of heads first … end − 1."""
         shape = end - first, self.batch, self.max_len, r
         offset = int(self.offsets[side, i, first])
-        return self.data[offset:offset + math.prod(shape)].view(shape)
+        numbers = self.data[offset:offset + math.prod(shape)]
+        return numbers.view(shape)
 
     def key_basis(self, i: int) -> Tensor | None:
         """What keys and queries of layer i are turned by, (K, d, d); None if no head is turned."""
@@ -139,13 +129,12 @@ class KVCache:
         basis[full.to(basis.device)] = identity_like(basis)
         return basis.to(self.device, self.dtype)
 
-    def check_room(self, model: Model, B: int, T: int) -> None:
+    def check_room(self, model: Model, B: int, T: int):
         """ValueError unless this is a cache for the model, and T more tokens of B sequences fit."""
         self.projection.check_fits(model.config)
-        here = self.data.device
-        if self.dtype != model.dtype or here != model.device:
-            raise ValueError(f"a cache of {self.dtype} on {here} for a model in {model.dtype} on "
-                             f"{model.device}")
+        if (self.dtype, self.data.device) != (model.dtype, model.device):
+            raise ValueError(f"a cache of {self.dtype} on {self.data.device} for a model in "
+                             f"{model.dtype} on {model.device}")
         if B != self.batch:
             raise ValueError(f"{B} sequences for a cache made for {self.batch}")
         if self.length + T > self.max_len:
@@ -165,13 +154,11 @@ class KVCache:
                 self.folded[i] = fold_values(W_v, W_o, U, mean, ranks)
         return self.folded[i]
 
-    def attend(
-        self, i: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None
-    ) -> Tensor:
+    def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, window=None) -> Tensor:
         """Append the keys and values of T tokens to layer i; attend to all, or the last `window`.
 
         q (B, H, T, d) and k (B, K, T, d) after RoPE; v (B, T, Σ r) coordinates, from W_v'. Returns
-        (B, T, Σ r over query heads), for W_o'. `length` moves on when all layers have appended.
+        (B, T, Σ r over query heads), for W_o'.
         """
         T = q.shape[2]
         K = k.shape[1]
@@ -187,13 +174,15 @@ class KVCache:
         scale = self.head_dim ** -0.5
         if T == 1 and self.data.is_cuda:
             return self.attend_on_gpu(i, q, begin, end, scale)
-        groups = [seen_part(group, begin, end) for group in self.groups[i]]
+        groups = []
+        for heads, keys, values in self.groups[i]:                  # only what is seen
+            keys, values = (x.narrow(2, begin, end - begin) for x in (keys, values))
+            groups.append(Group(heads, keys, values))
         if T == 1:
             return attend_one(groups, q[:, :, :, 0], scale)
-        parts = [attend_many(q, group, window or end, scale) for group in groups]
-        return join(parts, 2)
+        return join([attend_many(q, g, window or end, scale) for g in groups], 2)
 
-    def append(self, i: int, k: Tensor, v: Tensor) -> None:
+    def append(self, i: int, k: Tensor, v: Tensor):
         """Write keys (B, K, T, d) and value coordinates (B, T, Σ r) behind what layer i holds."""
         T = v.shape[1]
         if T == 1 and len(self.groups[i]) > 1:
@@ -205,12 +194,13 @@ class KVCache:
             place.copy_(new_keys[..., :keys.shape[3]])
 
             J, B, _, r = values.shape
-            new_values = v.narrow(2, done, J * r).view(B, T, J, r)
+            new_values = v.narrow(2, done, J * r)
+            new_values = new_values.view(B, T, J, r)
             place = values.narrow(2, self.length, T)
             place.copy_(new_values.permute(2, 0, 1, 3))
             done += J * r
 
-    def append_one(self, i: int, k: Tensor, v: Tensor) -> None:
+    def append_one(self, i: int, k: Tensor, v: Tensor):
         """One token's numbers, those of all heads in one write: heads differ, and a call costs."""
         kept, place, step = self.places_of_token(i)
         keys = k.flatten(1)[:, kept]                                # (B, Σ r_k)
@@ -221,9 +211,8 @@ class KVCache:
     def places_of_token(self, i: int) -> list[Tensor]:
         """Where one token's numbers of layer i go.
 
-        Which of the K·d key coordinates are kept; for every number, of keys and then of values, its
-        place in `data` when the cache is empty (B, Σ r), and the step to the next token (Σ r): the
-        width of its block.
+        Which of the K·d key coordinates are kept; each number's place in `data` when the cache is
+        empty, keys and then values, (B, Σ r); and its step to the next token, the block's width.
         """
         if self.places[i] is None:
             ranks = self.ranks[:, i].flatten()                      # keys, then values: (2·K,)
@@ -245,34 +234,21 @@ class KVCache:
         q = q[:, :, :, 0].contiguous()
         table = self.table(i)
         out = decode_attention(q, self.data, table, self.max_len, end, scale, begin)
-        ranks = self.ranks[1, i].tolist()
-        heads = [head[..., :r].flatten(1) for head, r in zip(out.unbind(1), ranks, strict=True)]
-        return torch.cat(heads, dim=-1)[:, None]
+        heads = zip(out.unbind(1), self.ranks[1, i].tolist(), strict=True)
+        return torch.cat([head[..., :r].flatten(1) for head, r in heads], dim=-1)[:, None]
 
     def table(self, i: int) -> Tensor:
         """Where the kernel finds layer i, (4, K) in units of d/8: offsets and ranks."""
         if self.tables[i] is None:
-            eighth = self.head_dim // LEVELS
-            table = torch.cat((self.offsets[:, i], self.ranks[:, i])) // eighth
-            self.tables[i] = table.to(self.device)
+            table = torch.cat((self.offsets[:, i], self.ranks[:, i]))
+            self.tables[i] = table.to(self.device) // (self.head_dim // LEVELS)
         return self.tables[i]
-
-    def advance(self, T: int) -> None:
-        """Count the T tokens that every layer has appended."""
-        self.length += T
 
 
 # ------------------------------------------------------------------------------
 # Attention on a CPU; on a GPU prefill takes attend_many, and decoding the kernel
 
-def seen_part(group: Group, begin: int, end: int) -> Group:
-    """A group's blocks at tokens begin … end − 1."""
-    keys = group.keys.narrow(2, begin, end - begin)
-    values = group.values.narrow(2, begin, end - begin)
-    return Group(group.heads, keys, values)
-
-
-def attend_one(groups: list[Group], q: Tensor, scale: float) -> Tensor:
+def attend_one(groups: list, q: Tensor, scale: float) -> Tensor:
     """Attention of one new token, q (B, K, G, d), over a layer: (B, 1, Σ r over query heads).
 
     The G queries that share a key-value head form one matrix: each stored number is read once, and
@@ -293,7 +269,7 @@ def attend_one(groups: list[Group], q: Tensor, scale: float) -> Tensor:
     return join(outputs, 1)[:, None]
 
 
-def attend_many(q: Tensor, group: Group, window: int, scale: float) -> Tensor:
+def attend_many(q: Tensor, group: Group, window: int, scale: float):
     """Causal attention of q (B, K, G, T, d), the last T tokens, over a group: (B, T, J·G·r)."""
     heads, keys, values = group
     J, B, n, r = keys.shape
@@ -304,14 +280,16 @@ def attend_many(q: Tensor, group: Group, window: int, scale: float) -> Tensor:
     rows = max(1, SCORES // (J * B * G * n))                        # a long prompt goes in pieces
     pieces = []
     for first in range(0, T, rows):
-        part = q[:, :, :, first:first + rows].flatten(2, 3)         # (J, B, G·rows, r)
+        part = q.narrow(3, first, min(rows, T - first))
+        part = part.flatten(2, 3)                                   # (J, B, G·rows, r)
         now = position[n - T:][first:first + rows]
         age = now[:, None] - position
         mask = (age >= 0) & (age < window)
         mask = mask.repeat(G, 1)                                    # (G·rows, n)
         a = F.scaled_dot_product_attention(part, keys, values, mask, scale=scale)
         a = a.unflatten(2, (G, -1))                                 # (J, B, G, rows, r)
-        pieces.append(a.permute(1, 3, 0, 2, 4).flatten(2))
+        a = a.permute(1, 3, 0, 2, 4)                                # (B, rows, J, G, r)
+        pieces.append(a.flatten(2))
     return torch.cat(pieces, dim=1)
 
 
@@ -322,40 +300,37 @@ def join(parts: list[Tensor], dim: int) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (J, B, m, k) @ b (J, B, k, n). A matrix alone goes without a batch: faster on a CPU."""
-    J_and_B = a.shape[:2]
+    J, B = a.shape[:2]
     a, b = a.flatten(0, 1), b.flatten(0, 1)
-    if len(a) == 1:
+    if J * B == 1:
         return torch.mm(a[0], b[0])[None, None]
-    return torch.bmm(a, b).unflatten(0, J_and_B)
+    return torch.bmm(a, b).unflatten(0, (J, B))
 
 
 # ------------------------------------------------------------------------------
 # Which plan a user asks for: --proj, --ranks and --budget
 
 def plan_arguments(parser) -> None:
-    parser.add_argument("--proj", type=Path, default=Path("out/projections.safetensors"),
-                        help="projections, for --ranks and --budget [out/projections.safetensors]")
-    parser.add_argument("--ranks", type=Path, help="a file of search.py, such as out/ranks.json")
-    parser.add_argument("--budget", type=common.within(0.125, 1.0),
-                        help="share of the cache to keep: a prefix of the file's path, or without "
-                             "--ranks the same rank everywhere")
+    add = parser.add_argument
+    add("--proj", type=Path, default=Path("out/projections.safetensors"),
+        help="projections, for --ranks and --budget [out/projections.safetensors]")
+    add("--ranks", type=Path, help="a file of search.py, such as out/ranks.json")
+    add("--budget", type=common.within(0.125, 1.0),
+        help="share of the cache to keep: a prefix of --ranks, or without it uniform ranks")
 
 
 def plan_for(args, model: Model) -> tuple[Projection, Tensor]:
     """The projections and the plan asked for; the base model's where nothing is."""
-    config = model.config
-    uniform = uniform_ranks(args.budget or 1.0, config)
+    ranks = uniform_ranks(args.budget or 1.0, model.config)
     if args.ranks is None and args.budget is None:
-        return Projection.identity(config).to(model.device), uniform
+        return Projection.identity(model.config).to(model.device), ranks
     with common.blame("--proj"):
         projection = Projection.load(args.proj)
-        projection.check_fits(config)
-        projection = projection.to(model.device)
-    if args.ranks is None:
-        return projection, uniform
-    with common.blame("--ranks"):
-        _, ranks = read_plan(args.ranks, config, args.budget)
-    return projection, ranks
+        projection.check_fits(model.config)
+    if args.ranks is not None:
+        with common.blame("--ranks"):
+            _, ranks = read_plan(args.ranks, model.config, args.budget)
+    return projection.to(model.device), ranks
 
 
 def order_of(path: list, config) -> Tensor:
@@ -374,7 +349,7 @@ def order_of(path: list, config) -> Tensor:
     return order
 
 
-def read_plan(path: Path, config, budget: float | None = None) -> tuple[Tensor, Tensor]:
+def read_plan(path: Path, config, budget=None) -> tuple[Tensor, Tensor]:
     """The order of lowerings (n,) in a file of the search, and a plan (2, L, K).
 
     The plan is the largest one of the order within `budget`; without one, that which the file was
@@ -398,12 +373,6 @@ def read_plan(path: Path, config, budget: float | None = None) -> tuple[Tensor, 
 # ------------------------------------------------------------------------------
 # The script
 
-SEVEN_B = {                                                         # L, K, d
-    "LLaMA-2-7B": (32, 32, 128),
-    "Mistral-7B-v0.3": (32, 8, 128),
-}
-
-
 def show_layout(cache: KVCache, most: int = 8) -> None:
     """The tensor as text: a cell is d/8 numbers per token; `#` is stored, `·` a full cache adds."""
     L, K, d = cache.projection.mean_v.shape
@@ -411,7 +380,7 @@ def show_layout(cache: KVCache, most: int = 8) -> None:
     for i in range(L):
         for side, name in enumerate(SIDES):
             levels = cache.ranks[side, i, :most] * LEVELS // d
-            cells = [("#" * n).ljust(LEVELS, "·") for n in levels.tolist()]
+            cells = [f"{'#' * n:·<8s}" for n in levels.tolist()]
             more = " …" if K > most else ""
             offset = cache.offsets[side, i, 0]
             print(f"  layer {i:2d} {name:6s}  {' '.join(cells)}{more}  offset {offset:>9,}")
@@ -419,25 +388,11 @@ def show_layout(cache: KVCache, most: int = 8) -> None:
           f"{cache.max_len} · Σ ranks {cache.ranks.sum():,}; {cache.data.nbytes:,} bytes\n")
 
 
-def show_bytes(config, tokens: int, dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
-    print(f"Bytes for {tokens:,} tokens of this model in {name}, the same rank everywhere:\n")
-    for budget in BUDGETS:
-        numbers = tokens * uniform_ranks(budget, config).sum().item()
-        print(f"  {budget:6.1%}  {numbers * dtype.itemsize:>12,}")
-    print("\nWhat that means for a 7B, in bfloat16, one sequence (GiB):\n")
-    print("                       tokens" + "".join(f"{b:>9.1%}" for b in BUDGETS))
-    for name, (L, K, d) in SEVEN_B.items():
-        for n in (4096, 32768, 131072):
-            full = 2 * L * K * d * 2 * n / 2 ** 30
-            print(f"  {name:16s}  {n:>9,}" + "".join(f"{full * b:9.2f}" for b in BUDGETS))
-
-
 def main():
     parser = common.arguments(__doc__)
     plan_arguments(parser)
-    parser.add_argument("--tokens", type=common.within(1, 10 ** 7), default=512,
-                        help="length of the cache that is shown [512]")
+    count = common.within(1, 10 ** 7)
+    parser.add_argument("--tokens", type=count, default=512, help="length of the cache shown [512]")
     common.moved(parser, "--benchmark", to="timing is python bench/cache.py's")
     args = parser.parse_args()
     device, dtype = common.prepare(args)
@@ -445,7 +400,10 @@ def main():
         model = load(args.ckpt, device, dtype)
     projection, ranks = plan_for(args, model)
     show_layout(KVCache(projection, ranks, 1, args.tokens, dtype, device))
-    show_bytes(model.config, args.tokens, dtype)
+    print(f"Bytes for {args.tokens:,} tokens of this model, the same rank everywhere:\n")
+    for budget in BUDGETS:
+        numbers = args.tokens * uniform_ranks(budget, model.config).sum()
+        print(f"  {budget:6.1%}  {numbers * dtype.itemsize:>12,}")
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ def prepare_training(args, config, levels: int) -> tuple[torch.device, torch.dty
     if args.amp and dtype != torch.float32:
         fail(f"--amp: is for float32 weights, not {args.dtype}")
     if config.head_dim % levels:
-        fail(f"--ckpt: {args.ckpt}: head_dim {config.head_dim} does not divide into {levels} levels "
-             "of rank")
+        fail(f"--ckpt: {args.ckpt}: head_dim {config.head_dim} does not divide into {levels} "
+             "levels of rank")
     if RANK == 0:
         check_folder(args.out)
     join_processes(device)
@@ -159,6 +159,12 @@ def open_safetensors(path: str | Path):
         raise ValueError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a safetensors file, or a truncated one ({error})") from None
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}
 
 
 def read_json(path: str | Path) -> dict:
@@ -214,11 +220,10 @@ def save_state(path: Path, module, optimizer, tensors: dict[str, Tensor], said: 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     """All tensors of `save_state`, and its facts. ValueError if the file is something else."""
     with open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        said = json.loads((file.metadata() or {}).get("said", "null"))
+        said = (file.metadata() or {}).get("said")
     if said is None:
         raise ValueError(f"{path}: not the state of a training")
-    return tensors, said
+    return read_tensors(path), json.loads(said)
 
 
 def restore_state(module, optimizer, tensors: dict[str, Tensor]) -> None:
@@ -226,9 +231,11 @@ def restore_state(module, optimizer, tensors: dict[str, Tensor]) -> None:
     for name, parameter in module.named_parameters():
         parameter.data.copy_(tensors[f"parameter.{name}"])
         adam = f"adam.{name}."
-        optimizer.state[parameter] = {
-            key.removeprefix(adam): value if key.endswith(".step") else value.to(parameter)
-            for key, value in tensors.items() if key.startswith(adam)}
+        for key, value in tensors.items():
+            if key.startswith(adam):
+                moment = key.removeprefix(adam)             # Adam keeps its step on the CPU
+                state = value if moment == "step" else value.to(parameter)
+                optimizer.state[parameter][moment] = state
 
 
 def check_same(path: Path, before: dict, now: dict) -> None:

@@ -169,7 +169,7 @@ def encode(tokenizer, texts, one_document: bool = False) -> np.ndarray:
 
 
 def token_stream(tokenizer, texts, one_document: bool):
-    """The same in pieces: a megabyte of texts at a time, shared among the cores by SentencePiece."""
+    """The same in pieces: a megabyte of texts at a time, shared among the cores."""
     before = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
     batch, characters = [], 0
     for text in itertools.chain(texts, [None]):         # None: the end

@@ -28,7 +28,7 @@ import common
 from cache import KVCache, read_plan
 from data import data_arguments, text_for, windows
 from model import Model, load, load_tokenizer
-from projection import BUDGETS, Projection, uniform_ranks
+from projection import BUDGETS, LEVELS, SIDES, Projection, uniform_ranks
 
 # ------------------------------------------------------------------------------
 # Distance from the model
@@ -62,7 +62,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit: int):
-    """The base model, and every hook `project` of `hooks`, over at most `limit` windows of T tokens.
+    """The base model, and every hook in `hooks`, over at most `limit` windows of T tokens.
 
     Returns ({"perplexity", "accuracy"} of the base, {name: {"kl", "perplexity", "accuracy"}}).
     ValueError where the model's weights make no sense.
@@ -147,7 +147,7 @@ class Distill(torch.autograd.Function):
 # Multiple choice
 
 def read_questions(path: Path) -> list[dict]:
-    """{"context": …, "choices": […], "label": n} a line. ValueError names a bad line."""
+    """Those of a .jsonl. ValueError names a bad line."""
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -324,6 +324,28 @@ def draw(base: dict, rows: list[dict], path: Path) -> None:
             axis.legend()
 
 
+def draw_plan(ranks: Tensor, d: int, searched_kl: list, uniform_kl: dict, path: Path) -> None:
+    """A plan (2, L, K) as two heat maps; the KL of each plan down its path."""
+    _, L, K = ranks.shape
+    with common.picture(path, 3, width=13, width_ratios=[1, 1, 1.5]) as (keys, values, curve):
+        for side, axis in enumerate((keys, values)):
+            image = axis.imshow(ranks[side], vmin=0, vmax=d, aspect="auto", cmap="viridis")
+            share = ranks[side].sum() / ranks.sum()
+            axis.set(title=f"{SIDES[side]}: {share:.0%} of the cache", ylabel="layer",
+                     xlabel="key-value head", xticks=range(0, K, max(1, K // 8)),
+                     yticks=range(0, L, max(1, L // 8)))
+        values.figure.colorbar(image, ax=values, label="rank")
+        one = 100 / (ranks.numel() * LEVELS)
+        sizes = [100 - one * (n + 1) for n in range(len(searched_kl))]
+        curve.plot(sizes, searched_kl, label="searched")
+        curve.plot([100 * b for b in uniform_kl], uniform_kl.values(), marker="o", label="uniform")
+        curve.set(yscale="log", ylim=(1e-5, None), xlabel="size of the KV cache, % of full",
+                  ylabel="KL on the calibration text, nats per token")
+        curve.invert_xaxis()
+        curve.grid(alpha=0.3)
+        curve.legend()
+
+
 def report_tasks(model: Model, curves: dict, args) -> dict:
     """Multiple choice at every budget, through the real cache."""
     with common.blame("--tasks"):
@@ -351,7 +373,8 @@ def report_tasks(model: Model, curves: dict, args) -> dict:
 def report_arguments(parser, batch: int = 8) -> None:
     parser.add_argument("--batch", type=common.within(1, 10 ** 5), default=batch,
                         help=f"sequences at a time [{batch}]")
-    parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=256, help="tokens of each [256]")
+    parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=256,
+                        help="tokens of each [256]")
     parser.add_argument("--windows", type=common.within(1, 10 ** 6), default=64,
                         help="windows of --seq held-out tokens to report on [64]")
     common.moved(parser, "--runs", to="is --windows now")

@@ -6,8 +6,8 @@
 The plan is known here and stays, so the folded weights W_v' and W_o' (projection.fold_values) take
 the place of the originals, which are dropped.
 
-    python generate.py --prompt "Return the "                           # the base model's full cache
-    python generate.py --budget 0.375 --prompt "Return the "            # the same rank everywhere
+    python generate.py --prompt "Return the "                       # the base model's full cache
+    python generate.py --budget 0.375 --prompt "Return the "        # the same rank everywhere
     python generate.py --ranks out/ranks.json --budget 0.25 --prompt "Return the "
 """
 import sys

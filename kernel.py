@@ -1,14 +1,13 @@
 """One Triton kernel: decoding attention over the compressed, ragged cache.
 
-Decoding adds one new token per sequence. On a GPU such a step does few operations for every number
-of the cache that it reads (two for each query head that shares it), so its time is the bytes of the
-cache over the memory's bandwidth. A compressed cache pays exactly if the kernel reads the
-compressed bytes, each once. All sequences have the same length, but every head has ranks of its
-own: its keys are a block (batch, max_len, r) somewhere in one flat tensor (cache.py), its values
-another, and a table says where and how wide. Loads beyond a head's rank are masked: a head of rank
-16 costs the bytes of rank 16. (The arithmetic still runs over d columns, but takes little time.)
+Decoding adds one new token per sequence. On a GPU such a step does few operations for each number
+of the cache that it reads, so its time is the bytes of the cache over the memory's bandwidth, and a
+compressed cache pays exactly if the kernel reads the compressed bytes, each once. Every head has
+ranks of its own: its keys are a block (batch, max_len, r) somewhere in one flat tensor (cache.py),
+its values another, and a table says where and how wide. Loads beyond a head's rank are masked: a
+head of rank 16 costs the bytes of rank 16, though arithmetic runs over d columns.
 
-    program (b, j, z)  owns sequence b, key-value head j, and the z-th of Z stretches of the context:
+    program (b, j, z) owns sequence b, key-value head j, and the z-th of Z stretches of the context:
 
     for tiles of tokens in that stretch:                # keys and values are read here, once
         scores = q kᵀ / sqrt(d)                         # for the G query heads of the group at once
@@ -18,7 +17,7 @@ another, and a table says where and how wide. Loads beyond a head's rank are mas
     write acc, m, l                                     # this stretch's share of the answer
 
 q, k and v are coordinates: the cache holds k U_r and v U_r, the caller passes q U_k, and what comes
-out is still in the coordinates of the values, for W_o' to take (projection.fold_values).
+out is in the coordinates of the values, for W_o' to take (projection.fold_values).
 
 Why stretches: one sequence of Mistral-7B has 8 key-value heads, and a GPU has a hundred
 multiprocessors; the context is cut so that all have work. The shares are merged after the kernel.
@@ -32,7 +31,6 @@ the first few hundred. Only the weights are rounded to the cache's dtype, for th
 import contextlib
 import math
 import os
-import sys
 
 import torch
 from torch import Tensor
@@ -77,8 +75,9 @@ def decode_kernel(
     # it: 16-byte loads where D/8 numbers are 16 bytes or more (bfloat16 from D = 64 on).
     key_offset = tl.load(table + j) * (D // 8)
     value_offset = tl.load(table + K + j) * (D // 8)
-    key_rank = tl.load(table + 2 * K + j) * (D // 8)
-    value_rank = tl.load(table + 3 * K + j) * (D // 8)
+    ranks = table + 2 * K + j
+    key_rank = tl.load(ranks) * (D // 8)
+    value_rank = tl.load(ranks + K) * (D // 8)
     keys = cache + key_offset + b * max_len * key_rank
     values = cache + value_offset + b * max_len * value_rank
 
@@ -132,14 +131,9 @@ def decode_kernel(
 # Its wrapper
 
 def decode_attention(
-    q: Tensor,
-    data: Tensor,
-    table: Tensor,
-    max_len: int,
-    length: int,
-    scale: float,
-    begin: int = 0,
-    stretches: int | None = None,
+    q: Tensor, data: Tensor, table: Tensor,
+    max_len: int, length: int, scale: float,
+    begin: int = 0, stretches: int | None = None,
 ) -> Tensor:
     """Attention of one new token's queries over a layer of the cache: (B, K, G, d), in q's dtype.
 
@@ -151,8 +145,7 @@ def decode_attention(
     B, K, G, d = q.shape
     if not 0 <= begin < length <= max_len:
         raise ValueError(f"tokens {begin} … {length - 1} of a cache of {max_len}")
-    fits = d % 8 == 0 and q.dtype == data.dtype
-    if not fits or table.shape != (4, K):
+    if d % 8 or q.dtype != data.dtype or table.shape != (4, K):
         raise ValueError(f"q {list(q.shape)} {q.dtype}, data {data.dtype}, table "
                          f"{list(table.shape)}; expected a head_dim that is a multiple of 8, one "
                          f"dtype, and a table of shape {[4, K]}")
@@ -161,15 +154,14 @@ def decode_attention(
         q, data = q.float(), data.float()
 
     sizes = shapes(K, G, d, q.dtype)
-    tokens = length - begin
+    tokens, tile = length - begin, sizes["TILE"]
     if stretches is None:
         stretches = enough_stretches(B * K, tokens, q.device)
-    tile = sizes["TILE"]
     stretch = triton.cdiv(tokens, stretches * tile) * tile      # whole tiles
     Z = triton.cdiv(tokens, stretch)                            # each has at least one token
 
-    acc = torch.empty(B, K, Z, G, d, device=q.device)
-    stats = torch.empty(B, K, Z, G, 2, device=q.device)
+    acc = q.new_empty(B, K, Z, G, d, dtype=torch.float32)
+    stats = q.new_empty(B, K, Z, G, 2, dtype=torch.float32)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         decode_kernel[(B, K, Z)](
             q.contiguous(), data, table, acc, stats,
@@ -179,8 +171,7 @@ def decode_attention(
 
 def merge(acc: Tensor, stats: Tensor) -> Tensor:
     """The shares (B, K, Z, G, d) of all stretches, each against the largest score of all."""
-    m = stats[..., :1]                                          # (B, K, Z, G, 1)
-    l = stats[..., 1:]
+    m, l = stats.split(1, dim=-1)                               # (B, K, Z, G, 1)
     weight = torch.exp(m - m.amax(2, keepdim=True))
     total = (acc * weight).sum(2)
     return total / (l * weight).sum(2)
@@ -191,20 +182,16 @@ def enough_stretches(groups: int, tokens: int, device) -> int:
     processors = 2
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = math.ceil(4 * processors / groups)
-    return max(1, min(wanted, tokens // 256))
+    return max(1, min(math.ceil(4 * processors / groups), tokens // 256))
 
 
-def shapes(K: int, G: int, d: int, dtype) -> dict[str, int]:
+def shapes(K: int, G: int, d: int, dtype):
     """The kernel's constants. A tile is 32 KB of keys and values at d = 128; three in flight."""
-    return {
-        "K": K,
-        "G": G,
-        "D": d,
-        "ROWS": max(16, triton.next_power_of_2(G)),
-        "COLUMNS": max(16, triton.next_power_of_2(d)),
-        "TILE": 64 if dtype.itemsize == 2 else 32,
-    }
+    sizes = {"K": K, "G": G, "D": d}
+    sizes["ROWS"] = max(16, triton.next_power_of_2(G))
+    sizes["COLUMNS"] = max(16, triton.next_power_of_2(d))
+    sizes["TILE"] = 64 if dtype.itemsize == 2 else 32
+    return sizes
 
 
 # ------------------------------------------------------------------------------
@@ -213,11 +200,12 @@ def shapes(K: int, G: int, d: int, dtype) -> dict[str, int]:
 def reference(q, data, table, max_len, length, scale, begin=0) -> Tensor:
     """The same in plain PyTorch and float64, head by head."""
     B, K, G, d = q.shape
-    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    out = torch.zeros_like(q, dtype=torch.float64)
 
     def block(offset: int, r: int) -> Tensor:
         whole = data[offset:offset + B * max_len * r]
-        return whole.view(B, max_len, r)[:, begin:length].double()
+        whole = whole.view(B, max_len, r).double()
+        return whole[:, begin:length]
 
     for j, numbers in enumerate(table.T * (d // 8)):
         k_offset, v_offset, r_k, r_v = numbers.tolist()
@@ -233,15 +221,9 @@ def reference(q, data, table, max_len, length, scale, begin=0) -> Tensor:
 # The check
 
 def example(
-    B: int,
-    K: int,
-    G: int,
-    d: int,
-    max_len: int,
-    length: int,
-    begin: int,
-    dtype: torch.dtype,
-    device="cpu",
+    B: int, K: int, G: int, d: int,
+    max_len: int, length: int, begin: int,
+    dtype: torch.dtype, device="cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random queries, a cache of random ranks with NaN wherever nothing may be read, its table."""
     eighth = d // 8
@@ -255,21 +237,16 @@ def example(
         data += [block.flatten(), gap]
     offsets = torch.tensor(offsets).view(2, K)
     table = torch.cat((offsets, ranks)) // eighth
-    q = torch.randn(B, K, G, d).to(device, dtype)
-    return q, torch.cat(data).to(device, dtype), table.to(device)
+    q = torch.randn(B, K, G, d)
+    data = torch.cat(data)
+    return q.to(device, dtype), data.to(device, dtype), table.to(device)
 
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+GRID = [(d, G) for d in (64, 128) for G in (1, 2, 4, 8)]
 CASES = (       # B, length, begin, stretches: nothing round
-    (1, 1, 0, 1),
-    (3, 2, 0, 1),
-    (1, 31, 0, 1),
-    (3, 33, 0, 2),
-    (1, 63, 5, 1),
-    (3, 65, 0, 3),
-    (1, 4097, 0, 7),
-    (1, 300, 171, 2),
-    (1, 700, 0, None),
+    (1, 1, 0, 1), (3, 2, 0, 1), (1, 31, 0, 1), (3, 33, 0, 2), (1, 63, 5, 1), (3, 65, 0, 3),
+    (1, 4097, 0, 7), (1, 300, 171, 2), (1, 700, 0, None),
 )
 
 
@@ -278,39 +255,29 @@ def worst_error(G: int, d: int, dtype, device) -> float:
     worst = 0.0
     for B, length, begin, stretches in CASES:
         max_len = length + 7
-        example_of_this = example(B, 2, G, d, max_len, length, begin, dtype, device)
-        inputs = *example_of_this, max_len, length, d ** -0.5, begin
+        q, data, table = example(B, 2, G, d, max_len, length, begin, dtype, device)
+        inputs = q, data, table, max_len, length, d ** -0.5, begin
         expected = reference(*inputs)
-        error = relative(decode_attention(*inputs, stretches), expected)
+        error = decode_attention(*inputs, stretches) - expected
+        error = (error.abs().max() / expected.abs().max()).item()
         worst = math.inf if math.isnan(error) else max(worst, error)
     return worst
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    """Largest error as a share of the largest value."""
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
 def main():
     parser = common.arguments(__doc__)
-    common.moved(parser, "--compile", "--out", to="compiling and timing are python bench/kernel.py's")
+    common.moved(parser, "--compile", "--out", to="compiling, timing: python bench/kernel.py")
     device, _ = common.prepare(parser.parse_args())
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        common.fail("--device cpu: on a machine with a GPU set TRITON_INTERPRET=1 to run the kernel in "
-             "the interpreter")
-    how = "in Triton's interpreter" if device.type == "cpu" else "compiled"
-    print(f"The kernel against its reference on {device}, {how}: largest error / largest value\n")
+        common.fail("--device cpu: where there is a GPU, set TRITON_INTERPRET=1")
+    print(f"The kernel against its reference on {device}: largest error / largest value\n")
     for dtype, bound in BOUNDS.items():
-        for d in (64, 128):
-            for G in (1, 2, 4, 8):
-                worst = worst_error(G, d, dtype, device)
-                name = str(dtype).removeprefix("torch.")
-                print(f"  {name:9s} d = {d:<4d} G = {G}   {worst:.1e}", flush=True)
-                if not worst < bound:
-                    print(f"kernel.py: error {worst:.1e} is above {bound:.0e}", file=sys.stderr)
-                    raise SystemExit(1)
-    print("\nAll within 1e-5 in float32 and 1e-2 in bfloat16. Nothing is timed here: "
-          "python bench/kernel.py does that on a GPU, and compiles for GPUs that are not here.")
+        for d, G in GRID:
+            worst = worst_error(G, d, dtype, device)
+            print(f"  {str(dtype):15s} d = {d:<4d} G = {G}   {worst:.1e}", flush=True)
+            if not worst < bound:
+                common.fail(f"kernel.py: error {worst:.1e} is above {bound:.0e}", code=1)
+    print("\nAll within bounds: 1e-5 in float32, 1e-2 in bfloat16.")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ class Model(nn.Module):
             else:
                 x = self.layer(i, x, project, observe, cache)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.length += tokens.shape[1]
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -357,7 +357,7 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Which file holds which tensor. Never a glob: folders hold the same weights again, elsewhere."""
+    """Which file holds which tensor. Never a glob: folders hold the same weights twice."""
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if index.exists():

@@ -1,4 +1,4 @@
-"""Orthogonal projections of keys and values: how the KV cache becomes smaller.
+"""Orthogonal projections of keys and values (MatryoshkaKV, arXiv 2410.14731, section 3).
 
 Every layer and every key-value head has two orthogonal d × d matrices, U_k for keys and U_v for
 values, columns sorted by importance, and the mean μ of its values. At rank r only the first r
@@ -7,21 +7,18 @@ columns U_r count. With P = U_r U_rᵀ, and vectors as rows,
     k̂ = k P                     cached as k U_r, r numbers in place of d
     v̂ = v P + μ (I − P)         cached as v U_r; the rest of v is replaced by its mean
 
-so that q · k̂ = (q U_r) · (k U_r). One U serves every rank like nested dolls (Matryoshka): a smaller
+and q · k̂ = (q U_r) · (k U_r). One U serves every rank like nested dolls, Matryoshka: a smaller
 rank uses a prefix of the same columns. Keys are projected after RoPE, and need no mean: it would
 add one and the same number, q · μ(I − P), to all scores of a query, which softmax does not see.
 
-The matrices start as eigenvectors over a calibration text and are then rotated by training,
+The matrices start as eigenvectors over a calibration text and are then rotated by training, where
+the Cayley map C of a skew-symmetric A is orthogonal by construction, and the identity at A = 0:
 
     U = U₀ C(A),        C(A) = (I − A/2)⁻¹ (I + A/2)
-
-where the Cayley map C of a skew-symmetric A is orthogonal by construction, the identity at A = 0.
 
 Ranks are multiples of d/8: level 1 … 8, each of one eighth of the columns. A plan says the rank of
 every head, (2, L, K) integers, [0] for keys and [1] for values. An order of lowerings, found by the
 search, takes a rank down by an eighth at a time: any budget is a prefix of it.
-
-MatryoshkaKV (arXiv 2410.14731), section 3; "the paper" below.
 
     python projection.py        # calibrates the demo: what do its leading columns hold?
 """
@@ -29,7 +26,6 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,12 +46,10 @@ class Projection:
     """U_k, U_v (L, K, d, d), orthogonal, columns by importance, and mean_v (L, K, d); float32."""
 
     def __init__(self, U_k: Tensor, U_v: Tensor, mean_v: Tensor):
-        *outer, d = U_k.shape
-        square = len(outer) == 3 and outer[-1] == d
-        if not square or U_v.shape != U_k.shape or mean_v.shape != U_k.shape[:3]:
-            shapes = [list(x.shape) for x in (U_k, U_v, mean_v)]
-            raise ValueError(f"projections U_k, U_v, mean_v of shapes {shapes}; expected "
-                             "(L, K, d, d) twice and (L, K, d)")
+        square = *mean_v.shape, mean_v.shape[-1]
+        if mean_v.ndim != 3 or U_k.shape != square or U_v.shape != square:
+            raise ValueError(f"projections of shapes U_k {list(U_k.shape)}, U_v {list(U_v.shape)}, "
+                             f"mean_v {list(mean_v.shape)}; expected (L, K, d, d) twice, (L, K, d)")
         self.U_k = U_k
         self.U_v = U_v
         self.mean_v = mean_v
@@ -69,9 +63,8 @@ class Projection:
         L, K, d = self.mean_v.shape
         check_ranks(ranks, L, K, d)
 
-        def project(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            _, heads, _, width = k.shape                            # (B, K, T, d)
-            if layer >= L or (heads, width) != (K, d):
+        def project(layer: int, k: Tensor, v: Tensor):
+            if layer >= L or (k.shape[1], k.shape[3]) != (K, d):
                 raise ValueError(f"projections of the shape (L, K, d) = {(L, K, d)}, but layer "
                                  f"{layer} of the model has keys {list(k.shape)}")
             r_k, r_v = ranks[:, layer]                              # (K,) or (B, K)
@@ -91,15 +84,13 @@ class Projection:
     def identity(config) -> "Projection":
         """U = I, no mean: whole coordinates."""
         L, K, d = shape_of(config)
-        U_k, U_v = torch.eye(d).repeat(2, L, K, 1, 1)
-        return Projection(U_k, U_v, torch.zeros(L, K, d))
+        U = torch.eye(d).repeat(L, K, 1, 1)
+        return Projection(U, U.clone(), torch.zeros(L, K, d))
 
     def check_fits(self, config) -> None:
         """ValueError unless these are projections of a model with this config."""
-        mine, expected = tuple(self.mean_v.shape), shape_of(config)
-        if mine != expected:
-            raise ValueError(f"projections of the shape (L, K, d) = {mine}, but the model has "
-                             f"{expected}")
+        if (mine := tuple(self.mean_v.shape)) != (model := shape_of(config)):
+            raise ValueError(f"projections of the shape {mine}, but the model has {model}")
 
     def to(self, device, dtype=None) -> "Projection":
         return Projection(*(x.to(device, dtype) for x in self.tensors().values()))
@@ -109,26 +100,21 @@ class Projection:
         return {prefix + name: getattr(self, name) for name in NAMES}
 
     @staticmethod
-    def of(tensors: dict[str, Tensor], prefix: str = "") -> "Projection":
+    def of(tensors: dict, prefix: str = "") -> "Projection":
         """What `tensors` gave. Raises KeyError for one that is missing."""
         return Projection(*(tensors[prefix + name] for name in NAMES))
 
     def save(self, path: str | Path, pca=None) -> None:
         """Write a safetensors file; plain PCA of the same text stands in it as pca_U_k, …"""
-        tensors = self.tensors()
-        if pca is not None:
-            tensors |= pca.tensors("pca_")
-        common.write_tensors(path, tensors)
+        common.write_tensors(path, self.tensors() | (pca.tensors("pca_") if pca else {}))
 
     @staticmethod
     def load(path: str | Path, prefix: str = "") -> "Projection":
         """Read what `save` wrote; prefix "pca_" for the PCA in it. ValueError names the file."""
-        with common.open_safetensors(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
         try:
-            return Projection.of(tensors, prefix)
+            return Projection.of(common.read_tensors(path), prefix)
         except KeyError as missing:
-            raise ValueError(f"{path}: no tensor {missing.args[0]}; are these projections?") from None
+            raise ValueError(f"{path}: no tensor {missing}; are these projections?") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -148,11 +134,13 @@ def projector(U: Tensor, ranks: Tensor) -> Tensor:
     kept = torch.arange(d, device=U.device) < r                     # (..., K, d)
     U_r = U * kept[..., None, :]
     P = U_r @ U.mT
-    return torch.where(r[..., None] == d, identity_like(U), P)
+    full = r[..., None] == d
+    return torch.where(full, identity_like(U), P)
 
 
 def identity_like(U: Tensor) -> Tensor:
-    return torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)   # (d, d)
+    d = U.shape[-1]
+    return torch.eye(d, dtype=U.dtype, device=U.device)
 
 
 def fold_values(
@@ -192,7 +180,7 @@ def fold_values(
 class Moments:
     """Sums over a calibration text, per layer and KV head, float64; the model's hook `observe=`.
 
-    One streaming pass: no key is ever kept. Queries are summed over the query heads of a group.
+    One streaming pass; no key is ever kept. Queries are summed over the query heads of a group.
     """
 
     def __init__(self, config, device="cpu"):
@@ -210,10 +198,8 @@ class Moments:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Add the queries (B, H, T, d), keys and values (B, K, T, d) of one layer."""
         B, K, T, _ = k.shape
-        q = q.double().unflatten(1, (K, self.G))
-        q = q.flatten(2, 3)                                         # (B, K, G·T, d)
-        k = k.double()
-        v = v.double()
+        q = q.unflatten(1, (K, self.G)).flatten(2, 3)               # (B, K, G·T, d)
+        q, k, v = (x.double() for x in (q, k, v))
         self.tokens[layer] += B * T
         self.k[layer] += k.sum((0, 2))
         self.v[layer] += v.sum((0, 2))
@@ -222,14 +208,12 @@ class Moments:
         self.qq[layer] += (q.mT @ q).sum(0)
 
     def mean_v(self) -> Tensor:
-        mean = self.v / self.tokens[:, None, None]
-        return mean.float()
+        return (self.v / self.tokens[:, None, None]).float()
 
     def covariances(self) -> tuple[Tensor, Tensor]:
         """E[xᵀx] − E[x]ᵀE[x] of keys and of values, (L, K, d, d)."""
         cov_k = covariance(self.tokens, self.k, self.kk)
-        cov_v = covariance(self.tokens, self.v, self.vv)
-        return cov_k, cov_v
+        return cov_k, covariance(self.tokens, self.v, self.vv)
 
     def pca(self) -> Projection:
         """Plain PCA: eigenvectors of the covariances of keys and of values, largest first."""
@@ -248,11 +232,11 @@ class Moments:
 
         A heuristic, not in the paper; docs/results.md compares it with PCA.
         """
-        L, K, d = self.v.shape
+        _, K, d = self.v.shape
         cov_k, cov_v = self.covariances()
         M = torch.empty_like(cov_v)
         for i, W in enumerate(W_o):
-            W = W.to(M).unflatten(1, (K, self.G, d))                # (hidden, K, G, d)
+            W = W.to(M).view(-1, K, self.G, d)                      # (hidden, K, G, d)
             M[i] = torch.einsum("xkgd,xkge->kde", W, W)
         U_k = leading(unit_trace(cov_k) + unit_trace(self.qq))
         U_v = leading(unit_trace(cov_v) + unit_trace(M))
@@ -278,18 +262,18 @@ def unit_trace(matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(
-    model: Model, tokens: np.ndarray, B: int, T: int, seed: int, batches: int = 16
-) -> Moments:
+def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16):
     """Moments of queries, keys and values over random windows of the training text."""
     moments = Moments(model.config, model.device)
     generator = torch.Generator().manual_seed(seed)
+    mine = common.my_share(B)
     for _ in range(batches):
-        window = random_windows(tokens, common.WORLD * B, T, generator, common.my_share(B))
-        window = window.to(model.device)
-        model.hidden(window[:, :-1], observe=moments)
+        block = random_windows(tokens, common.WORLD * B, T, generator, mine)
+        model.hidden(block[:, :-1].to(model.device), observe=moments)
     for total in moments.sums:
         common.sum_over_processes(total)
+        if not total.isfinite().all():
+            raise ValueError("keys, values or queries are not finite: are the weights whole?")
     return moments
 
 
@@ -358,23 +342,20 @@ def check_ranks(ranks: Tensor, L: int, K: int, d: int) -> None:
     if d % LEVELS:
         raise ValueError(f"head_dim {d} does not divide into {LEVELS} levels of rank")
     sides, layers, *_, heads = ranks.shape
-    shape_is_right = ranks.ndim in (3, 4) and (sides, layers, heads) == (2, L, K)
-    if not shape_is_right or ranks.is_floating_point():
+    if (sides, layers, heads) != (2, L, K) or ranks.ndim > 4 or ranks.is_floating_point():
         raise ValueError(f"ranks of shape {list(ranks.shape)}, {ranks.dtype}; expected integers of "
                          f"shape {[2, L, K]}")
     eighth = d // LEVELS
-    allowed = torch.isin(ranks.cpu(), torch.arange(eighth, d + 1, eighth))
-    if not allowed.all():
-        rank = ranks.cpu()[~allowed][0].item()
-        raise ValueError(f"rank {rank} is not one of {eighth}, {2 * eighth}, …, {d}")
+    for rank in ranks.unique().tolist():
+        if rank % eighth or not eighth <= rank <= d:
+            raise ValueError(f"rank {rank} is not one of {eighth}, {2 * eighth}, …, {d}")
 
 
 def uniform_ranks(budget: float, config) -> Tensor:
     """The same rank everywhere, (2, L, K): budget · d rounded down to a multiple of d/8."""
     L, K, d = shape_of(config)
     level = max(1, int(budget * LEVELS + 1e-9))                     # 0.1 · 3 is not quite 0.3
-    rank = level * (d // LEVELS)
-    return torch.full((2, L, K), rank)
+    return torch.full((2, L, K), level * (d // LEVELS))
 
 
 def plan_at(order: Tensor, config, budget: float) -> Tensor:
@@ -396,7 +377,7 @@ def plan_at(order: Tensor, config, budget: float) -> Tensor:
 # ------------------------------------------------------------------------------
 # The script
 
-def show_variance(U: Tensor, covariance: Tensor, side: str) -> None:
+def show_variance(side: str, U: Tensor, covariance: Tensor) -> None:
     """What share of the variance the leading columns of PCA hold, per layer."""
     L, _, _, d = U.shape
     ranks = range(d // LEVELS, d + 1, d // LEVELS)
@@ -404,9 +385,8 @@ def show_variance(U: Tensor, covariance: Tensor, side: str) -> None:
     for layer in range(L):
         basis = U[layer].double()
         variance = (basis * (covariance[layer] @ basis)).sum(1)     # (K, d): of each column
-        share = variance.cumsum(-1) / variance.sum(-1, keepdim=True)
-        mean = share.mean(0)
-        print(f"  layer {layer:2d} " + "".join(f"{mean[r - 1]:8.1%}  " for r in ranks))
+        share = (variance.cumsum(-1).T / variance.sum(-1)).mean(1)
+        print(f"  layer {layer:2d} " + "".join(f"{share[r - 1]:8.1%}  " for r in ranks))
 
 
 @torch.no_grad()
@@ -420,12 +400,12 @@ def main():
         model = load(args.ckpt, device, dtype)
     tokens, _ = text_for(args, model.config)
     print("Calibrating on training text ...", file=sys.stderr)
-    moments = calibrate(model, tokens, B=8, T=args.seq, seed=args.seed)
+    moments = calibrate(model, tokens, 8, args.seq, args.seed)
     pca = moments.pca()
-    print("\nShare of the variance that the first r columns of plain PCA hold, mean over heads:")
     cov_k, cov_v = moments.covariances()
-    show_variance(pca.U_k, cov_k, "keys")
-    show_variance(pca.U_v, cov_v, "values")
+    print("\nShare of the variance that the first r columns of plain PCA hold, mean over heads:")
+    show_variance("keys", pca.U_k, cov_k)
+    show_variance("values", pca.U_v, cov_v)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Search the ranks: which heads may be narrow, and which must stay wide.
 
-MatryoshkaKV (arXiv 2410.14731), section 3.3 and Algorithm 1. A uniform rank wastes the cache: heads,
-layers, keys and values differ in what they can spare. Algorithm 1 starts with every rank at d. Each
-round it lowers, in turn, every rank by d/8, measures the KL to the model on a calibration text, and
-keeps the one lowering that costs least:
+MatryoshkaKV (arXiv 2410.14731), section 3.3 and Algorithm 1. A uniform rank wastes the cache, since
+heads, layers, keys and values differ in what they can spare. Algorithm 1 starts with every rank at
+d. Each round it lowers, in turn, every rank by d/8, measures the KL to the model on a calibration
+text, and keeps the one lowering that costs least:
 
     repeat   h* = argmin_h KL(p_model ‖ p(ranks with head h lowered by d/8)),   lower h*
 
@@ -16,16 +16,15 @@ the same order of lowerings with a small share of the passes, by two observation
   from l up   Lowering a head of layer l leaves the layers below untouched. Each layer's input under
               the current plan is kept, and a candidate of layer l runs the layers from l up alone.
 
-Counted on the demo (48 ranks, 336 rounds; `python search.py`): 758 passes of 0.6 of the layers on
-average, where Algorithm 1 takes 13,819 along that order. LLaMA-2-7B has 2,048 ranks and 14,336
-rounds: at the same rates some 32,000 passes, against 25 million. (Predicted, not measured.)
+Counted on the demo (48 ranks, 336 rounds): 758 passes of 0.6 of the layers on average, where
+Algorithm 1 takes 13,819. At the same rates LLaMA-2-7B would take 32,000, against 25 million.
 
-The order always goes down to 12.5%, and a plan for any larger budget is a prefix of it. A rank never
-falls below d/8: a head that kept nothing would attend blindly.
+The order goes down to 12.5%: a rank never falls below d/8, since a head that kept nothing would
+attend blindly. A plan for any larger budget is a prefix of it.
 
-    python search.py                            # out/projections.safetensors -> out/ranks.json, .png
-    python search.py --budget 0.25 --exact      # Algorithm 1 as it is
-    python search.py --pca                      # for plain PCA -> out/ranks_pca.json, .png
+    python search.py                        # out/projections.safetensors -> out/ranks.json, .png
+    python search.py --budget 0.25 --exact  # Algorithm 1 as it is
+    python search.py --pca                  # for plain PCA -> out/ranks_pca.json, .png
 """
 import heapq
 import time
@@ -38,7 +37,7 @@ from torch import Tensor
 import common
 from cache import order_of
 from data import data_arguments, random_windows, text_for
-from evaluate import log_probabilities, report, report_arguments
+from evaluate import draw_plan, log_probabilities, report, report_arguments
 from model import Model, load
 from projection import BUDGETS, LEVELS, SIDES, Projection, plan_at, shape_of, uniform_ranks
 
@@ -62,16 +61,18 @@ class Cost:
         self.ranks = torch.full((2, L, K), d)
         self.passes = 0
         self.layer_passes = 0
-        self.teacher = model.norm(model.hidden(tokens)).flatten(0, 1)
-        self.inputs = [model.embed(tokens)] + [None] * (L - 1)      # of each layer, at `ranks`
+        teacher = model.norm(model.hidden(tokens))
+        self.teacher = teacher.flatten(0, 1)                        # (B·T, hidden)
+        self.inputs = [model.embed(tokens)]                         # of each layer, at `ranks`
         self.kl, self.inputs = self.measure(self.ranks, 0)
+        self.full_kl = self.kl
         self.tried = None               # the last candidate, its plan, KL and layers' inputs
 
-    def measure(self, ranks: Tensor, first: int) -> tuple[float, list[Tensor]]:
+    def measure(self, ranks: Tensor, first: int):
         """KL of a plan that differs from `ranks` only from layer `first` on; its layers' inputs."""
         project = self.projection.at(ranks)
         inputs, x = self.inputs[:first], self.inputs[first]
-        for i in range(first, len(self.inputs)):
+        for i in range(first, len(self.model.layers)):
             inputs.append(x)
             x = self.model.layer(i, x, project)
         self.passes += 1
@@ -79,7 +80,8 @@ class Cost:
         student = self.model.norm(x).flatten(0, 1)
         total = 0.0
         for _, log_p, log_q in log_probabilities(self.model, self.teacher, student):
-            total += (log_p.exp() * (log_p - log_q)).sum().item()
+            kl = log_p.exp() * (log_p - log_q)
+            total += kl.sum().item()
         return total / len(self.teacher), inputs
 
     def if_lowered(self, candidate: tuple[int, int, int]) -> float:
@@ -99,7 +101,8 @@ class Cost:
 
     def candidates(self) -> list[tuple[int, int, int]]:
         """Every rank that can still be lowered."""
-        return [tuple(place) for place in (self.ranks > self.eighth).nonzero().tolist()]
+        places = (self.ranks > self.eighth).nonzero()
+        return [tuple(place) for place in places.tolist()]
 
 
 # ------------------------------------------------------------------------------
@@ -115,7 +118,9 @@ def exact(cost: Cost):
 
 def lazy(cost: Cost):
     """Lazy greedy: only the candidate that looks cheapest is measured again."""
-    heap = [(cost.if_lowered(c) - cost.kl, c) for c in cost.candidates()]
+    heap = []
+    for candidate in cost.candidates():
+        heap.append((cost.if_lowered(candidate) - cost.kl, candidate))
     heapq.heapify(heap)
     while heap:
         _, candidate = heapq.heappop(heap)
@@ -133,46 +138,23 @@ def lazy(cost: Cost):
 # ------------------------------------------------------------------------------
 # Output
 
-def save(path: list, cost: Cost, config, budget: float, full_kl: float, file: Path) -> None:
+def save(path: list, cost: Cost, config, budget: float, file: Path) -> None:
     """ranks.json: the whole path, and the plan at `budget` spelled out."""
     evaluations = cost.passes
     ranks = plan_at(order_of(path, config), config, budget)
-    taken = (ranks.numel() * config.head_dim - int(ranks.sum())) // cost.eighth
+    full = ranks.numel() * config.head_dim
+    taken = (full - int(ranks.sum())) // cost.eighth
     uniform_kl, _ = cost.measure(uniform_ranks(budget, config), 0)
     common.write_json(file, {
         "head_dim": config.head_dim,
-        "budget": ranks.sum().item() / (ranks.numel() * config.head_dim),
+        "budget": int(ranks.sum()) / full,
         "keys": ranks[0].tolist(),
         "values": ranks[1].tolist(),
-        "kl": path[taken - 1][3] if taken else full_kl,
+        "kl": path[taken - 1][3] if taken else cost.full_kl,
         "uniform_kl": uniform_kl,
         "evaluations": evaluations,
         "path": path,
     })
-
-
-def draw(path: list, ranks: Tensor, uniform_kl: list[float], d: int, file: Path) -> None:
-    """The plan as two heat maps; the KL along the path, beside that of uniform ranks."""
-    _, L, K = ranks.shape
-    with common.picture(file, 3, width=13, width_ratios=[1, 1, 1.5]) as (keys, values, curve):
-        for side, axis in enumerate((keys, values)):
-            image = axis.imshow(ranks[side], vmin=0, vmax=d, aspect="auto", cmap="viridis")
-            share = ranks[side].sum() / ranks.sum()
-            axis.set(title=f"{SIDES[side]}: {share:.0%} of the cache", ylabel="layer",
-                     xlabel="key-value head")
-            axis.set_xticks(range(0, K, max(1, K // 8)))
-            axis.set_yticks(range(0, L, max(1, L // 8)))
-        values.figure.colorbar(image, ax=values, label="rank")
-        step = 100 / (ranks.numel() * LEVELS)
-        sizes = [100 - step * n for n in range(1, len(path) + 1)]
-        curve.plot(sizes, [kl for *_, kl in path], label="searched")
-        levels = [100 * level / LEVELS for level in range(LEVELS - 1, 0, -1)]
-        curve.plot(levels, uniform_kl, marker="o", label="uniform ranks")
-        curve.set(yscale="log", ylim=(1e-5, None), xlabel="size of the KV cache, % of full",
-                  ylabel="KL on the calibration text, nats per token")
-        curve.invert_xaxis()
-        curve.grid(alpha=0.3)
-        curve.legend()
 
 
 # ------------------------------------------------------------------------------
@@ -182,12 +164,13 @@ def options():
     parser = common.arguments(__doc__)
     data_arguments(parser)
     report_arguments(parser, batch=4)
-    parser.add_argument("--proj", type=Path, default=Path("out/projections.safetensors"),
-                        help="[out/projections.safetensors]")
-    parser.add_argument("--budget", type=common.within(0.125, 1.0), default=0.375,
-                        help="of the plan that is spelled out beside the path [0.375]")
-    parser.add_argument("--exact", action="store_true", help="Algorithm 1 as it is")
-    parser.add_argument("--pca", action="store_true", help="search for plain PCA, not for --proj")
+    add = parser.add_argument
+    add("--proj", type=Path, default=Path("out/projections.safetensors"),
+        help="[out/projections.safetensors]")
+    add("--budget", type=common.within(0.125, 1.0), default=0.375,
+        help="of the plan that is spelled out beside the path [0.375]")
+    add("--exact", action="store_true", help="Algorithm 1 as it is")
+    add("--pca", action="store_true", help="search for the plain PCA that is in --proj")
     return parser.parse_args()
 
 
@@ -208,15 +191,16 @@ def main():
     tokens, held_out = text_for(args, config)
 
     L, K, d = shape_of(config)
-    heads, rounds = 2 * L * K, 2 * L * K * (LEVELS - 1)
+    heads = 2 * L * K
+    rounds = heads * (LEVELS - 1)
     generator = torch.Generator().manual_seed(args.seed)
-    text = random_windows(tokens, args.batch, args.seq, generator)[:, :-1]
-    cost = Cost(model, projection, text.to(device))
-    full_kl = cost.kl
-    print(f"{heads} ranks to lower in {rounds} rounds on {text.numel():,} tokens. Algorithm 1 takes "
-          f"up to {rounds * heads:,} forward passes. KL of the full plan: {full_kl:.1e}")
+    text = random_windows(tokens, args.batch, args.seq, generator)
+    cost = Cost(model, projection, text[:, :-1].to(device))
+    print(f"{heads} ranks to lower in {rounds} rounds on {args.batch * args.seq:,} tokens; "
+          f"Algorithm 1 takes up to {rounds * heads:,} passes. KL of the full plan: {cost.kl:.1e}")
     uniform = partial(uniform_ranks, config=config)
-    uniform_kl = [cost.measure(uniform(level / LEVELS), 0)[0] for level in range(LEVELS - 1, 0, -1)]
+    budgets = [level / LEVELS for level in range(LEVELS - 1, 0, -1)]
+    uniform_kl = {budget: cost.measure(uniform(budget), 0)[0] for budget in budgets}
 
     path, algorithm_1, began = [], 0, time.time()
     cost.passes = cost.layer_passes = 0
@@ -224,7 +208,7 @@ def main():
     progress = common.Progress(rounds, "lowering")
     search = exact if args.exact else lazy
     try:
-        candidates = len(cost.candidates())
+        candidates = heads
         for side, layer, head in search(cost):
             path.append([SIDES[side], layer, head, cost.kl])
             algorithm_1 += candidates
@@ -235,25 +219,25 @@ def main():
         if not path:
             common.fail("Stopped; nothing was saved", code=130)
         with common.blame("--out"):
-            save(path, cost, config, max(args.budget, reached), full_kl, file)
+            save(path, cost, config, max(args.budget, reached), file)
         common.fail(f"Stopped; {file} holds the path down to {reached:.1%}", code=130)
     print(f"{cost.passes:,} passes, {cost.layer_passes:,} layer evaluations, "
-          f"{time.time() - began:.0f} s; Algorithm 1 takes {algorithm_1:,} passes, "
-          f"{algorithm_1 * L:,} layer evaluations along this path")
+          f"{time.time() - began:.0f} s; Algorithm 1 takes {algorithm_1:,} passes along this path")
     with common.blame("--out"):
-        save(path, cost, config, args.budget, full_kl, file)
+        save(path, cost, config, args.budget, file)
 
     plan = partial(plan_at, order_of(path, config), config)
-    for side, ranks in zip(SIDES, plan(args.budget), strict=True):
-        print(f"At {args.budget:.1%}, of {L * K} {side}: {(ranks == d // LEVELS).sum()} at "
-              f"{d // LEVELS}, {(ranks == d).sum()} at {d}")
-    curves = {"uniform": (projection, uniform), "searched": (projection, plan)}
-    if args.pca:
-        curves = {"pca": (projection, uniform), "pca_searched": (projection, plan)}
+    ranks = plan(args.budget)
+    for side, of_side in zip(SIDES, ranks, strict=True):
+        print(f"At {args.budget:.1%}, of {L * K} {side}: {(of_side == d // LEVELS).sum()} at "
+              f"{d // LEVELS}, {(of_side == d).sum()} at {d}")
+    names = ("pca", "pca_searched") if args.pca else ("uniform", "searched")
+    curves = {name: (projection, p) for name, p in zip(names, (uniform, plan), strict=True)}
     report(model, held_out, curves, args, [b for b in BUDGETS if b <= 0.75])
+    picture = file.with_suffix(".png")
     with common.blame("--out"):
-        draw(path, plan(args.budget), uniform_kl, d, file.with_suffix(".png"))
-    print(f"Saved {file} and {file.with_suffix('.png')}")
+        draw_plan(ranks, d, [kl for *_, kl in path], uniform_kl, picture)
+    print(f"Saved {file} and {picture}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Train the projections: distil the model into itself, its KV cache cut to random ranks.
 
 MatryoshkaKV (arXiv 2410.14731), section 3. The teacher is the model. The student is the same
-weights, with the key of each token replaced by k̂ = k P and its value by v̂ = v P + μ (I − P), where
+weights, with each token's key replaced by k̂ = k P and its value by v̂ = v P + μ (I − P), where
 P = U_r U_rᵀ is made of the first r columns of an orthogonal U of its head. Only U = U₀ C(A) and the
 means μ learn (projection.py):
 
     minimise   KL( p_teacher(· | text) ‖ p_student(· | text; ranks) )    over random text and ranks
 
-Since the ranks are drawn anew for every sequence, each leading group of columns must do as well as
-it can without those that follow: nested dolls. One U then serves every rank.
+The ranks are drawn anew for every sequence. So each leading group of columns must do as well as it
+can without those that follow, like nested dolls, and one U serves every rank.
 
-`--recipe paper` is the paper's as its authors' code has it: it starts from PCA, draws the rank of
-every head independently, minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at 0.001. It
-gains where little of the cache is left and loses to plain PCA where most of it is. The default must
-not lose anywhere, and differs in four places:
+`--recipe paper` is the paper's as its authors' code has it: it starts from PCA, draws every rank
+independently, and minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at 0.001. It gains
+where little of the cache is left and loses to plain PCA where most of it is. The default must not
+lose anywhere, and differs in four places:
 
   start      PCA weighted by who reads (Moments.query_aware): better before any training.
   ranks      one level for a sequence, each head at most one off (draw_levels). Independent ranks
@@ -26,12 +26,9 @@ not lose anywhere, and differs in four places:
              budget. No cross-entropy: it pulls towards the text, away from the model.
   rate       0.5 / d. Adam moves every angle of a rotation equally fast; a column turns by d.
 
-One copy of the weights, no gradient for any of them, logits only of 256 tokens at a time.
-
     python train.py                                             # the demo on Python's documentation
     python train.py --recipe paper --out out_paper              # the paper's recipe, to compare
     python train.py --ranks out/ranks.json --out out_order      # along the order of search.py
-    python train.py --resume                                    # continues one that was stopped
     torchrun --nproc_per_node=8 train.py --ckpt DIR --data FILE     # several GPUs (docs/seven_b.md)
 """
 import argparse
@@ -43,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import common
 from cache import read_plan
@@ -53,37 +50,37 @@ from model import Model, load, read_config
 from projection import LEVELS, Projection, Rotation, calibrate, plan_at, shape_of, uniform_ranks
 
 # ------------------------------------------------------------------------------
-# The ranks of a step, (2, L, B, K): keys and values apart, multiples of d/8. This is where the dolls
-# get nested.
+# The ranks of a step, (2, L, B, K): of keys and values apart, multiples of d/8. This is where the
+# dolls get nested.
 
-def draw_independent(B: int, config, generator: torch.Generator) -> Tensor:
+def draw_independent(B: int, config, generator: Generator) -> Tensor:
     """The paper's: each rank is any of the eight, whatever the others are."""
     L, K, d = shape_of(config)
     levels = torch.randint(1, LEVELS + 1, (2, L, B, K), generator=generator)
     return levels * (d // LEVELS)
 
 
-def draw_levels(B: int, config, generator: torch.Generator) -> Tensor:
+def draw_levels(B: int, config, generator: Generator) -> Tensor:
     """Every sequence is dealt one of the levels from 25 to 87.5%, each once before any twice."""
     L, K, _ = shape_of(config)
-    deals = []
-    for _ in range(math.ceil(B / (LEVELS - 2))):
-        deals.append(torch.randperm(LEVELS - 2, generator=generator) + 2)
-    levels = torch.cat(deals)[:B, None]
+    dealt = LEVELS - 2
+    deals = [torch.randperm(dealt, generator=generator) for _ in range(0, B, dealt)]
+    levels = torch.cat(deals)[:B, None] + 2                         # (B, 1)
     return nudged(levels.expand(2, L, B, K), config, generator)
 
 
-def draw_along(B: int, config, generator: torch.Generator, order: Tensor) -> Tensor:
-    """A sequence's budget is drawn evenly from 15 to 100%; its ranks are the order's plan for it."""
+def draw_along(B: int, config, generator: Generator, order) -> Tensor:
+    """A sequence's budget is drawn from 15 to 100%; its ranks are the order's plan for it."""
     L, K, d = shape_of(config)
-    lowest = max(0.15, 1 - len(order) / (2 * L * K * LEVELS))
+    end_of_order = 1 - len(order) / (2 * L * K * LEVELS)
+    lowest = max(0.15, end_of_order)
     budgets = lowest + (1 - lowest) * torch.rand(B, generator=generator)
-    plans = [plan_at(order, config, budget) for budget in budgets.tolist()]
+    plans = [plan_at(order, config, budget.item()) for budget in budgets]
     levels = torch.stack(plans, dim=2) // (d // LEVELS)
     return nudged(levels, config, generator)
 
 
-def nudged(levels: Tensor, config, generator: torch.Generator) -> Tensor:
+def nudged(levels: Tensor, config, generator: Generator) -> Tensor:
     """Ranks from levels (2, L, B, K), each head at most one level off."""
     off = torch.randint(-1, 2, levels.shape, generator=generator)
     levels = (levels + off).clamp(1, LEVELS)
@@ -93,42 +90,44 @@ def nudged(levels: Tensor, config, generator: torch.Generator) -> Tensor:
 # ------------------------------------------------------------------------------
 # Training
 
-def train(run: "Run", model: Model, tokens: np.ndarray, draw, hook, floor, after_step) -> None:
+def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> None:
     """Rotate the projections so that the model with the small cache says what the model says.
 
-    draw(B, config, generator) gives random plans; hook(rotation, plans) the student's `project=`
-    and which entries of A_k and A_v it can see, (2, …), or None for all. The objective is the mean
-    of log(loss + floor) over sequences, of the loss itself where floor is None. after_step(step).
+    draw(B, config, generator) gives random plans. hook(rotation, plans) gives the student's hook
+    `project=`, and which entries of A_k and A_v it can see, (2, …), or None for all. The objective
+    is the mean of log(loss + floor) over sequences, or of the loss, where floor is None.
     """
     args, rotation = run.args, run.rotation
+    parameters = list(rotation.parameters())
     progress = common.Progress(args.steps)
-    B = common.WORLD * args.batch
+    B, mine = common.WORLD * args.batch, common.my_share(args.batch)
     for step in range(run.said["step"], args.steps):
         # Everything random in a step follows from the seed and its number, so a resumed training
         # draws what it would have. N processes with batches of B draw what one with N · B would.
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        generator = Generator().manual_seed(args.seed * 1_000_003 + step)
         kl_of_step = torch.zeros(1, dtype=torch.float64)
         visible = None
         for _ in range(args.accumulate):
-            block = random_windows(tokens, B, args.seq, generator, common.my_share(args.batch))
+            block = random_windows(tokens, B, args.seq, generator, mine)
             plans = draw(B, model.config, generator)
             project, seen = hook(rotation, plans)
             visible = seen if visible is None else visible | seen
-            loss, kl = distillation(model, block.to(model.device), project, args)
-            objective = loss if floor is None else torch.log(loss + floor)      # (B,)
+            loss, kl = distillation(model, block, project, args)                # (B,) each
+            objective = loss if floor is None else torch.log(loss + floor)
             (objective.mean() / args.accumulate).backward()
             kl_of_step += kl.mean().item() / args.accumulate
-        gradients = [kl_of_step] + [p.grad for p in rotation.parameters()]
+        gradients = [kl_of_step, *(p.grad for p in parameters)]
         for gradient in gradients:
             common.sum_over_processes(gradient).div_(common.WORLD)
         if not all(gradient.isfinite().all() for gradient in gradients):
-            common.fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a number; "
-                 f"{args.out}/projections.safetensors is as it was. Start again with a smaller "
-                 "--lr or another --dtype")
+            common.fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a "
+                        f"number; {args.out}/projections.safetensors is as it was. Start again "
+                        "with a smaller --lr or another --dtype")
         if visible is not None:                         # the gradient of the others is noise
             rotation.A_k.grad.mul_(visible[0])
             rotation.A_v.grad.mul_(visible[1])
-        run.optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = args.lr * schedule(step, args.steps)
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.said["loss"].append(kl_of_step.item())
@@ -137,8 +136,9 @@ def train(run: "Run", model: Model, tokens: np.ndarray, draw, hook, floor, after
         after_step(step + 1)
 
 
-def distillation(model: Model, block: Tensor, project, args) -> tuple[Tensor, Tensor]:
+def distillation(model: Model, block: Tensor, project, args):
     """The loss and the KL of the windows block (B, T + 1), per sequence: (B,) each."""
+    block = block.to(model.device)
     x = block[:, :-1]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.amp):
         with torch.no_grad():                           # the teacher: the same weights, no hook
@@ -157,7 +157,8 @@ def ranks_hook(rotation: Rotation, ranks: Tensor, batch: int):
 def schedule(step: int, steps: int) -> float:
     """The learning rate's factor: warm-up over the first tenth, cosine to zero."""
     warm_up = min(1.0, (step + 1) / (0.1 * steps))
-    return warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
+    cosine = math.cos(math.pi * step / steps)
+    return warm_up * 0.5 * (1 + cosine)
 
 
 # ------------------------------------------------------------------------------
@@ -167,25 +168,26 @@ class Run:
     """The rotation and its start, plain PCA, the order, Adam's moments, the losses so far."""
 
     # What must be as it was for a resumed training to end where the undisturbed one would have.
-    FIXED = (
-        "recipe", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype", "amp",
-        "ckpt", "data", "ranks", "train_tokens", "processes",
-    )
+    NUMBERS = (
+        "recipe", "ce", "steps", "batch", "seq", "lr",
+        "accumulate", "seed", "dtype", "amp", "train_tokens", "processes")
+    FILES = ("ckpt", "data", "ranks")
+    STATE = "train.state.safetensors"
 
-    def __init__(self, args, start: Projection, pca: Projection, order: Tensor | None):
+    def __init__(self, args, start: Projection, pca: Projection, order):
+        args.processes = common.WORLD
+        config = {name: getattr(args, name) for name in self.NUMBERS}
+        config |= {name: str(getattr(args, name) or "") for name in self.FILES}
         self.args = args
+        self.file = args.out / self.STATE
         self.start = start
         self.pca = pca
         self.order = order
         self.rotation = Rotation(start)
-        self.optimizer = torch.optim.Adam(self.rotation.parameters(), args.lr)
-        self.said = {"step": 0, "loss": [], "checks": []}
-        args.processes = common.WORLD
-        config = {name: getattr(args, name) for name in self.FIXED}
-        self.said["config"] = {
-            name: str(value or "") if name in ("ckpt", "data", "ranks") else value
-            for name, value in config.items()}
-        self.saved = {"step": 0, "at": 0.0}
+        self.optimizer = torch.optim.Adam(self.rotation.parameters())
+        self.said = {"step": 0, "loss": [], "checks": [], "config": config}
+        self.saved_step = 0
+        self.saved_at = 0.0
 
     def projection(self) -> Projection:
         """What has been learnt so far, orthogonal to float32's last digit."""
@@ -193,28 +195,26 @@ class Run:
             return self.rotation(torch.float64).to(None, torch.float32)
 
     def save(self) -> None:
-        """Write OUT/train.state.safetensors, whole or not at all."""
         tensors = self.start.tensors("start.") | self.pca.tensors("pca.")
         if self.order is not None:      # the file may be another search's by the time of --resume
             tensors["order"] = self.order
-        common.save_state(state_file(self.args), self.rotation, self.optimizer, tensors, self.said)
-        self.saved = {"step": self.said["step"], "at": time.time()}
+        common.save_state(self.file, self.rotation, self.optimizer, tensors, self.said)
+        self.saved_step = self.said["step"]
+        self.saved_at = time.time()
 
     @staticmethod
-    def resume(args, device) -> "Run":
+    def resume(args, model: Model, *_) -> "Run":
         """The training that `save` wrote. ValueError if there is none, or one of other settings."""
-        tensors, said = common.load_state(state_file(args))
-        start, pca = (Projection.of(tensors, name) for name in ("start.", "pca."))
-        run = Run(args, start.to(device), pca, tensors.get("order"))
-        common.check_same(state_file(args), said["config"], run.said["config"])
+        file = args.out / Run.STATE
+        tensors, said = common.load_state(file)
+        start = Projection.of(tensors, "start.").to(model.device)
+        pca = Projection.of(tensors, "pca.")
+        run = Run(args, start, pca, tensors.get("order"))
+        common.check_same(file, said["config"], run.said["config"])
         common.restore_state(run.rotation, run.optimizer, tensors)
         run.said = said
-        run.saved["step"] = said["step"]
+        run.saved_step = said["step"]
         return run
-
-
-def state_file(args) -> Path:
-    return args.out / "train.state.safetensors"
 
 
 # ------------------------------------------------------------------------------
@@ -230,54 +230,55 @@ def options() -> argparse.Namespace:
     report_arguments(parser)
     add = parser.add_argument
     count = common.within(1, 10 ** 7)
-    add("--recipe", choices=["ours", "paper"], default="ours", help="[ours]")
+    positive = common.within(0.0, 1e6)
+    add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
     add("--steps", type=count, default=400, help="[400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
-    add("--lr", type=common.within(0.0, 10.0), help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
-    add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy in the loss [0; paper: 0.75]")
+    add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
+    add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
     add("--amp", action="store_true", help="products in bfloat16 over float32 weights")
     add("--checkpoint", action=argparse.BooleanOptionalAction,
-        help="recompute layers in the backward pass: less memory, more operations [if need be]")
-    add("--check-every", type=count, default=100, help="steps between looks at text apart [100]")
-    add("--save-every", type=common.within(0.0, 1e6), default=30.0, help="seconds between saves [30]")
+        help="recompute layers in the backward pass: less memory, more time [if need be]")
+    add("--check-every", type=count, default=100, help="steps between checks on text apart [100]")
+    add("--save-every", type=positive, default=30.0, help="seconds between two saves [30]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
     common.moved(parser, "--eval", "--tasks", to="reports are python evaluate.py's")
     args = parser.parse_args()
     if args.ranks and args.recipe == "paper":
-        common.fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave out "
-             "--recipe paper or --ranks")
+        common.fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave "
+                    "out --recipe paper or --ranks")
     if args.ce is None:
         args.ce = 0.75 if args.recipe == "paper" else 0.0
     return args
 
 
-def begin(args, model: Model, tokens: np.ndarray, order: Tensor | None) -> Run:
+def begin(args, model: Model, tokens, order) -> Run:
     """A new training: its start is an eigenbasis over a calibration text."""
-    with common.blame("--ckpt"):
-        moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
+    moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
     start = pca = moments.pca()
     if args.recipe == "ours":
-        start = moments.query_aware([layer.self_attn.o_proj.weight for layer in model.layers])
+        W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
+        start = moments.query_aware(W_o)
     start = start.to(model.device, wide(model.dtype))
     return Run(args, start, pca, order)
 
 
-def check(run: Run, model: Model, valid: np.ndarray, plan) -> None:
+def check(run: Run, model: Model, valid, plan) -> None:
     """Say the KL on text that is neither trained on nor held out."""
-    args, step = run.args, run.said["step"]
     p = run.projection()
     hooks = {f"{budget:.0%}": p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
-    _, results = measure(model, valid, hooks, args.batch, args.seq, VALID)
-    kl = {name: result["kl"] for name, result in results.items()}
-    run.said["checks"].append({"step": step} | kl)
-    shown = ", ".join(f"{value:.4f} at {name}" for name, value in kl.items())
-    print(f"\nAfter step {step}, KL on text apart: {shown}", file=sys.stderr)
+    _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
+    checked = {"step": run.said["step"]}
+    checked |= {name: result["kl"] for name, result in results.items()}
+    run.said["checks"].append(checked)
+    print(f"\nKL on text apart: {checked}", file=sys.stderr)
 
 
-def finish(run: Run, model: Model, held_out: np.ndarray) -> None:
+def finish(run: Run, model: Model, held_out) -> None:
     """Save the projections, report on them, and write train.json and train.png."""
-    out, trained, pca = run.args.out, run.projection(), run.pca.to(model.device)
+    out, pca = run.args.out, run.pca.to(model.device)
+    trained = run.projection()
     with common.blame("--out"):
         trained.save(out / "projections.safetensors", pca)
     uniform = partial(uniform_ranks, config=model.config)
@@ -287,7 +288,7 @@ def finish(run: Run, model: Model, held_out: np.ndarray) -> None:
         curves |= {"pca_ordered": (pca, plan), "trained_ordered": (trained, plan)}
         run.said["order"] = run.order.tolist()
     write_report(model, held_out, curves, run.args, out / "train.json", run.said)
-    state_file(run.args).unlink(missing_ok=True)
+    run.file.unlink(missing_ok=True)            # the training is over
 
 
 def main():
@@ -307,35 +308,39 @@ def main():
     tokens, held_out = text_for(args, config)
     args.train_tokens = len(tokens)
     apart = VALID * args.seq + 1
-    cut = len(tokens) - apart if len(tokens) > 10 * apart else len(tokens)
-    tokens, valid = tokens[:cut], tokens[cut:]
+    if len(tokens) > 10 * apart:
+        tokens, valid = np.split(tokens, [len(tokens) - apart])
+    else:
+        valid = tokens[:0]                              # too short to set any of it apart
 
-    with common.blame("--resume"):
-        run = Run.resume(args, device) if args.resume else begin(args, model, tokens, order)
-    draw, floor, plan = draw_levels, 1e-3, partial(uniform_ranks, config=config)
+    start = Run.resume if args.resume else begin
+    with common.blame("--resume" if args.resume else "--ckpt"):
+        run = start(args, model, tokens, order)
+    floor = 1e-3
+    draw, plan = draw_levels, partial(uniform_ranks, config=config)
     if args.recipe == "paper":
         draw, floor = draw_independent, None
     elif run.order is not None:
-        draw, plan = partial(draw_along, order=run.order), partial(plan_at, run.order, config)
+        draw = partial(draw_along, order=run.order)
+        plan = partial(plan_at, run.order, config)
 
     def after_step(step: int) -> None:
         if common.RANK:
             return
-        if len(valid) and (step % args.check_every == 0 or step == args.steps):
+        last = step == args.steps
+        if len(valid) and (last or step % args.check_every == 0):
             check(run, model, valid, plan)
-        if time.time() - run.saved["at"] >= args.save_every or step == args.steps:
-            run.save()                          # between steps: an interrupt must not save half
+        if last or time.time() - run.saved_at >= args.save_every:
+            run.save()                          # between steps: never half of one
 
-    hook, began, first = partial(ranks_hook, batch=args.batch), time.time(), run.said["step"]
+    first, began = run.said["step"], time.time()
+    hook = partial(ranks_hook, batch=args.batch)
     try:
         train(run, model, tokens, draw, hook, floor, after_step)
     except KeyboardInterrupt:
-        saved = run.saved["step"]
-        common.fail(f"Stopped; the same command with --resume continues from step {saved}" if saved else
-             "Stopped before anything was saved", code=130)
-    made = (args.steps - first) * args.accumulate * common.WORLD * args.batch * args.seq
-    seconds = time.time() - began
-    print(f"Trained for {seconds:.0f} s, {made / seconds:,.0f} tokens/s")
+        where = f"the same command with --resume continues from step {run.saved_step}"
+        common.fail(f"Stopped; {where if run.saved_step else 'nothing was saved yet'}", code=130)
+    print(f"Trained {args.steps - first} steps in {time.time() - began:.0f} s")
     if common.RANK == 0:
         finish(run, model, held_out)
     common.leave_processes()
