@@ -1,8 +1,7 @@
 """What every script needs and no reader of the method must read.
 
-In this order: the command line and errors of one line; files that are written whole or not at all;
-pictures; progress; text in and out; several processes (torchrun); the memory of a training step.
-
+The command line and errors of one line; files that are written whole or not at all; a training's
+state; pictures; progress; text in and out; processes (torchrun); the memory of a training step.
 An error of the user is one line on stderr and exit code 2: the option as it was typed, the file,
 and what is wrong.
 """
@@ -57,8 +56,8 @@ def arguments(doc: str, several: bool = False) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--ckpt", type=Path, default=DEMO, help="folder of the checkpoint [demo]")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="[cuda if there, else cpu]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="[cuda if there, else cpu]")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float64"],
                         help="[bfloat16 on cuda, float32 on cpu]")
     parser.add_argument("--seed", type=within(0, 2 ** 32), default=0, help="[0]")
@@ -128,14 +127,14 @@ def run_script(main) -> None:
         main()
     except torch.OutOfMemoryError:
         fail("--device: its memory does not suffice; a smaller --batch, --seq or --tokens takes "
-             "less, and for train.py --batch 1 with --accumulate, or --checkpoint")
+             "less, and for train.py --accumulate or --checkpoint")
 
 
 def keep_freed_memory() -> None:
     """Ask the C library to keep freed memory for the next step.
 
-    glibc hands every block above 32 MB back to the system and gets it back page by page, zeroed: a
-    third of a training step on a CPU. Elsewhere (macOS, Windows, musl) this does nothing.
+    glibc hands blocks above 32 MB back and gets them back page by page, zeroed: a third of a
+    training step on a CPU. Elsewhere (macOS, Windows, musl) this does nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     try:
@@ -231,11 +230,10 @@ def restore_state(module, optimizer, tensors: dict[str, Tensor]) -> None:
     for name, parameter in module.named_parameters():
         parameter.data.copy_(tensors[f"parameter.{name}"])
         adam = f"adam.{name}."
-        for key, value in tensors.items():
-            if key.startswith(adam):
-                moment = key.removeprefix(adam)             # Adam keeps its step on the CPU
-                state = value if moment == "step" else value.to(parameter)
-                optimizer.state[parameter][moment] = state
+        for key in [key for key in tensors if key.startswith(adam)]:
+            moment = key.removeprefix(adam)                 # Adam keeps its step on the CPU
+            value = tensors[key] if moment == "step" else tensors[key].to(parameter)
+            optimizer.state[parameter][moment] = value
 
 
 def check_same(path: Path, before: dict, now: dict) -> None:
@@ -338,8 +336,7 @@ def prompt_arguments(parser) -> None:
 
 
 # ------------------------------------------------------------------------------
-# Several processes (torchrun): the same weights in each, other sequences; gradients are averaged,
-# the first one writes
+# Several processes (torchrun): the same weights, other sequences, averaged gradients
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
@@ -365,16 +362,6 @@ def leave_processes() -> None:
         distributed.destroy_process_group()
 
 
-@contextlib.contextmanager
-def first_process_first():
-    """What the first process does here (tokenising, say) is done when the others begin."""
-    if RANK:
-        distributed.barrier()
-    yield
-    if WORLD > 1 and RANK == 0:
-        distributed.barrier()
-
-
 def my_share(B: int) -> slice:
     """Of WORLD · B sequences, those of this process."""
     return slice(RANK * B, (RANK + 1) * B)
@@ -395,19 +382,11 @@ def sum_over_processes(total: Tensor) -> Tensor:
 CHUNK = 256     # tokens whose logits exist at a time; so few that on a CPU they stay in its cache
 
 
-def describe(ckpt: Path, model) -> str:
-    c, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
-    return (f"{ckpt}: {millions:,.1f} M parameters, {c.num_hidden_layers} layers, "
-            f"{c.num_attention_heads} query heads on {c.num_key_value_heads} key-value heads "
-            f"of {c.head_dim}")
-
-
 def peak_memory(c, batch: int, seq: int, dtype: torch.dtype, recompute: bool) -> dict[str, float]:
     """Bytes that a training step holds at its peak, by what holds them. c: the model's config.
 
-    All linear layers are frozen, so they keep no input for the backward pass. The layer whose turn
-    it is holds gradients and results on the way beside what it keeps. `recompute`: layers are
-    computed again in the backward pass (--checkpoint), and only one keeps anything.
+    Frozen linear layers keep no input for the backward pass. The layer whose turn it is holds
+    gradients and results on the way beside what it keeps. `recompute` is --checkpoint.
     """
     hidden, inner, L = c.hidden_size, c.intermediate_size, c.num_hidden_layers
     H, K, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -459,8 +438,7 @@ def plan_memory(args, config, device: torch.device, dtype: torch.dtype) -> None:
     print(f"Memory of a step, predicted: {listed}; {total / 1e6:,.0f} MB in all{how}")
     if total > free:
         fail(f"--batch {args.batch} --seq {args.seq}: a step needs about {total / 1e9:.1f} GB and "
-             f"{free / 1e9:.1f} GB are free on {device}; take a smaller --seq, --batch 1 with "
-             "--accumulate, or --checkpoint")
+             f"{free / 1e9:.1f} GB are free on {device}; try --seq, --accumulate or --checkpoint")
 
 
 def has_bfloat16_units() -> bool:

@@ -26,7 +26,7 @@ from textwrap import indent
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 import common
 from model import load_tokenizer, read_config
@@ -111,8 +111,11 @@ def id_dtype(vocab_size: int) -> np.dtype:
 def text_for(args, config) -> tuple[np.ndarray, np.ndarray]:
     """The (training, held-out) ids that --data asks for; fails if they do not fill one window."""
     with common.blame("--data"):
-        with common.first_process_first():
-            tokens, held_out = load_data(args.data, args.ckpt, config.vocab_size, args.out)
+        if common.RANK:                                 # the first process tokenises,
+            distributed.barrier()
+        tokens, held_out = load_data(args.data, args.ckpt, config.vocab_size, args.out)
+        if common.WORLD > 1 and common.RANK == 0:       # and the others then find the file
+            distributed.barrier()
         for part, name in ((tokens, "training"), (held_out, "held-out")):
             if len(part) <= args.seq:
                 raise ValueError(f"{args.data or 'Python'}: too short, {len(part)} {name} tokens "

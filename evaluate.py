@@ -399,6 +399,12 @@ def curves_in(folder: Path, model: Model) -> dict:
     return curves
 
 
+def describe(ckpt: Path, model) -> str:
+    c, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
+    return (f"{ckpt}: {millions:,.1f} M parameters, {c.num_hidden_layers} layers, {c.head_dim} "
+            f"wide heads, {c.num_attention_heads} of queries on {c.num_key_value_heads} of keys")
+
+
 def check_same_run(folder: Path, args) -> None:
     """ValueError where train.json says that other text or another model was trained on."""
     if not (folder / "train.json").exists():
@@ -429,7 +435,7 @@ def main():
         check_same_run(args.out, args)
         for _, plan in curves.values():
             plan(BUDGETS[-1])                       # a path that ends early is better known now
-    print(common.describe(args.ckpt, model))
+    print(describe(args.ckpt, model))
     _, held_out = text_for(args, model.config)
 
     said = {"tasks": report_tasks(model, curves, args)} if args.tasks else {}

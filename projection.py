@@ -106,7 +106,8 @@ class Projection:
 
     def save(self, path: str | Path, pca=None) -> None:
         """Write a safetensors file; plain PCA of the same text stands in it as pca_U_k, …"""
-        common.write_tensors(path, self.tensors() | (pca.tensors("pca_") if pca else {}))
+        beside = pca.tensors("pca_") if pca else {}
+        common.write_tensors(path, self.tensors() | beside)
 
     @staticmethod
     def load(path: str | Path, prefix: str = "") -> "Projection":

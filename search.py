@@ -37,7 +37,7 @@ from torch import Tensor
 import common
 from cache import order_of
 from data import data_arguments, random_windows, text_for
-from evaluate import draw_plan, log_probabilities, report, report_arguments
+from evaluate import describe, draw_plan, log_probabilities, report, report_arguments
 from model import Model, load
 from projection import BUDGETS, LEVELS, SIDES, Projection, plan_at, shape_of, uniform_ranks
 
@@ -187,7 +187,7 @@ def main():
         projection = Projection.load(args.proj, "pca_" if args.pca else "")
         projection.check_fits(config)
         projection = projection.to(device)
-    print(common.describe(args.ckpt, model))
+    print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
 
     L, K, d = shape_of(config)

@@ -45,7 +45,7 @@ from torch import Generator, Tensor
 import common
 from cache import read_plan
 from data import data_arguments, random_windows, text_for
-from evaluate import Distill, measure, report_arguments, wide, write_report
+from evaluate import Distill, describe, measure, report_arguments, wide, write_report
 from model import Model, load, read_config
 from projection import LEVELS, Projection, Rotation, calibrate, plan_at, shape_of, uniform_ranks
 
@@ -304,7 +304,7 @@ def main():
             order, _ = read_plan(args.ranks, config, budget=1.0)
     with common.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
-    print(common.describe(args.ckpt, model))
+    print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
     args.train_tokens = len(tokens)
     apart = VALID * args.seq + 1
