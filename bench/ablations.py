@@ -1,96 +1,169 @@
-"""What each part of the method is worth, on the demo: KL to the base model on held-out text at uniform ranks.
+"""What each part of the method is worth: KL to the base model on held-out text, at uniform ranks.
 
-    python tests/ablations.py start          # no training: channels, PCA, the query-aware start
-    python tests/ablations.py sides          # keys alone compressed, values alone, with projections trained by train.py
-    python tests/ablations.py fixed          # no Matryoshka: every sequence at one rank, 37.5%
-    python tests/ablations.py free           # no orthogonality: U itself is learnt, without the Cayley map
-    python tests/ablations.py default        # train.py's default, to compare with
+    python bench/ablations.py start         # no training: channels, PCA, the query-aware start
+    python bench/ablations.py sides         # keys alone compressed, or values, in OUT
+    python bench/ablations.py fixed         # no Matryoshka: every sequence at one rank, 37.5%
+    python bench/ablations.py free          # no orthogonality: U itself learns, no Cayley map
+    python bench/ablations.py default       # train.py's default, to compare them with
 
-Each takes --steps, --seed and the like as train.py does (`sides` reads --out), and prints a line for each row. They exist to
-be compared with one another: same text, same steps.
+Each prints a line for every row. They exist to be compared with one another: the same text, the
+same steps (--steps 100 shows all that is in the documentation).
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
 import train  # noqa: E402
-from model import load  # noqa: E402
-from projection import BUDGETS, STEPS, Projection, Rotation, uniform_ranks  # noqa: E402
+from bench.tools import complete_training, training_arguments  # noqa: E402
+from data import data_arguments, text_for  # noqa: E402
+from evaluate import measure, report_arguments  # noqa: E402
+from model import Model, load  # noqa: E402
+from projection import (  # noqa: E402
+    BUDGETS,
+    LEVELS,
+    SIDES,
+    Moments,
+    Projection,
+    Rotation,
+    calibrate,
+    shape_of,
+    uniform_ranks,
+)
 
-NAMES = ("start", "sides", "fixed", "free", "default")
+SMALLER = BUDGETS[1:]
 
 
-def channels(moments) -> Projection:
-    """Whole coordinates, none mixed, in the order of key energy times query energy, and of value energy: U a permutation."""
-    d = moments.v.shape[-1]
-    energy = lambda total: total.diagonal(dim1=-2, dim2=-1)
-    order = lambda e: torch.eye(d)[e.argsort(dim=-1, descending=True)].transpose(-1, -2).contiguous()
-    return Projection(order(energy(moments.kk) * energy(moments.qq)), order(energy(moments.covariance("v"))), moments.mean_v())
+# ------------------------------------------------------------------------------
+# No training
 
+def starts(moments: Moments, model: Model) -> dict[str, Projection]:
+    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
+    return {
+        "channels": channels(moments),
+        "PCA": moments.pca(),
+        "query-aware start": moments.query_aware(W_o),
+    }
+
+
+def channels(moments: Moments) -> Projection:
+    """Whole coordinates, none mixed: U is a permutation.
+
+    Keys in the order of key energy times query energy, values in the order of their variance.
+    """
+    _, cov_v = moments.covariances()
+    U_k = permutation(diagonal(moments.kk) * diagonal(moments.qq))
+    U_v = permutation(diagonal(cov_v))
+    return Projection(U_k, U_v, moments.mean_v())
+
+
+def diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def permutation(energy: Tensor) -> Tensor:
+    """Columns of the identity (..., d, d), that of the largest energy (..., d) first."""
+    order = energy.argsort(dim=-1, descending=True)
+    eye = torch.eye(energy.shape[-1], device=energy.device)
+    return eye[order].mT.contiguous()
+
+
+# ------------------------------------------------------------------------------
+# Trainings that lack something
 
 class Free(Rotation):
     """U = U₀ + A with any A: U_r U_rᵀ is then no projection."""
 
     def __init__(self, start: Projection):
         super().__init__(start)
-        self.A_k, self.A_v = (nn.Parameter(torch.zeros_like(U)) for U in (start.U_k, start.U_v))
+        self.A_k = nn.Parameter(torch.zeros_like(start.U_k))
+        self.A_v = nn.Parameter(torch.zeros_like(start.U_v))
 
-    def forward(self, dtype=None) -> Projection:
-        U_k, U_v = self.start.U_k.to(dtype) + self.A_k.to(dtype), self.start.U_v.to(dtype) + self.A_v.to(dtype)
-        return Projection(U_k, U_v, self.mean_v.to(dtype), self.start.pca)
+    def forward(self, dtype: torch.dtype | None = None) -> Projection:
+        start = self.start.to(None, dtype)
+        U_k = start.U_k + self.A_k.to(dtype)
+        U_v = start.U_v + self.A_v.to(dtype)
+        return Projection(U_k, U_v, self.mean_v.to(dtype))
 
-    def told_apart(self, ranks):
-        return torch.ones(2, 1, dtype=torch.bool)
+
+def free_hook(rotation: Free, ranks: Tensor):
+    """`train.train`'s hook: all entries of A are seen."""
+    return rotation().at(ranks), None
+
+
+def draw_one_level(B: int, config, _) -> Tensor:
+    """Always 37.5%: (2, L, B, K)."""
+    L, K, d = shape_of(config)
+    return torch.full((2, L, B, K), 3 * d // LEVELS)
+
+
+def trained(name: str, args, model: Model, tokens) -> Projection:
+    """What train.py's default, or a training that lacks something, makes of the start."""
+    run = train.begin(args, model, tokens, None)
+    draw = draw_one_level if name == "fixed" else train.draw_levels
+    hook = partial(train.ranks_hook, batch=args.batch)
+    if name == "free":
+        run.rotation = Free(run.start)
+        run.optimizer = torch.optim.Adam(run.rotation.parameters())
+        hook = free_hook
+    train.train(run, model, tokens, draw, hook, floor=1e-3, after_step=lambda step: None)
+    return run.projection()
+
+
+# ------------------------------------------------------------------------------
+# The script
+
+def one_side(side: int, budget: float, config) -> Tensor:
+    """A plan that compresses keys (0) or values (1) alone."""
+    plan = uniform_ranks(1.0, config)
+    plan[side] = uniform_ranks(budget, config)[side]
+    return plan
+
+
+def hooks_for(args, model: Model, tokens) -> dict[tuple[str, float], object]:
+    """The hook `project=` for every row and budget of the table."""
+    config = model.config
+    if args.name == "sides":
+        with common.blame("--out"):
+            projection = Projection.load(args.out / "projections.safetensors")
+            projection.check_fits(config)
+        projection = projection.to(model.device)
+        return {(f"{name} alone", budget): projection.at(one_side(side, budget, config))
+                for side, name in enumerate(SIDES) for budget in SMALLER}
+    if args.name == "start":
+        moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
+        projections = starts(moments, model)
+    else:
+        projections = {args.name: trained(args.name, args, model, tokens)}
+    return {(name, budget): projection.at(uniform_ranks(budget, config))
+            for name, projection in projections.items() for budget in SMALLER}
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
-        print(f"which one? {', '.join(NAMES)}", file=sys.stderr)
-        raise SystemExit(2)
-    name = sys.argv.pop(1)
-    args = train.options()
-    model = load(args.ckpt, dtype=torch.float32)
-    tokens, held = train.text_for(args, model)
-    config, rows = model.config, {}
-    at = lambda p, ranks=uniform_ranks: [p.at(ranks(b, config)) for b in BUDGETS[1:]]
-
-    with torch.no_grad():
-        moments = train.calibrate(model, tokens, args.batch, args.seq, args.seed)
-    aware = moments.aware([layer.self_attn.o_proj.weight for layer in model.layers])
-    aware.pca = moments.pca()
-    if name == "start":
-        rows = {"channels": at(channels(moments)), "PCA": at(aware.pca), "query-aware start": at(aware)}
-    elif name == "sides":
-        p = Projection.load(args.out / "projections.safetensors")
-        for side in range(2):
-            def ranks(b, c):
-                plan = uniform_ranks(1.0, c)
-                plan[side] = uniform_ranks(b, c)[side]
-                return plan
-            rows[f"{('keys', 'values')[side]} alone"] = at(p, ranks)
-    else:
-        args.checkpoint, args.recipe, args.ranks, args.lr = False, "ours", None, args.lr or 0.5 / config.head_dim
-        args.dtype, args.ce, args.train_tokens = "float32", 0.0, len(tokens)
-        if name == "fixed":
-            train.draw_ranks = lambda kind, B, c, *_: torch.full((2, config.num_hidden_layers, B, config.num_key_value_heads),
-                                                                 3 * config.head_dim // STEPS)
-        run = train.Run(args, aware)
-        if name == "free":
-            run.rotation = Free(aware)
-            run.optimizer = torch.optim.Adam(run.rotation.parameters(), lr=args.lr)
-        run.save_sometimes = run.keep_best = lambda *_: None
-        train.train(model, tokens, tokens[:0], run)
-        with torch.no_grad():
-            rows = {name: at(run.rotation())}
-    plans = {(row, b): project for row, hooks in rows.items() for b, project in zip(BUDGETS[1:], hooks)}
-    _, results = train.evaluate(model, held, plans, args.batch, args.seq, args.runs)
-    print("                    " + "".join(f"{b:>9.1%}" for b in BUDGETS[1:]))
-    for row in rows:
-        print(f"{row:20s}" + "".join(f"{results[row, b]['kl']:9.5f}" for b in BUDGETS[1:]))
+    parser = common.arguments(__doc__)
+    names = ("start", "sides", "fixed", "free", "default")
+    parser.add_argument("name", choices=names)
+    data_arguments(parser)
+    report_arguments(parser)
+    training_arguments(parser, steps=400)
+    args = parser.parse_args()
+    device, dtype = common.prepare(args)
+    common.keep_freed_memory()
+    with common.blame("--ckpt"):
+        model = load(args.ckpt, device, dtype)
+    tokens, held_out = text_for(args, model.config)
+    complete_training(args, model.config, dtype, tokens)
+    hooks = hooks_for(args, model, tokens)
+    _, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
+    print(" " * 20 + "".join(f"{budget:>9.1%}" for budget in SMALLER))
+    for row in dict.fromkeys(name for name, _ in hooks):
+        kl = [results[row, budget]["kl"] for budget in SMALLER]
+        print(f"{row:20s}" + "".join(f"{x:9.5f}" for x in kl))
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)

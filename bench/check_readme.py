@@ -1,7 +1,13 @@
-"""Runs the commands in README.md's bash blocks, in a copy of the project, the long ones with small settings.
+"""Runs the commands of README.md and docs/ in a copy of the project.
 
-    python tests/check_readme.py
+What stands in a ```bash block and begins with `python` is run, in the order of the page, the long
+ones with small settings; what needs another machine, a model that is not here, or an hour is said
+to be "not run". Exit code 1 if a command fails.
+
+    python bench/check_readme.py                    # README.md and docs/*.md
+    python bench/check_readme.py docs/method.md     # these pages alone
 """
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,32 +17,95 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"train.py": "--steps 3 --batch 2 --seq 64 --runs 2", "search.py": "--batch 1 --seq 16 --runs 2",
-         "tests/ablations.py": "--steps 3 --batch 2 --seq 64 --runs 2"}
-ELSEWHERE = ("/path/to/", "$M", "python3 -m venv", "pytest", "memory_7b.py", "check_readme.py", "make_demo.py", "make_questions.py")   # other machines; the tests themselves; long
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+from bench.tools import arguments  # noqa: E402
+
+# Added to a command; where an option is given twice, the last one counts.
+SMALL = {
+    "train.py": "--steps 3 --batch 2 --seq 64 --windows 2",
+    "search.py": "--batch 1 --seq 16 --windows 2",
+    "evaluate.py": "--batch 2 --seq 64 --windows 2",
+    "bench/ablations.py": "--steps 3 --batch 2 --seq 64 --windows 2",
+    "bench/training.py": "--steps 3 --batch 2 --seq 64",
+    "bench/cache.py": "--rounds 1 --tokens 512",
+    "bench/generate.py": "--rounds 1",
+    "bench/kernel.py": "--capability 80",
+    "bench/resident_memory.py": "--tokens 4096",
+}
+QUESTIONS = 8           # that are left of demo/questions.jsonl
+
+PLACEHOLDERS = r"/path/to/|\$|[ =][A-Z]{2,}\b"            # a model, a file, the name of one
+ELSEWHERE = r"-m (venv|pip|pytest)|--resume|--exact|make_demo|make_questions|check_readme"
+
+
+def commands_in(page: Path) -> list[str]:
+    """The commands of a page's bash blocks: comments cut off, chains taken apart."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    commands = []
+    for block in blocks:
+        for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
+            line = re.split(r"(?:^|\s)#", line)[0]
+            commands += [command.strip() for command in line.split("&&")]
+    return [command for command in commands if command]
+
+
+def is_run(command: str) -> bool:
+    bare = re.sub(r'"[^"]*"', "", command)              # prompts may hold anything
+    if not command.startswith("python ") or '"..."' in command:
+        return False
+    if re.search(PLACEHOLDERS, bare) or re.search(ELSEWHERE, bare):
+        return False
+    script = command.split()[1]
+    if script == "bench/memory.py":
+        return "--table" in command
+    return script != "bench/generate.py" or importlib.util.find_spec("transformers") is not None
+
+
+def run(command: str, folder: Path) -> bool:
+    """Run it with small settings and say how it went."""
+    words = command.split(maxsplit=2)
+    small = SMALL.get(words[1], "")
+    line = command.replace("python", f'"{sys.executable}"', 1)
+    began = time.time()
+    done = subprocess.run(f"{line} {small}", shell=True, cwd=folder, capture_output=True, text=True)
+    seconds = time.time() - began
+    word = "FAILED" if done.returncode else "ok"
+    print(f"  {word:7s}  {command}  ({seconds:.0f} s)", flush=True)
+    if done.returncode:
+        print(done.stderr)
+    return done.returncode == 0
+
+
+def copy_project(folder: Path) -> None:
+    """All but what was made, and only a few questions."""
+    made = shutil.ignore_patterns(".*", "out*", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=made)
+    file = folder / "demo" / "questions.jsonl"
+    questions = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(questions[:QUESTIONS]), encoding="utf-8")
 
 
 def main():
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    commands = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    commands.insert(0, "python train.py")                                       # the end of the first one, which sets up
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "project"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "out*", "__pycache__"))
-        for command in commands:
-            if not command or any(word in command for word in ELSEWHERE):
-                print(f"not run  {command}")
-                continue
-            script = command.split()[1]
-            began = time.time()
-            done = subprocess.run(f"{sys.executable} {command.removeprefix('python ')} {SMALL.get(script, '')}", shell=True, cwd=copy,
-                                  capture_output=True, text=True)
-            failed += done.returncode != 0
-            print(f"{'ok' if done.returncode == 0 else 'FAILED':7s}  {command}  ({time.time() - began:.0f} s)", flush=True)
-            if done.returncode:
-                print(done.stderr)
-    sys.exit(failed)
+    parser = arguments(__doc__)
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    parser.add_argument("pages", type=Path, nargs="*", default=pages, help="[README.md docs/*.md]")
+    args = parser.parse_args()
+    with common.blame("pages"):
+        commands = {page: commands_in(page) for page in args.pages}
+    went = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "project"
+        copy_project(folder)
+        for page, of_page in commands.items():
+            print(page.name, flush=True)
+            for command in of_page:
+                if is_run(command):
+                    went.append(run(command, folder))
+                else:
+                    print(f"  not run  {command}", flush=True)
+    print(f"\n{went.count(False)} of {len(went)} commands failed")
+    raise SystemExit(not all(went))
 
 
 if __name__ == "__main__":

@@ -1,119 +1,189 @@
-"""What LLaMA-2-7B's shapes take in memory: run by hand, on Linux, with 24 GB of memory and 14 GB of disk.
+"""What LLaMA-2-7B's shapes take in memory: what train.py predicts, and what processes then hold.
 
-Makes checkpoints of random bfloat16 weights in a temporary folder, sharded with an index, and measures fresh processes:
-the peak of loading all 32 layers and one short forward pass against the size of the weights, and the peak of two training
-steps with 2 layers against train.py's prediction.
+The table is the prediction for a training step on a GPU: bfloat16, one sequence of 2,048 tokens,
+with and without recomputed layers, for three public models. Then, on this CPU, checkpoints of
+random bfloat16 weights are made in a temporary folder, sharded with an index, and fresh processes
+measured: the peak of two training steps with 2 layers, 1,024 tokens, float32, against the
+prediction; the peak of loading all layers and one short pass against the size of the weights.
 
-    python tests/memory_7b.py table          # the prediction alone, for three public models
-    python tests/memory_7b.py                # and the measurements
+    python bench/memory.py --table          # the prediction alone
+    python bench/memory.py                  # Linux, with 24 GB of memory and 14 GB of disk
+    python bench/memory.py --layers 4       # a smaller model to load: 3 GB of each
 """
+import contextlib
 import json
-import subprocess
+import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
 import train  # noqa: E402
+from bench.tools import arguments, in_fresh_process, need_linux, process_memory  # noqa: E402
 from model import Model, load, read_config  # noqa: E402
-from train import peak_memory  # noqa: E402
+from projection import calibrate  # noqa: E402
 
-CONFIG = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-          "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {"intermediate_size": 14336, "num_key_value_heads": 8}
+MODELS = {
+    "LLaMA-2-7B": LLAMA_2_7B,
+    "Mistral-7B-v0.3": LLAMA_2_7B | GROUPED | {"model_type": "mistral", "vocab_size": 32768},
+    "LLaMA-3.1-8B": LLAMA_2_7B | GROUPED | {"vocab_size": 128256},
+}
+SEQ = 1024              # tokens of the training that is measured
 
-OTHERS = {"LLaMA-2-7B": {}, "Mistral-7B-v0.3": {"model_type": "mistral", "vocab_size": 32768, "intermediate_size": 14336, "num_key_value_heads": 8},
-          "LLaMA-3.1-8B": {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}}
+
+def write_config(folder: Path, settings: dict):
+    """The config.json in a folder, as read_config reads it back."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(settings))
+    return read_config(file)
 
 
-def table(folder: Path) -> None:
-    """What train.py predicts for a GPU: bfloat16, one sequence of 2,048 tokens, with and without recomputed layers."""
-    for name, changes in OTHERS.items():
-        (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-        config = read_config(folder / "config.json")
+def show_table(folder: Path) -> None:
+    for name, settings in MODELS.items():
+        config = write_config(folder, settings)
         for recompute in (True, False):
-            parts = peak_memory(config, 1, 2048, torch.bfloat16, recompute)
-            print(f"{name:16s} {'--checkpoint' if recompute else '--no-checkpoint':16s}"
-                  + ", ".join(f"{part} {n / 1e9:.2f}" for part, n in parts.items()) + f"; {sum(parts.values()) / 1e9:.1f} GB in all")
+            parts = common.peak_memory(config, 1, 2048, torch.bfloat16, recompute)
+            option = "--checkpoint" if recompute else "--no-checkpoint"
+            listed = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
+            total = sum(parts.values())
+            print(f"{name:16s} {option:15s} {listed}; {total / 1e9:.1f} GB in all")
 
 
-def peak() -> int:
-    """Bytes of this process in memory at its largest (not getrusage: a child inherits its parent's)."""
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-
-
-def make(folder: Path, layers: int) -> int:
-    """Write the checkpoint, a shard for every layer; its bytes."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+def make_checkpoint(folder: Path, layers: int) -> int:
+    """Write random weights, a shard for every layer and one for the rest; their bytes."""
+    folder.mkdir()
+    config = write_config(folder, LLAMA_2_7B | {"num_hidden_layers": layers})
     with torch.device("meta"):
-        model = Model(read_config(folder / "config.json"))
-    values, shards, places, size = torch.randn(2 ** 28).mul_(0.02).bfloat16(), {}, {}, 0
-    for name, p in model.named_parameters():
-        name = name if name.startswith("lm_head") else f"model.{name}"
-        shard = f"model-{name.split('.')[2] if '.layers.' in name else 'rest'}.safetensors"
-        shards.setdefault(shard, {})[name] = p.shape
-        places[name], size = shard, size + 2 * p.numel()
+        model = Model(config)
+    shards = {"rest": {}}
+    for name, parameter in model.named_parameters():
+        shard = name.split(".")[1] if name.startswith("layers.") else "rest"
+        name = name if name.startswith("lm_head.") else f"model.{name}"
+        shards.setdefault(shard, {})[name] = parameter.shape
+
+    numbers = torch.randn(2 ** 28).mul_(0.02).bfloat16()
+    places, size = {}, 0
     for shard, shapes in shards.items():
-        save_file({n: (values[:s.numel()].view(s) if len(s) > 1 else torch.ones(s, dtype=torch.bfloat16)).clone()
-                   for n, s in shapes.items()}, folder / shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        file = f"model-{shard}.safetensors"
+        tensors = {name: random_tensor(numbers, shape) for name, shape in shapes.items()}
+        save_file(tensors, folder / file)
+        places |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
     return size
 
 
-def measure_load(folder: str) -> None:
-    before, start = peak(), time.time()
+def random_tensor(numbers: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The weights of a norm are one, those of a matrix the first of `numbers`."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=numbers.dtype)
+    return numbers[:shape.numel()].view(shape).clone()
+
+
+# ------------------------------------------------------------------------------
+# What runs in processes of its own
+
+def training_peak(folder: Path, checkpoint: str) -> int:
+    """Bytes that two steps of train.py take beyond Python and PyTorch."""
+    options = {
+        "--ckpt": folder,
+        "--data": folder / "tokens.npy",
+        "--out": folder / "out",
+        "--steps": 2,
+        "--batch": 1,
+        "--seq": SEQ,
+        "--device": "cpu",
+        "--dtype": "float32",
+    }
+    pairs = [str(word) for pair in options.items() for word in pair]
+    sys.argv = ["train.py", *pairs, checkpoint]
+    # One batch of calibration, not 16, and no report: the peak is the same.
+    train.calibrate = partial(calibrate, batches=1)
+    train.finish = lambda *_: None
+    before = process_memory("VmHWM")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        train.main()
+    return process_memory("VmHWM") - before
+
+
+def loading_peak(folder: Path) -> dict[str, float]:
+    """Bytes at the peak, before anything was loaded and after a pass, and the seconds of both."""
+    before = process_memory("VmHWM")
+    began = time.perf_counter()
     model = load(folder, dtype=torch.bfloat16)
-    loaded = time.time() - start
-    start = time.time()
+    loaded = time.perf_counter()
     model(torch.arange(3, 11)[None])
-    print(json.dumps({"peak": peak(), "before": before, "load": loaded, "forward": time.time() - start}))
+    passed = time.perf_counter()
+    return {
+        "before": before,
+        "peak": process_memory("VmHWM"),
+        "load": loaded - began,
+        "pass": passed - loaded,
+    }
 
 
-def measure_training(folder: str, data: str, dtype: str, checkpoint: str) -> None:
-    sys.argv = ["train.py", "--ckpt", folder, "--data", data, "--steps", "2", "--batch", "1", "--seq", "1024", "--runs", "1",
-                "--dtype", dtype, checkpoint, "--out", f"{folder}/out"]
-    train.calibrate.__defaults__ = (1,)                 # one batch of text, not 16, and no report: the peak is the same
-    train.report = lambda *_: None
-    before = peak()
-    train.main()
-    predicted = sum(peak_memory(read_config(Path(folder) / "config.json"), 1, 1024, getattr(torch, dtype),
-                                      checkpoint == "--checkpoint").values())
-    print(json.dumps({"peak": peak() - before, "predicted": predicted}))
+# ------------------------------------------------------------------------------
+# The script
+
+def measure_training(folder: Path) -> None:
+    make_checkpoint(folder, layers=2)
+    tokens = np.random.default_rng(0).integers(3, 32000, 50000)
+    np.save(folder / "tokens.npy", tokens)
+    config = read_config(folder / "config.json")
+    for option in ("--no-checkpoint", "--checkpoint"):
+        recompute = option == "--checkpoint"
+        parts = common.peak_memory(config, 1, SEQ, torch.float32, recompute)
+        predicted = sum(parts.values())
+        peak = in_fresh_process(training_peak, folder, option)
+        print(f"2 layers, {SEQ:,} tokens, float32, {option:15s} peak {peak / 1e9:.2f} GB, "
+              f"predicted {predicted / 1e9:.2f}, ratio {peak / predicted:.2f}", flush=True)
 
 
-def child(function: str, *arguments) -> dict:
-    done = subprocess.run([sys.executable, __file__, function, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+def measure_loading(folder: Path, layers: int) -> None:
+    size = make_checkpoint(folder, layers)
+    got = in_fresh_process(loading_peak, folder)
+    print(f"{layers} layers, bfloat16: loaded in {got['load']:.1f} s, first pass {got['pass']:.1f} "
+          f"s, peak {got['peak'] / 1e9:.2f} GB, {got['peak'] / size:.2f} of the weights' "
+          f"{size / 1e9:.2f} GB ({got['before'] / 1e9:.2f} GB are Python and PyTorch)")
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder:
-        table(Path(folder))
-        if sys.argv[1:] == ["table"]:
+    parser = arguments(__doc__)
+    parser.add_argument("--table", action="store_true", help="the prediction alone")
+    parser.add_argument("--layers", type=common.within(1, 32), default=32,
+                        help="of the model that is loaded [32]")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        show_table(folder)
+        if args.table:
             return
-        small = Path(folder) / "small"
-        make(small, 2)
-        np.save(small / "tokens.npy", np.random.default_rng(0).integers(3, 32000, 50000))
-        for checkpoint in ("--no-checkpoint", "--checkpoint"):
-            got = child("measure_training", small, small / "tokens.npy", "float32", checkpoint)
-            print(f"2 layers, T = 1,024, float32, {checkpoint:15s}: peak {got['peak'] / 1e9:.2f} GB, predicted "
-                  f"{got['predicted'] / 1e9:.2f} GB, ratio {got['peak'] / got['predicted']:.2f}", flush=True)
-        size = make(Path(folder) / "large", 32)
-        got = child("measure_load", Path(folder) / "large")
-        print(f"32 layers, load in bfloat16 {got['load']:.1f} s, first forward {got['forward']:.1f} s, peak {got['peak'] / 1e9:.2f} GB, "
-              f"{got['peak'] / size:.2f} of the weights' {size / 1e9:.2f} GB ({got['before'] / 1e9:.2f} GB are Python and PyTorch)")
+        need_linux()
+        print(flush=True)
+        measure_training(folder / "small")
+        measure_loading(folder / "large", args.layers)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        globals()[sys.argv[1]](*sys.argv[2:])
-    else:
-        main()
+    common.run_script(main)

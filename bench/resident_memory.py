@@ -1,50 +1,56 @@
-"""How much a process really grows by when the cache fills: run by hand, on Linux.
+"""By how much a process really grows when the cache fills. Linux.
 
-For each budget a fresh process loads the demo, generates a little to warm up, then makes a cache of 65,536 tokens, fills
-every block of it, and reports its resident set before and after.
+For each budget a fresh process loads the model, generates a little to warm up, then makes a cache,
+fills every block of it, and compares its resident set before and after.
 
-    python tests/resident_memory.py
+    python bench/resident_memory.py
 """
-import subprocess
 import sys
 from pathlib import Path
 
-TOKENS = 65536
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+from bench.tools import in_fresh_process, need_linux, process_memory  # noqa: E402
+from cache import KVCache  # noqa: E402
+from model import load  # noqa: E402
+from projection import Projection, shape_of, uniform_ranks  # noqa: E402
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+def fill(ckpt: Path, budget: float, tokens: int) -> tuple[int, int]:
+    """The bytes of `cache.data`, and those that the process grew by."""
+    model = load(ckpt)
+    L, K, d = shape_of(model.config)
+    U_k, U_v = torch.linalg.qr(torch.randn(2, L, K, d, d)).Q
+    projection = Projection(U_k, U_v, torch.zeros(L, K, d))
+    ranks = uniform_ranks(budget, model.config)
+    prompt = torch.randint(3, model.config.vocab_size, (1, 512))
+    model(prompt, cache=KVCache(projection, ranks, 1, 512))
 
-
-def fill(budget: float) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import torch
-    from cache import KVCache
-    from model import DEMO, load
-    from projection import Projection, uniform_ranks
-    model = load(DEMO)
-    c = model.config
-    L, K, d = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
-    p = Projection(*torch.linalg.qr(torch.randn(2, L, K, d, d)).Q, torch.zeros(L, K, d))
-    ranks = uniform_ranks(budget, c)
-
-    model(torch.randint(3, c.vocab_size, (1, 512)), cache=KVCache(p, ranks, 1, 1024))
-    before = resident()
-    cache = KVCache(p, ranks, 1, TOKENS)
+    before = process_memory("VmRSS")
+    cache = KVCache(projection, ranks, 1, tokens)
     for groups in cache.groups:
-        for _, keys, values in groups:
-            keys.normal_()
-            values.normal_()
-    print(cache.data.nbytes, resident() - before)
+        for group in groups:
+            group.keys.normal_()
+            group.values.normal_()
+    return cache.data.nbytes, process_memory("VmRSS") - before
+
+
+def main():
+    parser = common.arguments(__doc__)
+    parser.add_argument("--tokens", type=common.within(1, 10 ** 7), default=65536,
+                        help="that the cache holds [65536]")
+    args = parser.parse_args()
+    need_linux()
+    with common.blame("--ckpt"):
+        load(args.ckpt)
+    print(f"{args.tokens:,} tokens, float32, on the CPU\n")
+    print("   budget   bytes of cache.data   growth of the resident set   ratio")
+    for budget in (1.0, 0.5, 0.25):
+        held, grown = in_fresh_process(fill, args.ckpt, budget, args.tokens)
+        print(f"   {budget:6.1%}   {held:19,}   {grown:26,}   {grown / held:.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        fill(float(sys.argv[1]))
-    else:
-        print(f"budget   cache.data, bytes   growth of the resident set   ratio    ({TOKENS:,} tokens, float32)")
-        for budget in (1.0, 0.5, 0.25):
-            held, grown = map(int, subprocess.run([sys.executable, __file__, str(budget)], capture_output=True, text=True,
-                                                  check=True).stdout.split())
-            print(f"{budget:6.1%}   {held:17,}   {grown:26,}   {grown / held:.3f}")
+    common.run_script(main)

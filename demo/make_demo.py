@@ -1,16 +1,18 @@
 """Trains the demo checkpoint from scratch: a small Mistral that knows Python's own documentation.
 
-The text is what every Python carries (see python_documents in train.py): the language reference's topics, the standard
-library's docstrings, sources and tests, less the one module in ten that is held out. The model is this project's own, in
-bfloat16 autocast; matrices learn by Muon (their update is orthogonalised), the rest by AdamW; the learning rate warms
-up, holds, and falls to zero over the last third. Sequences of 256 tokens, then of 512 for the last sixth.
+The text is what every Python carries (see python_documents in data.py): the language reference's
+topics, the standard library's docstrings, sources and tests, less the one module in ten that is
+held out. The model is this project's own, in bfloat16 autocast; matrices learn by Muon (their
+update is orthogonalised), the rest by AdamW; the learning rate warms up, holds, and falls to zero
+over the last third. Sequences of 256 tokens, then of 512 for the last sixth.
 
-    python demo/make_demo.py                   # about an hour on 2 idle cores; saved every ten minutes, resumes by itself
-    python demo/make_demo.py --steps 300       # a trial
+    python demo/make_demo.py                # about an hour on 2 idle cores; resumes by itself
+    python demo/make_demo.py --steps 300    # a trial
 
-The result is an ordinary Hugging Face folder: config.json, model.safetensors (bfloat16), tokenizer.model. The checkpoint in
-the repository took 1,600 steps, 13 million tokens. This script grew while it ran: the tokenizer and the first 1,137 steps
-saw no tests of the library, and more of the documentation instead, so that a fresh run will not end at the same weights.
+The result is an ordinary Hugging Face folder: config.json, model.safetensors (bfloat16),
+tokenizer.model. The checkpoint in the repository took 1,600 steps, 13 million tokens. This script
+grew while it ran: the tokenizer and the first 1,137 steps saw no tests of the library, and more of
+the documentation instead, so that a fresh run will not end at the same weights.
 """
 import argparse
 import io
@@ -28,29 +30,59 @@ from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from model import Model, keep_freed_memory, load_tokenizer, read_config  # noqa: E402
-from train import encode, python_documents  # noqa: E402
+from common import keep_freed_memory  # noqa: E402
+from data import encode, python_documents  # noqa: E402
+from model import Model, load_tokenizer, read_config  # noqa: E402
 
 CONFIG = {
-    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "torch_dtype": "bfloat16",
-    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "sliding_window": None, "max_position_embeddings": 512, "tie_word_embeddings": False,
-    "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "attention_dropout": 0.0, "use_cache": True,
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "use_cache": True,
 }
 
 
 def train_tokenizer(documents: list[str]) -> None:
-    """A SentencePiece BPE that gives every text back unchanged: bytes for what it does not know (newlines among
-    them), runs of spaces as pieces, nothing normalised."""
+    """A SentencePiece BPE that gives every text back unchanged.
+
+    Bytes for what it does not know (newlines among them), runs of spaces as pieces, nothing
+    normalised.
+    """
     import sentencepiece
     model = io.BytesIO()
     lines = [line for text in documents for line in text.splitlines() if line.strip()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=CONFIG["vocab_size"],
-        byte_fallback=True, character_coverage=0.9999, normalization_rule_name="identity", add_dummy_prefix=False,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True, max_sentence_length=10000,
-        num_threads=os.cpu_count(), minloglevel=2)
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=CONFIG["vocab_size"],
+        byte_fallback=True,
+        character_coverage=0.9999,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        max_sentence_length=10000,
+        num_threads=os.cpu_count(),
+        minloglevel=2)
     write(HERE / "tokenizer.model", model.getvalue())
 
 
@@ -79,9 +111,10 @@ def rate(step: int, steps: int) -> float:
 
 
 def batch(tokens: torch.Tensor, step: int, steps: int) -> torch.Tensor:
-    """The 8,192 tokens of a step, a function of the step alone, so that a resumed run sees what it would have seen."""
+    """The 8,192 tokens of a step: a function of the step alone, also in a resumed run."""
     T = 256 if step < steps * 5 / 6 else 512
-    start = torch.randint(len(tokens) - T, (8192 // T,), generator=torch.Generator().manual_seed(step))
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(len(tokens) - T, (8192 // T,), generator=generator)
     return tokens[start[:, None] + torch.arange(T + 1)]
 
 
@@ -90,21 +123,26 @@ def held_out_loss(model: Model, tokens: torch.Tensor, T: int = 512) -> float:
     """Mean cross-entropy in nats a token over consecutive runs of the held-out documents."""
     total = count = 0
     for block in tokens[:len(tokens) // (T + 1) * (T + 1)].view(-1, T + 1).split(8):
-        loss = F.cross_entropy(model(block[:, :-1]).flatten(0, 1).float(), block[:, 1:].flatten(), reduction="sum")
-        total, count = total + loss.item(), count + block[:, 1:].numel()
+        logits = model(block[:, :-1]).flatten(0, 1).float()
+        targets = block[:, 1:].flatten()
+        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        count += len(targets)
     return total / count
 
 
 def save(model: Model, optimizers: list, step: int, state: Path) -> None:
-    """The checkpoint as users see it, and beside it all that a resumed run needs (float32 weights and moments)."""
-    weights = {(n if n.startswith("lm_head.") else f"model.{n}"): p.detach() for n, p in model.named_parameters()}
-    save_file({n: p.bfloat16().contiguous() for n, p in weights.items()}, HERE / "model.safetensors.part",
-              metadata={"format": "pt"})
+    """The checkpoint as users see it, and beside it the float32 weights and moments, to resume."""
+    weights = {}
+    for n, p in model.named_parameters():
+        name = n if n.startswith("lm_head.") else f"model.{n}"
+        weights[name] = p.detach().bfloat16().contiguous()
+    save_file(weights, HERE / "model.safetensors.part", metadata={"format": "pt"})
     (HERE / "model.safetensors.part").replace(HERE / "model.safetensors")
     tensors = {f"weight.{n}": p for n, p in model.named_parameters()}
     for o, optimizer in enumerate(optimizers):
         for i, moments in optimizer.state_dict()["state"].items():
-            tensors.update({f"moment.{o}.{i}.{key}": torch.as_tensor(value) for key, value in moments.items()})
+            for key, value in moments.items():
+                tensors[f"moment.{o}.{i}.{key}"] = torch.as_tensor(value)
     save_file({n: t.detach().contiguous() for n, t in tensors.items()}, str(state) + ".part",
               metadata={"step": str(step)})
     Path(str(state) + ".part").replace(state)
@@ -129,10 +167,12 @@ def resume(model: Model, optimizers: list, state: Path) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--lr", type=float, default=0.004)
-    parser.add_argument("--restart", action="store_true", help="begin anew, even if there is something to resume")
+    parser.add_argument("--restart", action="store_true",
+                        help="begin anew, even if there is something to resume")
     args = parser.parse_args()
 
     state = HERE / "make_demo.state"
@@ -144,18 +184,22 @@ def main():
     if not (HERE / "tokenizer.model").exists():
         train_tokenizer(documents)
     tokenizer = load_tokenizer(HERE)
-    _, held = python_documents()                             # the held-out loss is that of documentation, not of code
+    _, held = python_documents()        # the held-out loss is that of documentation, not of code
     tokens, held_tokens = ids(tokenizer, documents), ids(tokenizer, held)
     characters = sum(map(len, held)) / len(held_tokens)
-    print(f"{len(tokens):,} tokens to train on, {len(held_tokens):,} held out, {characters:.2f} characters a token")
+    print(f"{len(tokens):,} tokens to train on, {len(held_tokens):,} held out, "
+          f"{characters:.2f} characters a token")
 
     keep_freed_memory()
     torch.manual_seed(0)
     model = build()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)]
+    decay = {"lr": args.lr, "weight_decay": 0.1}
+    optimizers = [
+        torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **decay),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), **decay),
+    ]
     first = resume(model, optimizers, state) if state.exists() else 0
     saved = last = time.time()
     for step in range(first, args.steps):
@@ -176,7 +220,8 @@ def main():
             speed = 8192 * 10 / (now - last) if step > first else 0
             left = (args.steps - step) * 8192 / speed / 60 if speed else 0
             last = now
-            print(f"step {step:5d}  loss {loss.item():.4f}  {speed:6.0f} tokens/s  {left:5.1f} min left", flush=True)
+            print(f"step {step:5d}  loss {loss.item():.4f}  {speed:6.0f} tokens/s  "
+                  f"{left:5.1f} min left", flush=True)
         if time.time() - saved > 600 or step == args.steps - 1:
             save(model, optimizers, step + 1, state)
             nats = held_out_loss(model, held_tokens[:64 * 513])
@@ -184,7 +229,8 @@ def main():
                   f"{nats / characters:.4f} a character", flush=True)
             saved = last = time.time()
     nats = held_out_loss(model, held_tokens)
-    print(f"held-out loss over all {len(held_tokens):,} tokens: {nats:.4f} nats a token, {nats / characters:.4f} a character")
+    print(f"held-out loss over all {len(held_tokens):,} tokens: {nats:.4f} nats a token, "
+          f"{nats / characters:.4f} a character")
 
 
 if __name__ == "__main__":

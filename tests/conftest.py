@@ -1,22 +1,37 @@
+"""What the tests share: tiny random models, random projections and plans, and scripts to run."""
+import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(2)
+from cache import KVCache
+from model import load, load_tokenizer
+from projection import Moments, Projection, shape_of, uniform_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+CKPT = GOLDEN / "mistral_sharded_head_dim"      # what scripts are run on; it has no tokenizer
+DEMO = ROOT / "demo"
+
+torch.set_num_threads(1)                        # tiny tensors gain nothing from threads,
+os.environ["OMP_NUM_THREADS"] = "1"             # here and in the processes that tests start
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"   # before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"        # before anything imports triton
 
-GOLDEN = Path(__file__).parent / "golden"
-
+# ------------------------------------------------------------------------------
+# Models, projections, plans
 
 @pytest.fixture(params=["llama_mha", "llama_gqa_tied_llama3", "mistral_sharded_head_dim"])
 def model(request):
     """A tiny random model, of each kind of attention: G = 1, G = 2, head_dim unlike hidden / H."""
-    from model import load
     return load(GOLDEN / request.param)
 
 
@@ -25,6 +40,97 @@ def tokens():
     return torch.randint(3, 96, (3, 21))
 
 
+@pytest.fixture(scope="session")
+def demo():
+    """The demo's model and its tokenizer."""
+    return load(DEMO), load_tokenizer(DEMO)
+
+
+def shape(model) -> tuple[int, int, int]:
+    """(L, K, d)"""
+    return shape_of(model.config)
+
+
+def random_projection(model) -> Projection:
+    L, K, d = shape(model)
+    U_k, U_v = torch.linalg.qr(torch.randn(2, L, K, d, d)).Q
+    return Projection(U_k, U_v, torch.randn(L, K, d))
+
+
+def random_ranks(model, *batch) -> torch.Tensor:
+    """A plan (2, L, K), or one for each sequence, (2, L, B, K)."""
+    L, K, d = shape(model)
+    return torch.randint(1, 9, (2, L, *batch, K)) * (d // 8)
+
+
+def random_start(model) -> Projection:
+    """The query-aware start over a random text."""
+    moments = Moments(model.config)
+    model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
+    return moments.query_aware([layer.self_attn.o_proj.weight for layer in model.layers])
+
+
+def full_cache(model, batch: int, max_len: int) -> KVCache:
+    """The base model's own: every rank d, nothing turned."""
+    unturned = Projection.identity(model.config)
+    return KVCache(unturned, uniform_ranks(1.0, model.config), batch=batch, max_len=max_len)
+
+
+# ------------------------------------------------------------------------------
+# Distances
+
 def relative(a, b) -> float:
     """Largest error as a share of the largest value."""
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def mean_kl(log_p, log_q) -> float:
+    """PyTorch's own KL(p ‖ q), the mean over tokens, of log-probabilities (B, T, vocab)."""
+    total = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    return total.item() / log_p[..., 0].numel()
+
+
+# ------------------------------------------------------------------------------
+# Scripts
+
+def script(*arguments) -> subprocess.CompletedProcess:
+    """`python ARGUMENTS` in a process of its own, which spends seconds on its imports."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def call(name: str, *arguments) -> None:
+    """The main of a script, in this process: `call("train", "--steps", 3)`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        importlib.import_module(name).main()
+
+
+@pytest.fixture
+def refusal(capsys):
+    """`refusal(name, *arguments)`: the one line on stderr with which a script leaves, code 2."""
+    def line_of(name: str, *arguments) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            call(name, *arguments)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert left.value.code == 2, (name, arguments, lines)
+        assert len(lines) == 1, (name, arguments, lines)
+        return lines[0]
+
+    return line_of
+
+
+def small(folder: Path) -> list:
+    """Options for a training on the random tokens in `folder`."""
+    return ["--ckpt", CKPT, "--data", folder / "tokens.npy", "--seq", 32, "--batch", 8]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with tokens.npy, random ids, and out/, what 150 steps of training on them left."""
+    folder = tmp_path_factory.mktemp("trained")
+    ids = np.random.default_rng(1).integers(3, 96, 4000)
+    np.save(folder / "tokens.npy", ids.astype(np.uint16))
+    call("train", *small(folder), "--steps", 150, "--out", folder / "out")
+    return folder

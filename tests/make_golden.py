@@ -1,4 +1,4 @@
-"""Writes tests/golden: tiny random checkpoints and the logits that Hugging Face's transformers computes from them.
+"""Writes tests/golden: tiny random checkpoints, and the logits that transformers has for them.
 
 Run by hand; the tests need only what it wrote. One folder for each layout that checkpoints come in.
 
@@ -13,25 +13,45 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = dict(vocab_size=96, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-            attn_implementation="eager")
-LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=16)
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 def make(name: str, config, architecture, dtype=torch.float32, shard="1GB", edit=None) -> None:
     torch.manual_seed(sum(name.encode()))
     model = architecture(config)
-    for parameter in model.parameters():   # larger than at a usual start, so that attention is far from uniform
-        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    for parameter in model.parameters():        # larger than at a usual start, so that attention
+        mean = float(parameter.ndim == 1)       # is far from uniform
+        torch.nn.init.normal_(parameter, mean=mean, std=0.2)
     model = model.to(dtype)
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, max_shard_size=shard)
     (folder / "generation_config.json").unlink(missing_ok=True)
     tokens = torch.randint(3, config.vocab_size, (2, 37))
-    logits = lambda dtype: architecture.from_pretrained(folder, dtype=dtype, attn_implementation="eager")(tokens).logits
+
+    def logits(dtype):
+        loaded = architecture.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        return loaded(tokens).logits
+
     with torch.no_grad():
         golden = {"tokens": tokens, "logits": logits(torch.float32)}
         if dtype != torch.float32:
@@ -42,7 +62,10 @@ def make(name: str, config, architecture, dtype=torch.float32, shard="1GB", edit
 
 
 def as_in_2023(folder: Path) -> None:
-    """What older folders look like: rope_theta at the top, no number of key-value heads, inv_freq among the weights."""
+    """What older folders look like.
+
+    rope_theta at the top, no number of key-value heads, inv_freq among the weights.
+    """
     config = json.loads((folder / "config.json").read_text())
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     config["torch_dtype"] = config.pop("dtype")
@@ -54,8 +77,11 @@ def as_in_2023(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-make("llama_mha", LlamaConfig(**TINY | dict(num_key_value_heads=4)), LlamaForCausalLM, edit=as_in_2023)
-make("llama_gqa_tied_llama3", LlamaConfig(**TINY, tie_word_embeddings=True, rope_parameters=LLAMA3), LlamaForCausalLM)
-make("mistral_sharded_head_dim", MistralConfig(**TINY, head_dim=16, sliding_window=None), MistralForCausalLM, shard="30KB")
+mha = LlamaConfig(**TINY | {"num_key_value_heads": 4})
+make("llama_mha", mha, LlamaForCausalLM, edit=as_in_2023)
+tied = LlamaConfig(**TINY, tie_word_embeddings=True, rope_parameters=LLAMA3)
+make("llama_gqa_tied_llama3", tied, LlamaForCausalLM)
+wide = MistralConfig(**TINY, head_dim=16, sliding_window=None)
+make("mistral_sharded_head_dim", wide, MistralForCausalLM, shard="30KB")
 make("mistral_window", MistralConfig(**TINY, sliding_window=7), MistralForCausalLM)
 make("llama_bfloat16", LlamaConfig(**TINY), LlamaForCausalLM, dtype=torch.bfloat16)

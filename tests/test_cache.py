@@ -1,53 +1,89 @@
-"""The cache: the projected model's logits to rounding, from exactly the bytes that the ranks say."""
+"""The cache: the projected model's logits to rounding, from exactly the bytes that ranks say."""
+import json
+
 import pytest
 import torch
+from conftest import GOLDEN, full_cache, random_projection, random_ranks, relative, shape
 
-from cache import KVCache
-from conftest import GOLDEN, relative
-from model import load
+from cache import KVCache, order_of, read_plan
+from model import frequencies, load
 from projection import uniform_ranks
-from test_projection import random_projection, random_ranks, shape
+
+
+def through(cache, model, tokens, chunks):
+    """The logits of tokens that pass through the cache in chunks."""
+    parts = tokens.split(chunks, dim=1)
+    return torch.cat([model(part, cache=cache) for part in parts], dim=1)
+
+
+# ------------------------------------------------------------------------------
+# The same logits
+
+def plan_called(name, model):
+    if name in ("uniform", "full"):
+        return uniform_ranks({"uniform": 0.375, "full": 1.0}[name], model.config)
+    ranks = random_ranks(model)
+    if name == "one head full":
+        ranks[:, :, 0] = model.config.head_dim
+    return ranks
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("chunks", [[21], [1] * 21, [1, 13, 7], [20, 1], [6, 1, 1, 9, 4]])
 @pytest.mark.parametrize("plan", ["uniform", "ragged", "full", "one head full"])
 def test_the_cache_gives_the_logits_of_the_projected_model(model, batch, chunks, plan):
-    p, d = random_projection(model), model.config.head_dim
-    ranks = {"uniform": uniform_ranks(0.375, model.config), "full": uniform_ranks(1.0, model.config)}.get(plan)
-    if ranks is None:
-        ranks = random_ranks(model)
-    if plan == "one head full":
-        ranks[:, :, 0] = d
+    p, ranks = random_projection(model), plan_called(plan, model)
     tokens = torch.randint(3, 96, (batch, 21))
     cache = KVCache(p, ranks, batch=batch, max_len=24)
-    logits = torch.cat([model(part, cache=cache) for part in tokens.split(chunks, dim=1)], dim=1)
+    logits = through(cache, model, tokens, chunks)
     assert relative(logits, model(tokens, project=p.at(ranks))) < 1e-4
     assert cache.length == 21
     assert cache.data.numel() == batch * 24 * ranks.sum()
 
 
-def test_a_sliding_window_limits_what_is_attended_to():
+@pytest.mark.parametrize("chunks", [[21], [20, 1]])
+def test_the_full_cache_is_the_base_model(model, tokens, chunks):
+    cache = full_cache(model, batch=3, max_len=21)
+    assert relative(through(cache, model, tokens, chunks), model(tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("chunks", [[25], [1] * 25, [10, 1, 1, 5, 8]])
+def test_a_sliding_window_limits_what_is_attended_to(chunks):
     model = load(GOLDEN / "mistral_window")
-    p, ranks, tokens = random_projection(model), random_ranks(model), torch.randint(3, 96, (2, 25))
-    for chunks in ([25], [1] * 25, [10, 1, 1, 5, 8]):
-        cache = KVCache(p, ranks, batch=2, max_len=25)
-        logits = torch.cat([model(part, cache=cache) for part in tokens.split(chunks, dim=1)], dim=1)
-        assert relative(logits, model(tokens, project=p.at(ranks))) < 1e-4
+    p, ranks = random_projection(model), random_ranks(model)
+    tokens = torch.randint(3, 96, (2, 25))
+    cache = KVCache(p, ranks, batch=2, max_len=25)
+    logits = through(cache, model, tokens, chunks)
+    assert relative(logits, model(tokens, project=p.at(ranks))) < 1e-4
 
 
 def test_bfloat16_agrees_within_its_rounding():
-    """Root mean square over the logits: the single worst one of 4,000 is off by up to 2.6% in one draw of fifteen, with
-    the cache and without it. And the cache is no farther from the float32 model than the projection is."""
-    model, exact = (load(GOLDEN / "llama_bfloat16", dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    """And the cache is no farther from the float32 model than the projection is.
+
+    Root mean square over the logits: the single worst one of 4,000 is off by up to 2.6% in one draw
+    of fifteen, with the cache and without it.
+    """
+    folder = GOLDEN / "llama_bfloat16"
+    model, exact = (load(folder, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     p, tokens = random_projection(model), torch.randint(3, 96, (2, 21))
-    distance = lambda a, b: ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+    def distance(a, b):
+        return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
     for ranks in (random_ranks(model), uniform_ranks(1.0, model.config)):
         cache = KVCache(p, ranks, batch=2, max_len=21, dtype=torch.bfloat16)
-        logits = torch.cat([model(part, cache=cache) for part in tokens.split([15, 1, 5], dim=1)], dim=1)
+        logits = through(cache, model, tokens, [15, 1, 5])
         projected, truth = (m(tokens, project=p.at(ranks)) for m in (model, exact))
         assert distance(logits, projected) < 2e-2
         assert distance(logits, truth) < 1.5 * distance(projected, truth)
+
+
+def test_a_long_prompt_in_pieces_is_the_prompt_in_one(model, tokens, monkeypatch):
+    p, ranks = random_projection(model), random_ranks(model)
+    whole = model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21))
+    monkeypatch.setattr("cache.SCORES", 3 * 5 * 21)
+    pieces = model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21))
+    assert relative(pieces, whole) < 1e-5
 
 
 def test_nothing_beyond_the_length_is_read(model, tokens):
@@ -58,36 +94,90 @@ def test_nothing_beyond_the_length_is_read(model, tokens):
         assert torch.equal(model(part, cache=clean), model(part, cache=dirty))
 
 
-def test_a_long_prompt_in_pieces_is_the_prompt_in_one(model, tokens, monkeypatch):
-    import cache as module
+# ------------------------------------------------------------------------------
+# Positions beyond 512, where RoPE's first table ends
+
+def test_tokens_that_cross_position_512_one_by_one_are_those_of_one_pass(model):
     p, ranks = random_projection(model), random_ranks(model)
-    whole = model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21))
-    monkeypatch.setattr(module, "SCORES", 3 * 5 * 21)
-    assert relative(model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21)), whole) < 1e-5
+    tokens = torch.randint(3, 96, (1, 530))
+    cache = KVCache(p, ranks, batch=1, max_len=530)
+    fresh = load_again(model)
+    logits = through(cache, fresh, tokens, [505] + [1] * 25)
+    assert relative(logits, model(tokens, project=p.at(ranks))) < 1e-4
 
 
-@pytest.mark.parametrize("plan", ["ragged", "uniform"])
-def test_blocks_lie_end_to_end_without_padding(model, plan):
-    L, K, d = shape(model)
-    ranks = random_ranks(model) if plan == "ragged" else uniform_ranks(0.5, model.config)
+def load_again(model):
+    """The same weights, and a table of RoPE that no other pass has grown."""
+    fresh = type(model)(model.config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("length", [511, 512, 513, 700, 5000])
+def test_a_length_that_is_set_is_the_position_of_the_next_key(model, length):
+    """The key in the cache is the unturned one, turned by position · frequency in float64."""
+    cache = full_cache(model, batch=1, max_len=length + 1)
+    cache.data.zero_()
+    cache.length = length
+    token = torch.tensor([[7]])
+    model(token, cache=cache)
+
+    layer = model.layers[0]
+    key = layer.self_attn.k_proj(layer.input_layernorm(model.embed(token)))
+    key = model.split_heads(key)[0, :, 0].double()                  # (K, d)
+    real, imaginary = key.chunk(2, dim=-1)
+    angle = length * frequencies(model.config)
+    turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+
+    heads, keys, _ = cache.groups[0][0]
+    assert keys[:, 0, length].shape == expected[heads].shape == key.shape
+    assert relative(keys[:, 0, length], expected) < 1e-5
+
+
+# ------------------------------------------------------------------------------
+# One tensor
+
+def test_blocks_lie_end_to_end_without_padding(model):
+    L, K, _ = shape(model)
+    for ranks in (random_ranks(model), uniform_ranks(0.5, model.config)):
+        cache = KVCache(random_projection(model), ranks, batch=2, max_len=5)
+        end = 0
+        for layer in range(L):
+            for side in range(2):
+                for head in range(K):
+                    assert cache.offsets[side, layer, head] == end
+                    end += 2 * 5 * ranks[side, layer, head]
+        assert end == cache.data.numel()
+
+
+def test_groups_are_views_of_the_blocks_of_neighbours_with_the_same_ranks(model):
+    L, K, _ = shape(model)
+    for ranks in (random_ranks(model), uniform_ranks(0.5, model.config)):
+        cache = KVCache(random_projection(model), ranks, batch=2, max_len=5)
+        for layer in range(L):
+            members = [j for heads, *_ in cache.groups[layer] for j in range(K)[heads]]
+            assert members == list(range(K))
+            for heads, *views in cache.groups[layer]:
+                for side, view in enumerate(views):
+                    r = ranks[side, layer, heads.start]
+                    assert (ranks[side, layer, heads] == r).all()
+                    assert view.shape == (heads.stop - heads.start, 2, 5, r)
+                    assert view.is_contiguous()
+                    assert view.storage_offset() == cache.offsets[side, layer, heads.start]
+                    assert view.untyped_storage().data_ptr() == cache.data.data_ptr()
+
+
+def test_uniform_ranks_make_one_group_of_a_layer(model):
+    ranks = uniform_ranks(0.5, model.config)
     cache = KVCache(random_projection(model), ranks, batch=2, max_len=5)
-    end = 0
-    for layer in range(L):
-        for side in range(2):
-            for head in range(K):
-                assert cache.offsets[side, layer, head] == end
-                end += 2 * 5 * ranks[side, layer, head]
-        for heads, *views in cache.groups[layer]:
-            for side, view in enumerate(views):
-                assert view.storage_offset() == cache.offsets[side, layer, heads.start] and view.is_contiguous()
-                assert view.shape == (heads.stop - heads.start, 2, 5, ranks[side, layer, heads.start])
-                assert (ranks[side, layer, heads] == view.shape[3]).all()
-        assert [j for heads, *_ in cache.groups[layer] for j in range(K)[heads]] == list(range(K))
-    assert end == cache.data.numel()
-    assert plan == "ragged" or all(len(groups) == 1 for groups in cache.groups)
+    assert [len(groups) for groups in cache.groups] == [1] * model.config.num_hidden_layers
 
 
-def test_a_cache_that_makes_no_sense_is_refused(model, tokens):
+# ------------------------------------------------------------------------------
+# What is refused
+
+def test_a_cache_that_makes_no_sense_is_refused(model):
     p, ranks, d = random_projection(model), random_ranks(model), model.config.head_dim
     for batch, length in ((0, 5), (1, 0), (1, -3)):
         with pytest.raises(ValueError, match="at least 1"):
@@ -95,24 +185,104 @@ def test_a_cache_that_makes_no_sense_is_refused(model, tokens):
     for wrong in (ranks * 0, ranks + d, ranks[:, :1], ranks.float(), ranks[:, :, None]):
         with pytest.raises(ValueError, match="rank"):
             KVCache(p, wrong, batch=1, max_len=5)
-    cache = KVCache(p, ranks, batch=3, max_len=20)
+
+
+def test_a_full_cache_takes_no_more(model, tokens):
+    cache = KVCache(random_projection(model), random_ranks(model), batch=3, max_len=20)
     with pytest.raises(ValueError, match="full"):
         model(tokens, cache=cache)
     assert cache.length == 0
     model(tokens[:, :20], cache=cache)
     with pytest.raises(ValueError, match="full"):
         model(tokens[:, :1], cache=cache)
+    assert cache.length == 20
+
+
+def test_a_cache_of_another_dtype_or_batch_is_refused(model, tokens):
+    p, ranks = random_projection(model), random_ranks(model)
+    low = KVCache(p, ranks, batch=3, max_len=30, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16"):
-        model(tokens, cache=KVCache(p, ranks, batch=3, max_len=30, dtype=torch.bfloat16))
+        model(tokens, cache=low)
     with pytest.raises(ValueError, match="2 sequences"):
-        model(tokens[:2, :1], cache=cache)
+        model(tokens[:2], cache=KVCache(p, ranks, batch=3, max_len=30))
 
 
 def test_projections_of_another_model_are_refused(model, tokens):
-    L, K, d = shape(model)
+    _, K, d = shape(model)
     other = random_projection(model)
-    other.U_k, other.U_v, other.mean_v = other.U_k[:1], other.U_v[:1], other.mean_v[:1]
+    other.U_k, other.U_v, other.mean_v = (x[:1] for x in other.tensors().values())
     with pytest.raises(ValueError, match="projections"):
         model(tokens, cache=KVCache(other, torch.full((2, 1, K), d), batch=3, max_len=30))
     with pytest.raises(ValueError, match="projections"):
         model(tokens, project=other.at(torch.full((2, 1, K), d // 2)))
+
+
+# ------------------------------------------------------------------------------
+# Plans in files
+
+PATH = [["keys", 0, 1, 0.1], ["values", 1, 0, 0.2], ["values", 1, 0, 0.3]]
+
+
+@pytest.fixture
+def write_plan(model, tmp_path):
+    """Writes ranks.json with PATH, and the full plan spelled out; some entries may be others."""
+    L, K, d = shape(model)
+
+    def write(**entries):
+        full = [[d] * K] * L
+        plan = {"head_dim": d, "budget": 1.0, "keys": full, "values": full, "path": PATH}
+        (tmp_path / "ranks.json").write_text(json.dumps(plan | entries))
+        return tmp_path / "ranks.json"
+
+    return write
+
+
+def test_a_plan_is_the_longest_prefix_of_the_path_within_the_budget(model, write_plan):
+    L, K, d = shape(model)
+    path = write_plan()
+    one = 1 / (2 * L * K * 8)
+    for lowered, entries in ((0, 0), (0.5, 1), (1, 1), (1.01, 2), (3, 3)):
+        expected = torch.full((2, L, K), d)
+        for side, layer, head, _ in PATH[:entries]:
+            expected[int(side == "values"), layer, head] -= d // 8
+        _, ranks = read_plan(path, model.config, 1 - lowered * one)
+        assert torch.equal(ranks, expected)
+
+
+def test_without_a_budget_a_plan_is_the_one_spelled_out(model, write_plan):
+    L, K, d = shape(model)
+    order, ranks = read_plan(write_plan(), model.config)
+    assert (ranks == d).all()
+    assert torch.equal(order, order_of(PATH, model.config))
+    places = torch.zeros(2, L, K, dtype=torch.long)
+    places.view(-1).scatter_add_(0, order, torch.ones_like(order))
+    assert places[0, 0, 1] == 1
+    assert places[1, 1, 0] == 2
+
+
+@pytest.mark.parametrize("broken", [
+    {"head_dim": 24},
+    {"head_dim": None},
+    {"path": [["keys", 99, 0, 0]]},
+    {"path": [["keys", 0, -1, 0]]},
+    {"path": [["neither", 0, 0, 0]]},
+    {"path": [["keys", 0, 0]]},
+    {"path": [["keys", 0, 0, 0]] * 8},
+    {"path": 3},
+    {"path": None},
+])
+def test_a_path_that_is_not_this_models_is_refused(model, write_plan, broken):
+    for budget in (None, 0.99):
+        with pytest.raises(ValueError, match="ranks.json"):
+            read_plan(write_plan(**broken), model.config, budget)
+
+
+@pytest.mark.parametrize("keys", [[[16]], None, 3, "all", [["16", "16"]] * 2, [[16.5] * 2] * 2, {}])
+def test_a_plan_that_is_not_this_models_is_refused(model, write_plan, keys):
+    with pytest.raises(ValueError, match="ranks.json"):
+        read_plan(write_plan(keys=keys), model.config)
+
+
+def test_a_budget_below_the_end_of_the_path_is_refused(model, write_plan):
+    with pytest.raises(ValueError, match="ranks.json.*ends at"):
+        read_plan(write_plan(), model.config, 0.5)

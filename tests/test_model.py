@@ -1,23 +1,25 @@
-"""The model is LLaMA and Mistral: its logits are those of Hugging Face's transformers, whatever the layout on disk."""
+"""The model is LLaMA and Mistral: it has the logits of Hugging Face's transformers."""
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import CKPT, GOLDEN, relative
 from safetensors.torch import load_file, save_file
 
-from conftest import GOLDEN, relative
-from model import generate, load, load_tokenizer, read_config
+from model import Rope, frequencies, generate, load, load_tokenizer, pick, read_config
 
+# ------------------------------------------------------------------------------
+# Logits
 
 @pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir()))
 def test_logits_are_those_of_transformers(name):
     golden = load_file(GOLDEN / name / "golden.safetensors")
-    error = relative(load(GOLDEN / name)(golden["tokens"]), golden["logits"])
-    print(f"{name}: relative error {error:.1e}")
-    assert error < 1e-4
-    assert relative(load(GOLDEN / name, dtype=torch.float64)(golden["tokens"]), golden["logits"]) < 1e-4
+    for dtype in (torch.float32, torch.float64):
+        logits = load(GOLDEN / name, dtype=dtype)(golden["tokens"])
+        assert relative(logits, golden["logits"]) < 1e-4
 
 
 def test_bfloat16_logits_are_those_of_transformers():
@@ -30,15 +32,21 @@ def test_bfloat16_logits_are_those_of_transformers():
 def test_the_model_is_frozen_and_keeps_its_dtype():
     model = load(GOLDEN / "mistral_window", dtype=torch.bfloat16)
     assert not model.training
-    assert all(not p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at Linux's list of mappings")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at Linux's mappings")
 def test_weights_stay_views_of_the_mapped_file():
     """Loading in the file's own dtype copies nothing."""
-    mapped = load(GOLDEN / "llama_bfloat16", dtype=torch.bfloat16).lm_head.weight
-    ranges = [(*(int(x, 16) for x in line.split()[0].split("-")), line) for line in open("/proc/self/maps")]
-    assert "model.safetensors" in next(line for low, high, line in ranges if low <= mapped.data_ptr() < high)
+    model = load(GOLDEN / "llama_bfloat16", dtype=torch.bfloat16)
+    address = model.lm_head.weight.data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high = (int(x, 16) for x in line.split()[0].split("-"))
+        if low <= address < high:
+            assert "model.safetensors" in line
+            return
+    raise AssertionError("the weights lie in no mapping")
 
 
 def test_a_token_does_not_see_the_future(model, tokens):
@@ -50,12 +58,13 @@ def test_a_token_does_not_see_the_future(model, tokens):
 
 
 def test_a_sliding_window_hides_what_is_older():
+    """Two layers of a window of 7 reach 12 tokens back."""
     model = load(GOLDEN / "mistral_window")
     tokens = torch.randint(3, 96, (1, 30))
     changed = tokens.clone()
     changed[0, 0] = 4 + (changed[0, 0] == 4)
     a, b = model(tokens), model(changed)
-    assert torch.equal(a[:, 13:], b[:, 13:])          # two layers of a window of 7 reach 12 tokens back
+    assert torch.equal(a[:, 13:], b[:, 13:])
     assert not torch.equal(a[:, 12], b[:, 12])
 
 
@@ -66,18 +75,69 @@ def test_the_three_parts_make_the_whole(model, tokens):
     assert torch.equal(model.head(x), model(tokens))
 
 
+# ------------------------------------------------------------------------------
+# RoPE
+
+def test_the_table_of_rope_turns_pairs_by_position_times_frequency(model):
+    """Coordinate j is the real part, and j + d/2 the imaginary part, of what is turned."""
+    positions = torch.tensor([0, 1, 511, 512, 513, 1500])
+    angle = positions[:, None].double() * frequencies(model.config)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    rope = Rope(model.config)
+    for position, expected in zip(positions.tolist(), turn, strict=True):
+        cos, sin = rope.rows(position, 1, torch.float64, torch.device("cpu"))
+        half = cos.shape[-1] // 2
+        for table, part in ((cos, expected.real), (sin, expected.imag)):
+            assert (table[0, half:] - part).abs().max() < 1e-12
+        assert torch.equal(cos[:, :half], cos[:, half:])
+        assert torch.equal(sin[:, :half], -sin[:, half:])
+
+
+def test_the_table_of_rope_grows_and_its_rows_stay(model):
+    rope = Rope(model.config)
+    place = torch.float32, torch.device("cpu")
+    before = rope.rows(0, 512, *place)
+    beyond = rope.rows(500, 30, *place)
+    after = rope.rows(0, 512, *place)
+    for old, new, across in zip(before, after, beyond, strict=True):
+        assert torch.equal(old, new)
+        assert across.shape[0] == 30
+        assert torch.equal(across[:12], old[500:])
+
+
+# ------------------------------------------------------------------------------
+# Text
+
 def test_greedy_generation_follows_the_logits(model):
     prompt = [1, 5, 9]
     made = list(generate(model, prompt, 6))
     for i, token in enumerate(made):
-        assert model(torch.tensor([prompt + made[:i]]))[0, -1].argmax() == token
+        logits = model(torch.tensor([prompt + made[:i]]))
+        assert logits[0, -1].argmax() == token
 
 
-# Folders that are wrong, each in one way
+def test_generation_ends_with_the_end_of_the_sequence(model):
+    endless = dataclasses.replace(model.config, eos_token_id=(None,))
+    model.config = endless
+    made = list(generate(model, [1, 5, 9], 8))
+    assert len(made) == 8
+    model.config = dataclasses.replace(endless, eos_token_id=(95_000, made[-1]))
+    assert list(generate(model, [1, 5, 9], 8)) == made[:made.index(made[-1])]
+
+
+def test_a_low_temperature_is_greedy_and_a_high_one_is_not():
+    logits = torch.tensor([[1.0, 3.0, 2.0]]).repeat(200, 1)
+    assert (pick(logits, 0.0) == 1).all()
+    assert (pick(logits, 1e-6) == 1).all()
+    assert len(pick(logits, 100.0).unique()) == 3
+
+
+# ------------------------------------------------------------------------------
+# Folders as they are found
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(GOLDEN / "mistral_sharded_head_dim", tmp_path / "ckpt")
+    return shutil.copytree(CKPT, tmp_path / "ckpt")
 
 
 def edit(path, **settings):
@@ -94,25 +154,47 @@ def test_other_files_of_the_folder_are_not_read(folder):
 
 def test_old_and_new_names_of_settings_say_the_same(folder):
     config = folder / "config.json"
-    edit(config, rope_parameters=None, rope_theta=5e5, rope_scaling=None, eos_token_id=[2, 3], torch_dtype="float32")
+    edit(config, rope_parameters=None, rope_theta=5e5, rope_scaling=None, torch_dtype="float32")
     assert read_config(config).rope_theta == 5e5
-    assert read_config(config).eos_token_id == (2, 3)
     edit(config, rope_parameters={"rope_theta": 7e5, "rope_type": "default"}, rope_theta=None)
     assert read_config(config).rope_theta == 7e5
     edit(config, rope_parameters=None, rope_theta=None)
     assert read_config(config).rope_theta == 10000
 
 
+@pytest.mark.parametrize("given, ends", [(2, (2,)), ([2, 3], (2, 3)), ([], ()), (None, (None,))])
+def test_there_may_be_one_end_of_sequence_or_several_or_none(folder, given, ends):
+    edit(folder / "config.json", eos_token_id=given)
+    assert read_config(folder / "config.json").eos_token_id == ends
+
+
 @pytest.mark.parametrize("settings, culprit", [
-    (dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"]), "qwen2"),
-    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "yarn"),
-    (dict(attention_bias=True), "attention_bias"),
-    (dict(hidden_act="gelu"), "gelu"),
-    (dict(num_key_value_heads=3), "3 key-value heads"),
-    (dict(hidden_size="wide"), "wide"),
-    (dict(head_dim=8), "shape"),
-    (dict(rope_scaling=[8]), "rope_scaling"),
-    (dict(num_hidden_layers=0), "positive"),
+    ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "qwen2"),
+    ({"model_type": 7}, "7"),
+    ({"model_type": ["llama"]}, "llama"),
+    ({"model_type": None, "architectures": 3}, "config.json"),
+    ({"model_type": None, "architectures": [3]}, "3"),
+    ({"model_type": None, "architectures": {"llama": 1}}, "config.json"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+    ({"rope_parameters": {"rope_type": ["llama3"]}}, "llama3"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor"),
+    ({"rope_parameters": {"rope_theta": "far"}}, "far"),
+    ({"rope_scaling": [8]}, "rope_scaling"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"hidden_act": "gelu"}, "gelu"),
+    ({"hidden_act": 3}, "hidden_act"),
+    ({"num_key_value_heads": 3}, "3 key-value heads"),
+    ({"num_key_value_heads": [2]}, "config.json"),
+    ({"num_attention_heads": 0}, "config.json"),
+    ({"num_attention_heads": None}, "config.json"),
+    ({"hidden_size": "wide"}, "wide"),
+    ({"hidden_size": float("inf")}, "config.json"),
+    ({"vocab_size": -96}, "vocab_size"),
+    ({"rms_norm_eps": None}, "config.json"),
+    ({"sliding_window": "some"}, "some"),
+    ({"sliding_window": 0}, "sliding_window"),
+    ({"head_dim": 8}, "shape"),
+    ({"num_hidden_layers": 0}, "positive"),
 ])
 def test_a_config_that_is_not_supported_is_refused_by_name(folder, settings, culprit):
     edit(folder / "config.json", **settings)
@@ -120,9 +202,7 @@ def test_a_config_that_is_not_supported_is_refused_by_name(folder, settings, cul
         load(folder)
 
 
-def test_broken_folders_are_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
-        load(tmp_path / "nowhere")
+def test_a_broken_shard_is_named(folder):
     shard = folder / "model-00002-of-00004.safetensors"
     whole = shard.read_bytes()
     for broken in (whole[:-100], whole[:20], b"", b"\xff" * 300):
@@ -132,7 +212,10 @@ def test_broken_folders_are_named(folder, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match=shard.name):
         load(folder)
-    shard.write_bytes(whole)
+
+
+def test_a_tensor_that_is_missing_or_of_another_shape_is_named(folder):
+    shard = folder / "model-00002-of-00004.safetensors"
     tensors = load_file(shard)
     name = sorted(tensors)[0]
     save_file({n: t for n, t in tensors.items() if n != name}, shard)
@@ -141,9 +224,22 @@ def test_broken_folders_are_named(folder, tmp_path):
     save_file(tensors | {name: torch.zeros(3, 5)}, shard)
     with pytest.raises(ValueError, match=rf"{name}.*shape"):
         load(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json.*JSON"):
+
+
+@pytest.mark.parametrize("weight_map", [None, 3, [1], {"lm_head.weight": 3}, {"x": None}])
+def test_an_index_that_names_no_files_is_refused(folder, weight_map):
+    edit(folder / "model.safetensors.index.json", weight_map=weight_map)
+    with pytest.raises(ValueError, match="model.safetensors.index.json: no weight_map"):
         load(folder)
+
+
+def test_a_folder_without_a_config_is_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        load(tmp_path / "nowhere")
+    for text in ("{", "[]", "3", "\xff"):
+        (folder / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match="config.json.*JSON"):
+            load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="config.json"):
         load(folder)
@@ -152,7 +248,8 @@ def test_broken_folders_are_named(folder, tmp_path):
 def test_a_bias_betrays_another_architecture(tmp_path):
     folder = shutil.copytree(GOLDEN / "mistral_window", tmp_path / "ckpt")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, folder / "model.safetensors")
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
+    save_file(tensors | bias, folder / "model.safetensors")
     with pytest.raises(ValueError, match="q_proj.bias"):
         load(folder)
 
@@ -160,6 +257,7 @@ def test_a_bias_betrays_another_architecture(tmp_path):
 def test_a_tokenizer_of_another_kind_is_said_to_be_one(folder):
     with pytest.raises(ValueError, match="no tokenizer.model"):
         load_tokenizer(folder)
-    (folder / "tokenizer.model").write_bytes(b"bytes of something else")
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
-        load_tokenizer(folder)
+    for other in (b"", b"bytes of something else"):
+        (folder / "tokenizer.model").write_bytes(other)
+        with pytest.raises(ValueError, match="not a SentencePiece model"):
+            load_tokenizer(folder)

@@ -1,30 +1,26 @@
 """Projections: orthogonal, nested, harmless at full rank, and free on the value side."""
 import pytest
 import torch
+from conftest import random_projection, random_ranks, relative, shape
 
-from conftest import relative
-from projection import (Moments, Projection, Rotation, check_ranks, fold_values, projector, read_ranks, uniform_ranks)
+from projection import (
+    Moments,
+    Projection,
+    Rotation,
+    check_ranks,
+    fold_values,
+    plan_at,
+    projector,
+    uniform_ranks,
+)
 
-
-def shape(model):
-    c = model.config
-    return c.num_hidden_layers, c.num_key_value_heads, c.head_dim
-
-
-def random_projection(model) -> Projection:
-    L, K, d = shape(model)
-    U_k, U_v = torch.linalg.qr(torch.randn(2, L, K, d, d)).Q
-    return Projection(U_k, U_v, torch.randn(L, K, d))
-
-
-def random_ranks(model, *batch) -> torch.Tensor:
-    L, K, d = shape(model)
-    return torch.randint(1, 9, (2, L, *batch, K)) * (d // 8)
-
+# ------------------------------------------------------------------------------
+# The projection
 
 def test_full_rank_is_the_base_model(model, tokens):
     full = uniform_ranks(1.0, model.config)
-    assert torch.equal(model(tokens, project=random_projection(model).at(full)), model(tokens))
+    projected = model(tokens, project=random_projection(model).at(full))
+    assert torch.equal(projected, model(tokens))
 
 
 def test_a_head_at_full_rank_passes_through_untouched(model):
@@ -35,25 +31,40 @@ def test_a_head_at_full_rank_passes_through_untouched(model):
     ranks[:, :, 0] = d // 2
     k, v = torch.randn(2, 3, K, 7, d).bfloat16()
     k_hat, v_hat = random_projection(model).at(ranks)(1, k, v)
-    assert torch.equal(k_hat[:, 1], k[:, 1]) and torch.equal(v_hat[:, 1], v[:, 1])
+    assert torch.equal(k_hat[:, 1], k[:, 1])
+    assert torch.equal(v_hat[:, 1], v[:, 1])
     assert not torch.equal(k_hat[:, 0], k[:, 0])
 
 
 def test_columns_beyond_the_rank_have_no_influence(model, tokens):
     p, ranks = random_projection(model), random_ranks(model)
-    beyond = torch.arange(p.U_k.shape[-1]) >= ranks[..., None]                           # (2, L, K, d)
-    noise = lambda U, cut: torch.where(cut[..., None, :], torch.full_like(U, 7.0), U)
-    q = Projection(noise(p.U_k, beyond[0] & (ranks[0] < p.U_k.shape[-1])[..., None]),
-                   noise(p.U_v, beyond[1] & (ranks[1] < p.U_k.shape[-1])[..., None]), p.mean_v)
-    assert torch.equal(model(tokens, project=p.at(ranks)), model(tokens, project=q.at(ranks)))
+    d = model.config.head_dim
+
+    def with_noise(U, ranks):
+        beyond = torch.arange(d) >= ranks[..., None]                # (L, K, d)
+        beyond &= (ranks < d)[..., None]
+        return torch.where(beyond[..., None, :], torch.full_like(U, 7.0), U)
+
+    noisy = Projection(with_noise(p.U_k, ranks[0]), with_noise(p.U_v, ranks[1]), p.mean_v)
+    assert not torch.equal(noisy.U_k, p.U_k)
+    assert torch.equal(model(tokens, project=p.at(ranks)), model(tokens, project=noisy.at(ranks)))
 
 
 def test_a_key_mean_would_change_nothing(model, tokens):
-    """softmax does not see a constant added to every key, so the projections keep no mean of the keys."""
-    L, K, d = shape(model)
+    """softmax does not see a constant added to every key, so no mean of the keys is kept."""
+    _, K, d = shape(model)
     constant = torch.randn(K, 1, d)
     shifted = model(tokens, project=lambda layer, k, v: (k + constant, v))
     assert relative(shifted, model(tokens)) < 1e-5
+
+
+def test_what_a_value_loses_is_replaced_by_the_mean(model):
+    """v̂ = v P + μ (I − P): a value that is the mean stays as it is, whatever the rank."""
+    _, K, d = shape(model)
+    p, ranks = random_projection(model), random_ranks(model)
+    v = p.mean_v[1][:, None].expand(1, K, 4, d)
+    _, v_hat = p.at(ranks)(1, v, v)
+    assert relative(v_hat, v) < 1e-5
 
 
 def test_every_sequence_may_have_ranks_of_its_own(model, tokens):
@@ -64,136 +75,258 @@ def test_every_sequence_may_have_ranks_of_its_own(model, tokens):
         assert relative(together[b:b + 1], alone) < 1e-5
 
 
-def test_folding_values_into_the_weights_changes_nothing(model, tokens):
-    """softmax(q kᵀ) v̂ W_o from the coordinates that a cache would hold, against the projection in the original space."""
-    p, ranks = random_projection(model), random_ranks(model)
-    ranks[0] = model.config.head_dim                                                     # keys as they are
-    G = model.config.num_attention_heads // model.config.num_key_value_heads
-    for i, layer in enumerate(model.layers):
-        seen = {}
-        model.hidden(tokens, observe=lambda j, q, k, v: seen.update({j: (q, k, v)}))
-        q, k, v = seen[i]
-        x = torch.randn(*tokens.shape, model.config.hidden_size)
-        v = layer.self_attn.v_proj(x).view(*tokens.shape, -1, v.shape[-1]).transpose(1, 2)
-        _, v_hat = p.at(ranks)(i, k, v)
-        expected = layer.self_attn.o_proj(model.attend(q, k, v_hat).transpose(1, 2).flatten(2))
+def test_save_and_load_give_the_same(model, tmp_path):
+    path = tmp_path / "p.safetensors"
+    p, pca = random_projection(model), random_projection(model)
+    p.save(path, pca=pca)
+    for saved, prefix in ((p, ""), (pca, "pca_")):
+        loaded = Projection.load(path, prefix)
+        for name, tensor in saved.tensors().items():
+            assert torch.equal(tensor, getattr(loaded, name))
 
-        W_v, W_o, bias = fold_values(layer.self_attn.v_proj.weight, layer.self_attn.o_proj.weight, p.U_v[i], p.mean_v[i],
-                                     ranks[1, i])
-        coordinates = (x @ W_v.T).split(ranks[1, i].tolist(), dim=-1)                    # K of (B, T, r)
-        scores = q @ k.repeat_interleave(G, 1).transpose(2, 3) / q.shape[-1] ** 0.5
-        weights = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
-        sums = [weights[:, h] @ coordinates[h // G] for h in range(q.shape[1])]
-        assert W_v.shape[0] == ranks[1, i].sum() and W_o.shape[1] == G * ranks[1, i].sum()
+
+def test_a_file_without_pca_says_so(model, tmp_path):
+    random_projection(model).save(tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match="p.safetensors: no tensor .?pca_U_k"):
+        Projection.load(tmp_path / "p.safetensors", "pca_")
+
+
+def test_tensors_that_do_not_fit_each_other_are_refused(model):
+    p = random_projection(model)
+    for U_k, U_v, mean_v in (
+            (p.U_k[:1], p.U_v, p.mean_v),
+            (p.U_k, p.U_v, p.mean_v[..., :-1]),
+            (p.U_k[..., :-1], p.U_v[..., :-1], p.mean_v),
+            (p.U_k[0], p.U_v[0], p.mean_v[0])):
+        with pytest.raises(ValueError, match="shapes"):
+            Projection(U_k, U_v, mean_v)
+
+
+# ------------------------------------------------------------------------------
+# Folding
+
+def test_folding_values_into_the_weights_changes_nothing(model, tokens):
+    """softmax(q kᵀ) v̂ W_o from the coordinates that a cache would hold, against v̂ itself."""
+    p, ranks = random_projection(model), random_ranks(model)
+    ranks[0] = model.config.head_dim                                # keys as they are
+    G = model.config.num_attention_heads // model.config.num_key_value_heads
+    seen = {}
+    model.hidden(tokens, observe=lambda i, q, k, v: seen.update({i: (q, k)}))
+    for i, (q, k) in seen.items():
+        weights = model.layers[i].self_attn
+        x = torch.randn(*tokens.shape, model.config.hidden_size)
+        v = model.split_heads(weights.v_proj(x))
+        _, v_hat = p.at(ranks)(i, k, v)
+        expected = weights.o_proj(model.attend(q, k, v_hat).transpose(1, 2).flatten(2))
+
+        r = ranks[1, i]
+        W_v, W_o, bias = fold_values(
+            weights.v_proj.weight, weights.o_proj.weight, p.U_v[i], p.mean_v[i], r)
+        assert W_v.shape[0] == r.sum()
+        assert W_o.shape[1] == G * r.sum()
+        coordinates = (x @ W_v.T).split(r.tolist(), dim=-1)         # K of (B, T, r)
+        attention = causal_weights(q, k.repeat_interleave(G, 1))
+        sums = [attention[:, h] @ coordinates[h // G] for h in range(q.shape[1])]
         assert relative(torch.cat(sums, -1) @ W_o.T + bias, expected) < 1e-5
 
 
-def test_pca_keeps_the_most_variance_of_all_projections(model):
-    L, K, d = shape(model)
-    moments = Moments(model.config)
-    sequences = [torch.randint(3, 96, (4, 25)) for _ in range(3)]
+def causal_weights(q, k):
+    """softmax(q kᵀ / sqrt(d)) over the tokens up to each one, (B, H, T, T)."""
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    future = torch.ones_like(scores).triu(1).bool()
+    return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+# ------------------------------------------------------------------------------
+# Calibration
+
+def observed(model, sequences):
+    """All queries (L, H, n, d), keys and values (L, K, n, d) of some batches, float64."""
     kept = []
     for tokens in sequences:
+        model.hidden(tokens, observe=lambda i, *qkv: kept.append((i, qkv)))
+    layers = []
+    for layer in range(model.config.num_hidden_layers):
+        batches = [qkv for i, qkv in kept if i == layer]
+        parts = zip(*batches, strict=True)
+        layers.append([torch.cat(part).transpose(0, 1).flatten(1, 2).double() for part in parts])
+    return [torch.stack(part) for part in zip(*layers, strict=True)]
+
+
+def test_pca_keeps_the_most_variance_of_all_projections(model):
+    sequences = [torch.randint(3, 96, (4, 25)) for _ in range(3)]
+    moments = Moments(model.config)
+    for tokens in sequences:
         model.hidden(tokens, observe=moments)
-        model.hidden(tokens, observe=lambda layer, q, k, v: kept.append((layer, q, k, v)))
     pca = moments.pca()
-    for layer in range(L):
-        v = torch.cat([v for i, _, _, v in kept if i == layer]).transpose(0, 1).flatten(1, 2).double()   # (K, n, d)
-        q = torch.cat([q for i, q, _, _ in kept if i == layer]).double()
-        centered = v - v.mean(1, keepdim=True)
-        assert relative(moments.mean_v()[layer], v.mean(1)) < 1e-6
-        singular = torch.linalg.svdvals(centered).square()
-        coordinates = (centered @ pca.U_v[layer].double()).square().sum(1)
-        assert relative(coordinates.cumsum(-1), singular.cumsum(-1)) < 1e-5
-        G = q.shape[1] // K
-        for j in range(K):
-            rows = q[:, j * G:(j + 1) * G].flatten(0, 2)
-            assert relative(moments.qq[layer, j], rows.T @ rows) < 1e-9
+    _, k, v = observed(model, sequences)
+    assert relative(moments.mean_v(), v.mean(2)) < 1e-6
+    for U, x in ((pca.U_k, k), (pca.U_v, v)):
+        centered = x - x.mean(2, keepdim=True)
+        most = torch.linalg.svdvals(centered).square()
+        kept = (centered @ U.double()).square().sum(2)
+        assert relative(kept.cumsum(-1), most.cumsum(-1)) < 1e-5
 
 
-def test_the_aware_start_knows_the_readers(model, tokens):
+def test_calibration_sums_the_queries_of_a_group(model):
+    L, K, d = shape(model)
+    sequences = [torch.randint(3, 96, (4, 25)) for _ in range(2)]
+    moments = Moments(model.config)
+    for tokens in sequences:
+        model.hidden(tokens, observe=moments)
+    q, _, _ = observed(model, sequences)
+    rows = q.view(L, K, -1, d)
+    assert relative(moments.qq, rows.mT @ rows) < 1e-9
+
+
+def test_the_query_aware_start_knows_the_readers(model):
     """Directions that no query looks in, and those that W_o does not take in, come last."""
     L, K, d = shape(model)
     moments = Moments(model.config)
-    moments.n += 100
     axes = torch.arange(1, d + 1, dtype=torch.float64)
-    moments.kk += 100 * torch.eye(d)                               # every direction of keys and values as strong
+    moments.tokens += 100
+    moments.kk += 100 * torch.eye(d)            # keys and values vary alike in all directions
     moments.vv += 100 * torch.eye(d)
-    moments.qq += 100 * torch.diag(axes)                           # queries look more along later axes
-    start = moments.aware([torch.linalg.qr(torch.randn(K * moments.G * d, K * moments.G * d)).Q
-                           * axes.flip(0).repeat(K * moments.G) for _ in range(L)])
+    moments.qq += 100 * torch.diag(axes)        # queries look more along later axes
+    width = K * moments.G * d
+    taken_in = axes.flip(0).repeat(K * moments.G)                   # W_o reads the first axis most
+    W_o = [torch.linalg.qr(torch.randn(width, width)).Q * taken_in for _ in range(L)]
+    start = moments.query_aware(W_o)
     expected = torch.eye(d).expand(L, K, d, d)
-    assert relative(start.U_k.abs(), expected.flip(-1)) < 1e-5     # the last axis first
-    assert relative(start.U_v.abs(), expected) < 1e-5              # W_o reads the first axis most
+    assert relative(start.U_k.abs(), expected.flip(-1)) < 1e-5
+    assert relative(start.U_v.abs(), expected) < 1e-5
 
 
-def test_the_rotation_starts_as_the_identity_and_stays_orthogonal(model):
-    start = random_projection(model)
+# ------------------------------------------------------------------------------
+# The rotation
+
+def turned(start) -> Rotation:
+    """A rotation far from its start."""
     rotation = Rotation(start)
-    assert relative(rotation().U_k, start.U_k) < 1e-6
     for parameter in rotation.parameters():
         torch.nn.init.normal_(parameter, std=3.0)
-    d = start.U_k.shape[-1]
-    for U in (rotation().U_k, rotation().U_v):
-        assert (U.mT @ U - torch.eye(d)).abs().max() < 1e-5
-    C, A = rotation.cayley(rotation.A_k.double())[0, 1], torch.zeros(d, d, dtype=torch.float64)
+    return rotation
+
+
+def test_the_rotation_starts_at_its_start(model):
+    start = random_projection(model)
+    p = Rotation(start)()
+    assert relative(p.U_k, start.U_k) < 1e-6
+    assert relative(p.U_v, start.U_v) < 1e-6
+    assert torch.equal(p.mean_v, start.mean_v)
+
+
+def test_the_rotation_stays_orthogonal(model):
+    p = turned(random_projection(model))()
+    for U in (p.U_k, p.U_v):
+        assert (U.mT @ U - torch.eye(U.shape[-1])).abs().max() < 1e-5
+
+
+def test_the_rotation_is_the_cayley_map_of_a_skew_symmetric_matrix(model):
+    rotation = turned(random_projection(model))
+    d = model.config.head_dim
+    C = rotation.cayley(rotation.A_k.double())[0, 1]
+    A = torch.zeros(d, d, dtype=torch.float64)
     A[rotation.rows, rotation.columns] = rotation.A_k[0, 1].double()
-    A, eye = A - A.T, torch.eye(d, dtype=torch.float64)
+    A = A - A.T
+    eye = torch.eye(d, dtype=torch.float64)
     assert (C.T @ C - eye).abs().max() < 1e-12
     assert relative(C, torch.linalg.inv(eye - A / 2) @ (eye + A / 2)) < 1e-9
 
 
-def test_turning_within_a_block_of_ranks_would_change_no_projector(model):
+def test_turning_within_an_eighth_would_change_no_projector(model):
     """Why those entries are not parameters."""
-    L, K, d = shape(model)
-    if d // 8 < 2:
-        pytest.skip("a block is a single column")
+    _, K, d = shape(model)
+    eighth = d // 8
+    if eighth < 2:
+        pytest.skip("an eighth is a single column")
     U = random_projection(model).U_k[0]
-    turn = torch.block_diag(*[torch.linalg.qr(torch.randn(d // 8, d // 8)).Q for _ in range(8)])
-    for rank in range(d // 8, d, d // 8):
+    turns = [torch.linalg.qr(torch.randn(eighth, eighth)).Q for _ in range(8)]
+    within = torch.block_diag(*turns)
+    for rank in range(eighth, d, eighth):
         ranks = torch.full((K,), rank)
-        assert relative(projector(U @ turn, ranks), projector(U, ranks)) < 1e-5
+        assert relative(projector(U @ within, ranks), projector(U, ranks)) < 1e-5
 
 
-def test_save_and_load_give_the_same(model, tmp_path):
-    p = random_projection(model)
-    p.pca = random_projection(model)
-    p.save(tmp_path / "p.safetensors")
-    q = Projection.load(tmp_path / "p.safetensors")
-    for a, b in ((p, q), (p.pca, q.pca)):
-        assert torch.equal(a.U_k, b.U_k) and torch.equal(a.U_v, b.U_v) and torch.equal(a.mean_v, b.mean_v)
+def test_parameters_are_all_entries_between_two_eighths(model):
+    rotation = Rotation(random_projection(model))
+    d = model.config.head_dim
+    pairs = set(zip(rotation.rows.tolist(), rotation.columns.tolist(), strict=True))
+    eighth = d // 8
+    assert pairs == {(a, b) for b in range(d) for a in range(b) if a // eighth != b // eighth}
 
+
+@pytest.mark.parametrize("B", [1, 2, 5])
+def test_an_entry_is_visible_if_a_sequence_keeps_one_of_its_columns_and_cuts_the_other(model, B):
+    rotation = Rotation(random_projection(model))
+    ranks = random_ranks(model, B)
+    r = ranks[..., None]                                            # (2, L, B, K, 1)
+    kept_and_cut = (rotation.rows < r) & (rotation.columns >= r)
+    assert torch.equal(rotation.visible_entries(ranks), kept_and_cut.any(2))
+
+
+def test_an_entry_that_is_not_visible_changes_nothing(model, tokens):
+    """And each one that is visible does."""
+    rotation = Rotation(random_projection(model))
+    ranks = random_ranks(model, len(tokens))
+    visible = rotation.visible_entries(ranks)
+    before = model(tokens, project=rotation().at(ranks))
+
+    def change(entries) -> float:
+        with torch.no_grad():
+            rotation.A_k.copy_(0.3 * entries[0])
+            rotation.A_v.copy_(0.3 * entries[1])
+        return relative(model(tokens, project=rotation().at(ranks)), before)
+
+    assert change(~visible) < 1e-5
+    assert change(visible) > 1e-3
+
+
+# ------------------------------------------------------------------------------
+# Plans
 
 def test_wrong_ranks_are_refused(model):
     L, K, d = shape(model)
     good = torch.full((2, L, K), d // 2)
     check_ranks(good, L, K, d)
-    for wrong in (good[:1], good[:, :1], good.float(), good * 0, good * 3, good + 1 if d > 8 else good * 20, -good):
+    between = good + 1 if d > 8 else good * 20
+    for wrong in (good[:1], good[:, :1], good.float(), good * 0, good * 3, between, -good):
         with pytest.raises(ValueError, match="rank"):
             random_projection(model).at(wrong)
 
 
-def test_uniform_ranks_are_rounded_down(model):
-    d = model.config.head_dim
-    for budget, eighths in ((1.0, 8), (0.99, 7), (0.875, 7), (0.3, 2), (0.25, 2), (0.125, 1)):
-        assert (uniform_ranks(budget, model.config) == eighths * d // 8).all()
-
-
-def test_a_plan_is_the_longest_prefix_of_the_path_within_the_budget(model, tmp_path):
-    import json
+def test_ranks_of_too_few_dimensions_are_refused_with_their_shape(model):
     L, K, d = shape(model)
-    path = [["keys", 0, 1, 0.1], ["values", 1, 0, 0.2], ["values", 1, 0, 0.3]]
-    plan = {"head_dim": d, "budget": 1.0, "keys": [[d] * K] * L, "values": [[d] * K] * L, "path": path}
-    (tmp_path / "ranks.json").write_text(json.dumps(plan))
+    for wrong in (torch.full((L, K), d), torch.full((K,), d), torch.tensor(d)):
+        with pytest.raises(ValueError, match="ranks of shape"):
+            check_ranks(wrong, L, K, d)
+
+
+def test_uniform_ranks_are_rounded_down(model):
+    L, K, d = shape(model)
+    for budget, eighths in ((1.0, 8), (0.99, 7), (0.875, 7), (0.3, 2), (0.25, 2), (0.125, 1)):
+        expected = torch.full((2, L, K), eighths * d // 8)
+        assert torch.equal(uniform_ranks(budget, model.config), expected)
+
+
+def test_the_budget_reached_is_the_largest_not_above_the_one_asked_for(model):
+    L, K, d = shape(model)
+    order = torch.arange(8)
     one = 1 / (2 * L * K * 8)
-    for budget, entries in ((1.0, 0), (1 - 0.5 * one, 1), (1 - one, 1), (1 - 1.01 * one, 2), (1 - 3 * one, 3)):
-        expected = torch.full((2, L, K), d)
-        for side, layer, head, _ in path[:entries]:
-            expected[int(side == "values"), layer, head] -= d // 8
-        assert torch.equal(read_ranks(tmp_path / "ranks.json", model.config, budget), expected)
-    assert (read_ranks(tmp_path / "ranks.json", model.config) == d).all()
-    for broken in ({"head_dim": d + 8}, {"path": [["keys", 99, 0, 0]]}, {"path": 3}, {"keys": [[d]]}, {"keys": None},
-                   {"path": [["keys", 0, 0, 0]] * 8}):
-        (tmp_path / "ranks.json").write_text(json.dumps(plan | broken))
-        with pytest.raises(ValueError, match="ranks.json"):
-            read_ranks(tmp_path / "ranks.json", model.config, None if "keys" in broken else 0.5)
+    for lowered, taken in ((0, 0), (0.5, 1), (1, 1), (3.2, 4), (8, 8)):
+        budget = 1 - lowered * one
+        share = plan_at(order, model.config, budget).sum().item() / (2 * L * K * d)
+        assert share <= budget < share + one
+        assert share == 1 - taken * one
+    with pytest.raises(ValueError, match="ends at"):
+        plan_at(order, model.config, 1 - 9 * one)
+
+
+def test_a_plan_for_a_larger_budget_is_a_prefix(model):
+    L, K, d = shape(model)
+    heads = 2 * L * K
+    order = torch.cat([torch.randperm(heads) for _ in range(7)])
+    for taken in range(len(order) + 1):
+        plan = plan_at(order, model.config, 1 - taken / (8 * heads))
+        lowered = order[:taken].bincount(minlength=heads)
+        assert torch.equal(plan.flatten(), d - d // 8 * lowered)

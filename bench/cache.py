@@ -1,0 +1,103 @@
+"""What the compressed cache costs in time: one step of decoding, against the full cache.
+
+First one attention step at the shape of a LLaMA-2-7B layer (32 heads, d = 128), batch 1: this
+project's cache, full and at made-up plans in which all heads differ, and PyTorch's
+scaled_dot_product_attention over the full cache. Then whole steps of the model, projections and
+MLP included, at several lengths of context. All that is compared takes turns in one process;
+ratios are medians over the rounds, the least and the largest in brackets.
+
+    python bench/cache.py                       # the demo; on a GPU the Triton kernel attends
+    python bench/cache.py --rounds 1            # a quick look
+"""
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+from bench.tools import ragged_ranks, ratio, timed  # noqa: E402
+from cache import KVCache  # noqa: E402
+from model import Model, load  # noqa: E402
+from projection import Projection, shape_of  # noqa: E402
+
+HEADS, D = 32, 128                              # LLaMA-2-7B's
+LENGTHS = (512, 1024, 2048, 4096)
+
+
+def attention_step(budget: float, tokens: int, q, k):
+    """A call that appends the last of `tokens` to a layer's cache at this budget, and attends."""
+    eye = torch.eye(D).expand(1, HEADS, D, D)
+    projection = Projection(eye, eye, torch.zeros(1, HEADS, D))
+    ranks = ragged_ranks(1, HEADS, D, budget)
+    cache = KVCache(projection, ranks, 1, tokens, q.dtype, q.device)
+    cache.data.normal_()
+    cache.length = tokens - 1
+    v = torch.randn(1, 1, int(ranks[1].sum()), dtype=q.dtype, device=q.device)
+    return lambda: cache.attend(0, q, k, v)
+
+
+def time_attention(tokens: int, rounds: int, dtype, device) -> None:
+    place = {"dtype": dtype, "device": device}
+    q, k = torch.randn(2, 1, HEADS, 1, D, **place)
+    keys, values = torch.randn(2, 1, HEADS, tokens, D, **place)
+    budgets = (1.0, 0.375, 0.25)
+    steps = [attention_step(budget, tokens, q, k) for budget in budgets]
+    steps.append(lambda: F.scaled_dot_product_attention(q, keys, values))
+    *ours, pytorch = timed(steps, rounds, repeats=5)
+
+    print(f"One attention step, {HEADS} heads of {D}, {tokens:,} tokens, {dtype_name(dtype)}: "
+          f"PyTorch's over the full cache takes {1e3 * statistics.median(pytorch):.2f} ms\n")
+    print("    bytes    time / full cache here       time / scaled_dot_product_attention")
+    for budget, seconds in zip(budgets, ours, strict=True):
+        print(f"   {budget:6.1%}    {ratio(seconds, ours[0]):27s}  {ratio(seconds, pytorch)}")
+
+
+def model_step(model: Model, budget: float, length: int):
+    """A call that decodes one token behind `length` others."""
+    projection = Projection.identity(model.config)
+    ranks = ragged_ranks(*shape_of(model.config), budget)
+    cache = KVCache(projection, ranks, 1, length + 1, model.dtype, model.device)
+    cache.data.normal_()
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+
+    def step() -> None:
+        cache.length = length
+        model(token, cache=cache)
+
+    return step
+
+
+def time_model(model: Model, rounds: int) -> None:
+    print("   context   100%, tokens/s    50%                      37.5%                    25%")
+    for length in LENGTHS:
+        steps = [model_step(model, budget, length) for budget in (1.0, 0.5, 0.375, 0.25)]
+        full, *smaller = timed(steps, rounds, repeats=20)
+        ratios = "".join(f"{ratio(seconds, full):25s}" for seconds in smaller)
+        speed = 1 / statistics.median(full)
+        print(f"   {length:7,}   {speed:14,.0f}    {ratios.rstrip()}", flush=True)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.inference_mode()
+def main():
+    parser = common.arguments(__doc__)
+    parser.add_argument("--rounds", type=common.within(1, 10 ** 4), default=5, help="[5]")
+    parser.add_argument("--tokens", type=common.within(1, 10 ** 6), default=8192,
+                        help="in the cache of the attention step [8192]")
+    args = parser.parse_args()
+    device, dtype = common.prepare(args)
+    with common.blame("--ckpt"):
+        model = load(args.ckpt, device, dtype)
+    time_attention(args.tokens, args.rounds, dtype, device)
+    print(f"\nA whole step of {args.ckpt}: tokens/s with the full cache, and time against it\n")
+    time_model(model, args.rounds)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,235 @@
+"""What compilers make of the kernel, and how fast a GPU runs it.
+
+For each kind of GPU (no GPU is needed): the registers of a thread and what is spilled from them,
+the shared memory of a program and what a program may have there, and how many bytes a load from the
+cache takes at a time: 16 is the most. One line for each dtype and shape.
+
+With a GPU also the time of a whole call, merging the stretches included, over lengths of context at
+the layer of two 7B models, for a full cache and for made-up plans in which all heads differ: bytes
+of the cache per second against what a copy reaches, and the time against PyTorch's
+scaled_dot_product_attention over the full cache.
+
+    python bench/kernel.py                      # all; with a GPU, the timings and kernel.png
+    python bench/kernel.py --capability 90      # compile for an H100 or H200 alone
+"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+from bench.tools import in_fresh_process, ragged_ranks  # noqa: E402
+
+os.environ["TRITON_INTERPRET"] = "0"        # nothing compiles in an interpreted process
+try:
+    import kernel  # noqa: E402
+except ImportError as error:
+    common.fail(f"bench/kernel.py: {error}")
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+# Compute capability: KB of shared memory that a program may have.
+GPUS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
+
+SHAPES = (                                  # dtype, d, G
+    ("bf16", 128, 1),
+    ("bf16", 128, 4),
+    ("bf16", 64, 2),
+    ("fp16", 128, 4),
+    ("fp32", 128, 4),
+)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+# ------------------------------------------------------------------------------
+# The compiler's report
+
+def report(capability: int) -> list[str]:
+    """The lines on a kind of GPU, from a process of its own: a compiler may end in an abort."""
+    try:
+        return in_fresh_process(lines_on, capability)
+    except BrokenProcessPool:
+        return [f"  sm_{capability}  does not compile: Triton's compiler crashed"]
+
+
+def lines_on(capability: int) -> list[str]:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):                   # a compiler that fails prints the whole program
+        os.dup2(silence, stream)
+    return [line_on(capability, *shape) for shape in SHAPES]
+
+
+def line_on(capability: int, dtype: str, d: int, G: int) -> str:
+    what = f"  sm_{capability}  {dtype}  d = {d:<3d}  G = {G}   "
+    try:
+        compiled = compile_for(capability, dtype, d, G)
+        registers, spills = assemble(compiled.asm["ptx"])
+    except Exception as error:              # Triton, LLVM and ptxas each have their own
+        return f"{what}does not compile: {gist(error)}"
+    shared = f"{compiled.metadata.shared / 1024:.0f}"
+    if capability in GPUS:
+        shared += f" of {GPUS[capability]}"
+    widths = " and ".join(map(str, load_widths(compiled.asm["ptx"])))
+    return (f"{what}{registers:3d} registers, {spills} bytes spilled, {shared} KB shared, "
+            f"{widths}-byte loads")
+
+
+def gist(error: Exception) -> str:
+    """The line of a compiler's message that says what is wrong, else its first."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    fatal = [line for line in lines if "fatal" in line]
+    return " ".join((fatal or lines or [type(error).__name__])[0].split())
+
+
+def compile_for(capability: int, dtype: str, d: int, G: int):
+    """Triton's result for 8 key-value heads, of which G query heads read each."""
+    names = kernel.decode_kernel.arg_names
+    constants = kernel.shapes(8, G, d, DTYPES[dtype])
+    pointers = {
+        "q": dtype,
+        "cache": dtype,
+        "table": "i64",
+        "acc_out": "fp32",
+        "stats_out": "fp32",
+    }
+    signature = dict.fromkeys(names, "i32")
+    signature |= {name: f"*{kind}" for name, kind in pointers.items()}
+    signature |= dict.fromkeys(constants, "constexpr")
+    signature["scale"] = "fp32"
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = ASTSource(kernel.decode_kernel, signature, values, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+def assemble(ptx: str) -> tuple[int, int]:
+    """Registers of a thread and bytes spilled, as the assembler says."""
+    from triton.backends.nvidia.compiler import get_ptxas
+    target = re.search(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
+    ptxas = get_ptxas(int(target[2])).path
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={target[1]}", file, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    registers = re.search(r"Used (\d+) registers", done.stderr)[1]
+    spills = re.findall(r"(\d+) bytes spill", done.stderr)
+    return int(registers), sum(map(int, spills))
+
+
+def load_widths(ptx: str) -> list[int]:
+    """Bytes that the loads from the cache take.
+
+    From sm_80 on they go to shared memory (cp.async), some tiles ahead; before, through registers.
+    The loads of 64 bits are those from the table.
+    """
+    ahead = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+)", ptx)
+    if ahead:
+        return sorted({int(size, 16) for size in ahead})
+    loads = re.findall(r"ld\.global[\w.]*?(?:\.v(\d))?\.b(8|16|32)\b", ptx)
+    return sorted({int(count or 1) * int(bits) // 8 for count, bits in loads})
+
+
+# ------------------------------------------------------------------------------
+# Time, on a GPU
+
+LAYERS = {                                  # K, G, d
+    "LLaMA-2-7B": (32, 1, 128),
+    "Mistral-7B-v0.3": (8, 4, 128),
+}
+BUDGETS = (1.0, 0.5, 0.375, 0.25)
+LENGTHS = [2 ** n for n in range(10, 18)]
+
+
+def milliseconds(step) -> list[float]:
+    """The median of many calls, and what a fifth of them are below and above; L2 is cleared."""
+    return triton.testing.do_bench(step, quantiles=[0.5, 0.2, 0.8])
+
+
+def copy_speed(device) -> float:
+    """GB/s, read and written."""
+    block = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
+    return 2 * block.nbytes / milliseconds(block.clone)[0] / 1e6
+
+
+def one_layer(K: int, d: int, length: int, budget: float, dtype, device) -> tuple[Tensor, Tensor]:
+    """A layer of a cache of random numbers, and its table (4, K) in units of d/8."""
+    ranks = ragged_ranks(1, K, d, budget)[:, 0]                     # (2, K)
+    sizes = ranks.flatten() * length
+    offsets = (sizes.cumsum(0) - sizes).view(2, K)
+    table = torch.cat((offsets, ranks)) // (d // 8)
+    data = torch.randn(int(sizes.sum()), dtype=dtype, device=device)
+    return data, table.to(device)
+
+
+def time_layer(name: str, length: int, copy: float, dtype, device) -> dict[float, float]:
+    """Print a line for every budget. Returns time / attention over the full cache, by budget."""
+    K, G, d = LAYERS[name]
+    q = torch.randn(1, K, G, d, dtype=dtype, device=device)
+    k, v = torch.randn(2, 1, K, length, d, dtype=dtype, device=device)
+    heads = q.view(1, K * G, 1, d)
+    full = milliseconds(lambda: F.scaled_dot_product_attention(heads, k, v, enable_gqa=G > 1))[0]
+    ratios = {}
+    for budget in BUDGETS:
+        data, table = one_layer(K, d, length, budget, dtype, device)
+        inputs = q, data, table, length, length, d ** -0.5
+        times = milliseconds(lambda inputs=inputs: kernel.decode_attention(*inputs))
+        speed = data.nbytes / times[0] / 1e6
+        middle, low, high = (ms / full for ms in times)
+        ratios[budget] = middle
+        print(f"  {name:16s} {length:9,}   {budget:6.1%}   {times[0]:10.3f}  {speed:6,.0f}   "
+              f"{speed / copy:6.0%}     {middle:.3f} [{low:.3f} … {high:.3f}]", flush=True)
+    return ratios
+
+
+def time_all(dtype, device, path: Path) -> None:
+    copy = copy_speed(device)
+    print(f"\n{torch.cuda.get_device_name(device)}: a copy reaches {copy:,.0f} GB/s. "
+          f"{str(dtype).removeprefix('torch.')}, batch 1, medians [20% … 80% of the calls]\n")
+    print("  layer              context    cache     call, ms    GB/s   of copy     "
+          "time / scaled_dot_product_attention, full cache")
+    curves = {name: [time_layer(name, length, copy, dtype, device) for length in LENGTHS]
+              for name in LAYERS}
+    with common.blame("--out"), common.picture(path, columns=2, sharey=True) as axes:
+        for axis, (name, ratios) in zip(axes, curves.items(), strict=True):
+            for budget in BUDGETS:
+                values = [of_length[budget] for of_length in ratios]
+                axis.plot(LENGTHS, values, marker="o", label=f"{budget:.1%} of the cache")
+            axis.set(xscale="log", title=name, xlabel="tokens of context",
+                     ylabel="time / PyTorch's attention, full cache")
+            axis.grid(alpha=0.3)
+            axis.legend()
+    print(f"\nSaved {path}")
+
+
+def main():
+    parser = common.arguments(__doc__)
+    parser.add_argument("--capability", type=common.within(10, 999), action="append",
+                        help=f"compile for GPUs of this one {list(GPUS)}")
+    parser.add_argument("--out", type=Path, default=Path("kernel.png"),
+                        help="where the picture of the timings goes [kernel.png]")
+    args = parser.parse_args()
+    device, dtype = common.prepare(args)
+    print(f"Compiled by Triton {triton.__version__}:\n")
+    for capability in args.capability or GPUS:
+        print(*report(capability), sep="\n", flush=True)
+    if device.type == "cpu":
+        print("\nNothing was timed: that takes a GPU.")
+        return
+    if dtype.itemsize > 4:
+        common.fail("--dtype float64: the kernel computes in float32")
+    with torch.cuda.device(device):
+        time_all(dtype, device, args.out)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

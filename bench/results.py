@@ -1,0 +1,91 @@
+"""Draws figures/results.png: how far the model with the small cache is from the model, at a glance.
+
+Reads the evaluation.json of three folders, each what `python evaluate.py --out FOLDER` writes after
+train.py and search.py:
+
+    --uniform   python train.py                       trained for the same rank everywhere
+    --start     python train.py --lr 0 --steps 1      not trained
+    --order     python train.py --ranks FILE          trained along the order of the search
+
+The searched ranks of plain PCA are those of `python search.py --pca` in the first of the folders
+that has them.
+
+    python bench/results.py                           # from out/, out_start/ and out_order/
+"""
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+from bench.tools import arguments  # noqa: E402
+
+FOLDERS = {"uniform": "out", "start": "out_start", "order": "out_order"}
+
+CURVES = (              # folder, name in its file, label, colour, marker, line
+    ("uniform", "pca", "PCA: no training, same rank everywhere", "C1", "s", "--"),
+    ("uniform", "trained", "trained for equal ranks, same rank everywhere", "C0", "o", "--"),
+    (None, "pca_searched", "PCA: no training, searched ranks", "C3", "v", "-"),
+    ("start", "searched", "query-aware start: no training, searched ranks", "C4", "D", "-"),
+    ("order", "searched", "trained along the order, searched ranks", "C2", "^", "-"),
+)
+
+
+def kl_in(report: dict, name: str) -> dict[float, float] | None:
+    """KL by budget of a curve, None where the report lacks it. The full cache has none to show."""
+    rows = [row for row in report["budgets"] if row["budget"] < 1]
+    if any(name not in row for row in rows):
+        return None
+    return {100 * row["budget"]: row[name]["kl"] for row in rows}
+
+
+def find_curve(reports: dict, folder: str | None, name: str) -> dict[float, float]:
+    """The curve in the report of a folder, or of the first that has it."""
+    for key in [folder] if folder else reports:
+        kl = kl_in(reports[key], name)
+        if kl:
+            return kl
+    raise ValueError(f"no {name!r} in its evaluation.json; search.py writes the ranks, and "
+                     "evaluate.py then reports on them")
+
+
+def read_curves(folders: dict[str, Path]) -> list[tuple[tuple, dict[float, float]]]:
+    reports = {}
+    for key, folder in folders.items():
+        with common.blame(f"--{key}"):
+            reports[key] = common.read_json(folder / "evaluation.json")
+    curves = []
+    for curve in CURVES:
+        key, name, *_ = curve
+        with common.blame(f"--{key or 'uniform'}"):
+            curves.append((curve, find_curve(reports, key, name)))
+    return curves
+
+
+def draw(curves, path: Path) -> None:
+    with common.blame("--out"), common.picture(path, width=8, height=5) as axis:
+        for (_, _, label, color, marker, line), kl in curves:
+            axis.plot(kl.keys(), kl.values(), line, color=color, marker=marker, label=label)
+        axis.set(yscale="log", xticks=list(kl), xlabel="size of the KV cache, % of full",
+                 ylabel="KL to the base model, nats per token")
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+        axis.legend(title="lower is better")
+
+
+def main():
+    parser = arguments(__doc__)
+    for key, folder in FOLDERS.items():
+        parser.add_argument(f"--{key}", type=Path, default=Path(folder), help=f"[{folder}]")
+    parser.add_argument("--out", type=Path, default=ROOT / "figures" / "results.png",
+                        help="[figures/results.png]")
+    args = parser.parse_args()
+    curves = read_curves({key: getattr(args, key) for key in FOLDERS})
+    draw(curves, args.out)
+    for (_, _, label, *_), kl in curves:
+        print(f"{label:48s}" + "".join(f"{kl[size]:9.4f}" for size in sorted(kl, reverse=True)))
+    print(f"Saved {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""How fast training is, and what share of this machine it uses.
+
+A step's operations in matrix products are 6 N per token, N the weights in them: 2 N for the
+teacher, 2 N for the student, 2 N for the student's gradient (by its states alone: no weight has
+one). Their rate is set against the rate that products of the same shapes reach on their own. The
+rest of a step (softmax of two vocabularies, norms, the rotations) counts as lost time.
+
+    python bench/training.py                    # 20 steps of train.py's default, nothing is kept
+    python bench/training.py --amp              # the same with products in bfloat16
+"""
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+import train  # noqa: E402
+from bench.tools import (  # noqa: E402
+    complete_training,
+    seconds_of,
+    spread,
+    synchronize,
+    training_arguments,
+)
+from data import text_for  # noqa: E402
+from model import Model, load, read_config  # noqa: E402
+from projection import LEVELS  # noqa: E402
+
+WARM_UP = 2             # steps that are not counted: memory is still being fetched
+
+
+def product_weights(model: Model) -> list[torch.Tensor]:
+    """The matrices that a token meets, embedding apart."""
+    return [p for p in model.layers.parameters() if p.ndim == 2] + [model.lm_head.weight]
+
+
+@torch.no_grad()
+def product_rate(model: Model, rows: int, dtype: torch.dtype) -> float:
+    """Operations per second of this model's products alone, `rows` tokens at a time."""
+    operations, seconds = 0, 0.0
+    matrices = [p for p in model.layers[0].parameters() if p.ndim == 2]
+    for W in [*matrices, model.lm_head.weight]:
+        W = W.to(dtype)
+        x = torch.randn(rows, W.shape[1], dtype=dtype, device=W.device)
+        product = partial(F.linear, x, W)
+        product()
+        times = [seconds_of(product) for _ in range(5)]
+        seconds += statistics.median(times)
+        operations += 2 * rows * W.numel()
+    return operations / seconds
+
+
+def seconds_per_step(args, model: Model, tokens) -> list[float]:
+    """Train as train.py does, without what it saves and reports."""
+    run = train.begin(args, model, tokens, None)
+    ends = []
+
+    def after_step(step: int) -> None:
+        synchronize()
+        ends.append(time.perf_counter())
+
+    hook = partial(train.ranks_hook, batch=args.batch)
+    train.train(run, model, tokens, train.draw_levels, hook, 1e-3, after_step)
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)][WARM_UP - 1:]
+
+
+def options():
+    parser = common.arguments(__doc__)
+    parser.add_argument("--data", type=Path, help="as for train.py [Python's own documentation]")
+    parser.add_argument("--batch", type=common.within(1, 10 ** 5), default=8,
+                        help="sequences of a step [8]")
+    parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=256,
+                        help="tokens of each [256]")
+    training_arguments(parser, steps=20)
+    parser.add_argument("--amp", action="store_true", help="as for train.py")
+    args = parser.parse_args()
+    args.checkpoint = None                  # decided by the memory there is, as in train.py
+    if args.steps <= WARM_UP:
+        common.fail(f"--steps {args.steps}: the first {WARM_UP} warm up; take more")
+    return args
+
+
+def main():
+    args = options()
+    with common.blame("--ckpt"):
+        config = read_config(args.ckpt / "config.json")
+    with tempfile.TemporaryDirectory() as folder:
+        args.out = Path(folder)             # for the ids of a .txt or .jsonl
+        device, dtype = common.prepare_training(args, config, LEVELS)
+        with common.blame("--ckpt"):
+            model = load(args.ckpt, device, dtype)
+        tokens, _ = text_for(args, config)
+        complete_training(args, config, dtype, tokens)
+        seconds = seconds_per_step(args, model, tokens)
+
+    made = args.batch * args.seq
+    speeds = [made / s for s in seconds]
+    product_dtype = torch.bfloat16 if args.amp else dtype
+    rate = product_rate(model, min(made, 2048), product_dtype)
+    operations = 6 * sum(W.numel() for W in product_weights(model))
+    shares = [operations * speed / rate for speed in speeds]
+    name = str(product_dtype).removeprefix("torch.")
+    print(f"\n{len(seconds)} steps of {made:,} tokens: {spread(speeds, ',.0f')} tokens/s")
+    print(f"Matrix products alone reach {rate / 1e9:,.0f} GFLOP/s in {name} here; "
+          f"{operations / 1e6:,.1f} MFLOP per token are {spread(shares, '.0%')} of that")
+
+
+if __name__ == "__main__":
+    common.run_script(main)

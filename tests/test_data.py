@@ -1,0 +1,200 @@
+"""Data: text becomes ids once, every document begins with a beginning, nothing held out is seen."""
+import io
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import CKPT, DEMO
+
+from data import (
+    encode,
+    jsonl_documents,
+    load_data,
+    python_documents,
+    random_windows,
+    text_pieces,
+    windows,
+)
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    def __init__(self, bos: int):
+        self.bos = bos
+
+    def bos_id(self) -> int:
+        return self.bos
+
+    def encode(self, texts, num_threads):
+        return [[ord(letter) for letter in text] for text in texts]
+
+
+# ------------------------------------------------------------------------------
+# Windows
+
+def test_a_window_holds_its_targets_one_token_on():
+    tokens = np.arange(100)
+    block = windows(tokens, torch.tensor([0, 17, 94]), 5)
+    assert block.dtype == torch.int64
+    assert block[:, 0].tolist() == [0, 17, 94]
+    assert torch.equal(block[:, 1:], block[:, :-1] + 1)
+
+
+def test_random_windows_lie_anywhere_and_a_process_gets_its_share_of_the_same():
+    tokens = np.arange(12)
+
+    def draw(mine=slice(None)):
+        generator = torch.Generator().manual_seed(3)
+        return random_windows(tokens, 200, 5, generator, mine)
+
+    block = draw()
+    assert set(block[:, 0].tolist()) == set(range(7))
+    assert torch.equal(draw(slice(50, 100)), block[50:100])
+
+
+# ------------------------------------------------------------------------------
+# Text becomes ids
+
+def test_every_document_begins_with_the_beginning_of_sequence():
+    assert encode(Letters(1), ["ab", "c"]).tolist() == [1, 97, 98, 1, 99]
+
+
+def test_a_tokenizer_without_a_beginning_adds_none():
+    assert encode(Letters(-1), ["ab", "c"]).tolist() == [97, 98, 99]
+
+
+def test_a_text_in_pieces_is_one_document():
+    assert encode(Letters(1), ["ab", "c"], one_document=True).tolist() == [1, 97, 98, 99]
+
+
+def test_pieces_of_a_text_are_the_text_and_end_with_a_line(tmp_path):
+    path = tmp_path / "text.txt"
+    text = "one line\nanother, longer than a piece\n\nlast"
+    path.write_text(text)
+    pieces = list(text_pieces(path, characters=6))
+    assert "".join(pieces) == text
+    assert pieces[0] == "one line\n"
+
+
+def test_a_text_is_tokenised_once_and_a_changed_one_again(tmp_path, demo):
+    _, tokenizer = demo
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    made = out / "text.txt.bin"
+    text.write_text("The first line.\n" * 3000 + "word " * 100000)
+
+    def ids_of_text():
+        return np.concatenate(load_data(text, DEMO, 4096, out))
+
+    ids = ids_of_text()
+    assert ids[0] == tokenizer.bos_id()
+    assert (ids[1:] != tokenizer.bos_id()).all()
+    assert tokenizer.decode(ids.tolist()).split() == text.read_text().split()
+    first = made.stat().st_mtime_ns
+    ids_of_text()
+    assert made.stat().st_mtime_ns == first
+    text.write_text("Another text.")
+    assert len(ids_of_text()) == 1 + len(tokenizer.encode("Another text."))
+    assert not list(out.glob("*.part"))
+
+
+def test_lines_of_json_are_documents_and_empty_lines_are_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "ab"}\n\n{"text": "c"}\n')
+    assert encode(Letters(-1), jsonl_documents(path)).tolist() == [97, 98, 99]
+
+
+BROKEN_LINES = ["{", "[]", '{"words": "x"}', '{"text": 3}', '{"text": "\\ud800"}']
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES)
+def test_a_broken_line_of_jsonl_is_numbered(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "ab"}\n' + line + "\n")
+    with pytest.raises(ValueError, match="line 2"):
+        list(jsonl_documents(path))
+
+
+# ------------------------------------------------------------------------------
+# Ids as they are found
+
+def test_a_file_of_tokens_is_mapped_and_its_last_tenth_held_out(tmp_path):
+    ids = np.arange(1000) % 96
+    ids.astype(np.uint16).tofile(tmp_path / "a.bin")
+    np.save(tmp_path / "a.npy", ids)
+    for name in ("a.bin", "a.npy"):
+        training, held_out = load_data(tmp_path / name, CKPT, 96)
+        assert isinstance(training, np.memmap)
+        assert np.array_equal(training, ids[:900])
+        assert np.array_equal(held_out, ids[900:])
+
+
+def test_a_large_vocabulary_takes_four_bytes_an_id(tmp_path):
+    ids = np.arange(1000) * 69
+    ids.astype(np.uint32).tofile(tmp_path / "a.bin")
+    assert np.array_equal(load_data(tmp_path / "a.bin", CKPT, 70000)[1], ids[900:])
+
+
+def npy_bytes(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 6, 8, 9, 10, 30, 60, 100, 127, 128, 129, 1000])
+def test_a_npy_that_is_cut_off_is_named(tmp_path, length):
+    """The header takes 128 bytes; whatever numpy makes of half of one is one ValueError."""
+    path = tmp_path / "cut.npy"
+    path.write_bytes(npy_bytes(np.arange(900) % 96)[:length])
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="cut.npy"):
+        warnings.simplefilter("error")
+        load_data(path, CKPT, 96)
+
+
+def test_a_npy_with_a_broken_header_is_named(tmp_path):
+    path = tmp_path / "broken.npy"
+    whole = npy_bytes(np.arange(900) % 96)
+    for place in range(6, 80):
+        path.write_bytes(whole[:place] + b"\xff{" + whole[place + 2:])
+        with pytest.raises(ValueError, match="broken.npy"):
+            load_data(path, CKPT, 96)
+
+
+def test_the_note_of_a_tokenised_text_may_be_broken(tmp_path):
+    """Then it is one line that names the note, or the text is tokenised again."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("Some words. " * 50)
+    ids = np.concatenate(load_data(text, DEMO, 4096, out))
+    note = out / "text.txt.json"
+    note.write_text(json.dumps({"source": 3}))
+    assert np.array_equal(np.concatenate(load_data(text, DEMO, 4096, out)), ids)
+    note.write_text("{")
+    with pytest.raises(ValueError, match="text.txt.json"):
+        load_data(text, DEMO, 4096, out)
+
+
+# ------------------------------------------------------------------------------
+# Python's own text
+
+@pytest.fixture(scope="module")
+def documents():
+    return python_documents()
+
+
+def test_python_text_is_split_by_name_and_nothing_held_out_is_trained_on(documents):
+    training, held_out = documents
+    share = sum(map(len, held_out)) / sum(map(len, training))
+    assert 0.04 < share < 0.25
+    known = {p for text in training for p in text.split("\n\n") if len(p) > 30}
+    for text in held_out:
+        assert known.isdisjoint(text.split("\n\n"))
+
+
+def test_the_sources_of_python_come_on_top_on_the_same_side(documents):
+    training, _ = documents
+    with_sources, held_with_sources = python_documents(sources=True)
+    assert set(training) <= set(with_sources)
+    assert sum(map(len, with_sources)) > 3 * sum(map(len, training))
+    assert set(training).isdisjoint(held_with_sources)

@@ -1,0 +1,530 @@
+"""The scripts: a chain of them on a tiny model, each on the demo, and one line for wrong input."""
+import importlib
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import CKPT, DEMO, GOLDEN, call, random_projection, relative, script
+from safetensors.torch import load_file, save_file
+
+from cache import KVCache, order_of, read_plan
+from generate import decode
+from model import load, read_config
+from projection import Projection, calibrate
+
+SCRIPTS = [
+    "model", "data", "projection", "kernel", "cache", "evaluate", "train", "search", "generate"]
+
+
+# ------------------------------------------------------------------------------
+# The chain: train, search, train along the order, search again, evaluate
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """A folder with first/ and second/, what the chain left, and the options of all its links."""
+    folder = tmp_path_factory.mktemp("chain")
+    first, second = folder / "first", folder / "second"
+    np.save(folder / "tokens.npy", np.random.default_rng(2).integers(3, 96, 2000))
+    options = ["--ckpt", CKPT, "--data", folder / "tokens.npy", "--seq", 16, "--batch", 2]
+    options += ["--windows", 2]
+    call("train", *options, "--steps", 4, "--out", first)
+    call("search", *options, "--proj", first / "projections.safetensors", "--out", first)
+    along = ["--ranks", first / "ranks.json"]
+    call("train", *options, "--steps", 4, *along, "--out", second)
+    call("search", *options, "--proj", second / "projections.safetensors", "--out", second)
+    pca = ["--proj", second / "projections.safetensors", "--pca"]
+    call("search", *options, *pca, "--out", second)
+    call("evaluate", *options, "--out", second)
+    return folder, options
+
+
+def read(path) -> dict:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("budget", [0.875, 0.375, 0.125])
+def test_at_the_end_of_the_chain_the_cache_gives_the_projected_models_logits(chain, budget):
+    folder, _ = chain
+    model = load(CKPT)
+    p = Projection.load(folder / "second" / "projections.safetensors")
+    _, ranks = read_plan(folder / "second" / "ranks.json", model.config, budget)
+    assert budget - 1 / 64 < ranks.sum() / (ranks.numel() * 16) <= budget
+    tokens = torch.randint(3, 96, (1, 24))
+    cache = KVCache(p, ranks, batch=1, max_len=24)
+    parts = tokens.split([15, 1, 1, 7], dim=1)
+    logits = torch.cat([model(part, cache=cache) for part in parts], dim=1)
+    assert relative(logits, model(tokens, project=p.at(ranks))) < 1e-4
+
+
+def test_at_the_end_of_the_chain_decoding_follows_the_projected_model(chain):
+    folder, _ = chain
+    model = load(CKPT)
+    p = Projection.load(folder / "second" / "projections.safetensors")
+    _, ranks = read_plan(folder / "second" / "ranks.json", model.config, 0.375)
+    text = [1, 17, 60]
+    for token in decode(model, KVCache(p, ranks, batch=1, max_len=20), text[:], 10):
+        logits = model(torch.tensor([text]), project=p.at(ranks))
+        assert logits[0, -1].argmax() == token
+        text.append(token)
+    assert len(text) > 3
+
+
+def test_a_training_along_an_order_reports_on_the_plans_of_the_order(chain):
+    folder, _ = chain
+    report = read(folder / "second" / "train.json")
+    path = read(folder / "first" / "ranks.json")["path"]
+    assert report["order"] == order_of(path, read_config(CKPT / "config.json")).tolist()
+    for row in report["budgets"]:
+        assert set(row) == {"budget", "pca", "trained", "pca_ordered", "trained_ordered"}
+    assert "order" not in read(folder / "first" / "train.json")
+
+
+def test_an_evaluation_shows_four_curves_where_both_searches_have_been(chain):
+    folder, _ = chain
+    evaluation = read(folder / "second" / "evaluation.json")
+    for row in evaluation["budgets"]:
+        assert set(row) == {"budget", "pca", "trained", "pca_searched", "searched"}
+    assert (folder / "second" / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_evaluation_repeats_what_the_training_said(chain):
+    folder, _ = chain
+    evaluation, report = (read(folder / "second" / f"{name}.json")
+                          for name in ("evaluation", "train"))
+    assert evaluation["base"] == report["base"]
+    for row, before in zip(evaluation["budgets"], report["budgets"], strict=True):
+        assert {name: row[name] for name in ("pca", "trained")} == \
+               {name: before[name] for name in ("pca", "trained")}
+
+
+def test_a_search_for_pca_is_that_for_a_file_whose_projections_are_pca(chain, tmp_path):
+    folder, options = chain
+    pca = Projection.load(folder / "second" / "projections.safetensors", "pca_")
+    pca.save(tmp_path / "pca.safetensors")
+    call("search", *options, "--proj", tmp_path / "pca.safetensors", "--out", tmp_path)
+    assert read(tmp_path / "ranks.json") == read(folder / "second" / "ranks_pca.json")
+    assert read(tmp_path / "ranks.json") != read(folder / "second" / "ranks.json")
+
+
+def test_the_papers_recipe_starts_at_pca_and_ours_does_not(chain, tmp_path):
+    """A rate of zero leaves the start as it is."""
+    _, options = chain
+    equal = {}
+    for recipe in ("paper", "ours"):
+        out = tmp_path / recipe
+        call("train", *options, "--steps", 1, "--lr", 0, "--recipe", recipe, "--out", out)
+        tensors = load_file(out / "projections.safetensors")
+        equal[recipe] = torch.allclose(tensors["U_k"], tensors["pca_U_k"], atol=1e-6)
+    assert equal == {"paper": True, "ours": False}
+
+
+def test_the_papers_recipe_runs_with_its_rate_and_its_cross_entropy(chain, tmp_path):
+    _, options = chain
+    call("train", *options, "--steps", 3, "--recipe", "paper", "--out", tmp_path)
+    report = read(tmp_path / "train.json")
+    assert report["config"]["lr"] == 0.001
+    assert report["config"]["ce"] == 0.75
+    tensors = load_file(tmp_path / "projections.safetensors")
+    assert not torch.allclose(tensors["U_k"], tensors["pca_U_k"], atol=1e-6)
+
+
+def test_an_evaluation_is_of_the_text_and_model_that_were_trained_on(chain, tmp_path, refusal):
+    folder, options = chain
+    shutil.copy(folder / "tokens.npy", tmp_path / "other.npy")
+    out = ["--out", folder / "second"]
+    for other in (["--seq", 12], ["--data", tmp_path / "other.npy"]):
+        line = refusal("evaluate", *options, *other, *out)
+        assert f"was trained with {other[0]}" in line
+
+
+# ------------------------------------------------------------------------------
+# Each on the demo
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A text of some thousand tokens, for the demo's tokenizer."""
+    from pydoc_data.topics import topics
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n".join(topics[name] for name in sorted(topics)[:12]))
+    return path
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_explains_itself(name, capsys):
+    if name == "kernel":
+        pytest.importorskip("triton")
+    with pytest.raises(SystemExit) as left:
+        call(name, "--help")
+    said = capsys.readouterr().out
+    assert left.value.code == 0
+    assert importlib.import_module(name).__doc__.splitlines()[0] in said
+    for option in ("--ckpt", "--device", "--dtype", "--seed"):
+        assert option in said
+
+
+def test_model_speaks_without_a_cache(capsys):
+    call("model", "--prompt", "Return the ", "--tokens", 4)
+    said = capsys.readouterr()
+    assert said.out.startswith("Return the ")
+    assert said.err.startswith("4 tokens at ")
+
+
+def test_cache_shows_the_layout_and_the_bytes(tmp_path, demo, capsys):
+    model, _ = demo
+    random_projection(model).save(tmp_path / "p.safetensors")
+    options = ["--proj", tmp_path / "p.safetensors", "--budget", 0.5, "--tokens", 100]
+    call("cache", *options)
+    said = capsys.readouterr().out
+    c = model.config
+    full = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 100 * 4
+    assert f"{full // 2:,} bytes" in said
+    assert f"{full:,}\n" in said
+    assert "####····" in said
+
+
+def test_data_says_what_it_found(text, tmp_path, demo, capsys):
+    _, tokenizer = demo
+    call("data", "--data", text, "--out", tmp_path)
+    said = capsys.readouterr().out
+    count = len(tokenizer.encode(text.read_text())) + 1
+    held_out = count // 10
+    assert f"{count - held_out:,} tokens" in said
+    assert f"{held_out:,} held out" in said
+    assert tokenizer.decode(tokenizer.encode(text.read_text())[:5]) in said
+    assert (tmp_path / "topics.txt.bin").stat().st_size == 2 * count
+
+
+def test_projection_shows_what_leading_columns_hold(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("projection.calibrate", partial(calibrate, batches=1))
+    call("projection", "--data", text, "--out", tmp_path)
+    said = capsys.readouterr().out
+    rows = [line.split()[2:] for line in said.splitlines() if line.startswith("  layer")]
+    assert len(rows) == 2 * read_config(DEMO / "config.json").num_hidden_layers
+    for row in rows:
+        shares = [float(share.removesuffix("%")) for share in row]
+        assert shares == sorted(shares)
+        assert shares[-1] == 100.0
+
+
+def test_evaluate_answers_questions(text, tmp_path, demo):
+    model, _ = demo
+    pca = random_projection(model)
+    random_projection(model).save(tmp_path / "projections.safetensors", pca)
+    questions = (DEMO / "questions.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "q.jsonl").write_text("\n".join(questions))
+    options = ["--data", text, "--seq", 16, "--windows", 1, "--tasks", tmp_path / "q.jsonl"]
+    call("evaluate", *options, "--out", tmp_path)
+    tasks = read(tmp_path / "evaluation.json")["tasks"]
+    assert tasks["questions"] == 2
+    assert set(tasks["base"]) == {"accuracy", "accuracy_by_character"}
+    assert len(tasks["budgets"]) == 7
+    for row in tasks["budgets"]:
+        assert set(row) == {"budget", "pca", "trained"}
+    full = tasks["budgets"][0]
+    assert full["pca"] == full["trained"] == tasks["base"]
+
+
+def test_a_script_in_a_process_of_its_own_leaves_with_one_line_and_code_2():
+    done = script("generate.py", "--tokens", "many")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "--tokens" in done.stderr
+    assert done.stdout == ""
+
+
+# ------------------------------------------------------------------------------
+# Wrong input: exit code 2 and one line that names the culprit
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """A folder of files that are wrong, each in one way, and of some that are not."""
+    folder = tmp_path_factory.mktemp("wrong")
+    np.save(folder / "tokens.npy", np.random.default_rng(1).integers(3, 96, 5000))
+    np.save(folder / "beyond.npy", np.full(5000, 96))
+    np.save(folder / "negative.npy", np.full(5000, -1))
+    np.save(folder / "floats.npy", np.zeros(5000))
+    np.save(folder / "square.npy", np.zeros((50, 50), dtype=int))
+    np.save(folder / "short.npy", np.full(30, 5))
+    whole = (folder / "tokens.npy").read_bytes()
+    for length in (4, 9, 50, 127, 1000):
+        (folder / f"cut{length}.npy").write_bytes(whole[:length])
+    (folder / "fake.npy").write_bytes(b"not an array")
+    (folder / "odd.bin").write_bytes(b"abc")
+    (folder / "empty.bin").write_bytes(b"")
+    (folder / "file").write_text("")
+    (folder / "text.txt").write_text("words " * 900)
+    (folder / "latin.txt").write_bytes(b"caf\xe9 " * 900)
+    (folder / "image.png").write_bytes(b"x")
+    (folder / "lines.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    (folder / "questions.jsonl").write_text('{"context": "a"}\n')
+
+    write_projections(folder)
+    write_plans(folder)
+    write_checkpoints(folder)
+    return folder
+
+
+def write_projections(folder):
+    p = random_projection(load(CKPT))
+    p.save(folder / "p.safetensors")
+    (folder / "done").mkdir()
+    p.save(folder / "done" / "projections.safetensors", p)
+    random_projection(load(GOLDEN / "llama_mha")).save(folder / "other.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"nothing")
+    save_file({"x": torch.zeros(3)}, folder / "unlike.safetensors")
+
+
+def write_plans(folder):
+    plan = {"head_dim": 16, "budget": 1.0, "keys": [[16] * 2] * 2, "values": [[16] * 2] * 2}
+    plan["path"] = [["keys", 0, 0, 0.1]] * 3
+    broken = {
+        "short": {},
+        "head_dim": {"head_dim": 8},
+        "places": {"path": [["keys", 7, 0, 0.1]]},
+        "text": {"path": "none"},
+        "ragged": {"keys": [[16], [16, 16]]},
+    }
+    for name, change in broken.items():
+        (folder / f"{name}.json").write_text(json.dumps(plan | change))
+
+
+def write_checkpoints(folder):
+    """Copies of CKPT: no tokenizer, an empty one, one with a larger vocabulary, other configs."""
+    def copy(name, **settings):
+        made = shutil.copytree(CKPT, folder / name)
+        config = read(made / "config.json") | settings
+        (made / "config.json").write_text(json.dumps(config))
+        return made
+
+    (copy("empty_tokenizer") / "tokenizer.model").write_bytes(b"")
+    shutil.copy(DEMO / "tokenizer.model", copy("large_tokenizer") / "tokenizer.model")
+    copy("number", model_type=7)
+    copy("qwen", model_type="qwen2")
+    copy("nameless", model_type=None, architectures=3)
+    copy("endless", eos_token_id=None)
+    copy("ends", eos_token_id=[2, 3])
+    copy("twelve", head_dim=12)
+    (copy("list") / "config.json").write_text("[]")
+    for name, files in (("numbers", 7), ("indexless", None), ("lost", "lost.safetensors")):
+        index = copy(name) / "model.safetensors.index.json"
+        weight_map = dict.fromkeys(read(index)["weight_map"], files)
+        index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+BASE = {        # options that are right; those of a case come behind them
+    "train": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out", "--seq", 32],
+    "search": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out", "--proj", "p.safetensors"],
+    "evaluate": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "done", "--seq", 32],
+    "data": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out"],
+    "projection": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out"],
+    "cache": ["--ckpt", CKPT],
+    "model": [],
+    "generate": [],
+}
+
+CASES = [       # the script and its options; the words that the line must hold
+    # The checkpoint
+    ("train --ckpt nowhere", "--ckpt nowhere"),
+    ("train --ckpt file", "--ckpt file"),
+    ("train --ckpt list", "--ckpt config.json JSON"),
+    ("train --ckpt number", "--ckpt config.json 7"),
+    ("train --ckpt nameless", "--ckpt config.json"),
+    ("train --ckpt qwen", "--ckpt config.json qwen2"),
+    ("train --ckpt twelve", "--ckpt head_dim 12"),
+    ("evaluate --ckpt number", "--ckpt config.json 7"),
+    ("search --ckpt number", "--ckpt config.json 7"),
+    ("data --ckpt number", "--ckpt config.json 7"),
+    ("projection --ckpt number", "--ckpt config.json 7"),
+    ("cache --ckpt number", "--ckpt config.json 7"),
+    ("model --ckpt number", "--ckpt config.json 7"),
+    ("generate --ckpt number", "--ckpt config.json 7"),
+    ("train --ckpt numbers", "--ckpt index.json weight_map"),
+    ("train --ckpt indexless", "--ckpt index.json weight_map"),
+    ("train --ckpt lost", "--ckpt lost.safetensors"),
+    ("generate --ckpt numbers", "--ckpt index.json weight_map"),
+    # The tokenizer
+    ("train --data text.txt", "--data tokenizer.model"),
+    ("train --data text.txt --ckpt empty_tokenizer", "--data tokenizer.model SentencePiece"),
+    ("train --data text.txt --ckpt large_tokenizer", "--data tokenizer.model vocabulary"),
+    ("data --data text.txt --ckpt empty_tokenizer", "--data tokenizer.model SentencePiece"),
+    ("model --ckpt empty_tokenizer", "--ckpt tokenizer.model SentencePiece"),
+    ("generate --ckpt empty_tokenizer", "--ckpt tokenizer.model SentencePiece"),
+    ("model --ckpt large_tokenizer", "vocabulary"),
+    ("generate --ckpt large_tokenizer", "vocabulary"),
+    # The text
+    ("train --data none.txt", "--data none.txt"),
+    ("train --data latin.txt --ckpt large_tokenizer", "--data latin.txt UTF-8"),
+    ("train --data lines.jsonl --ckpt large_tokenizer", "--data lines.jsonl line 2"),
+    ("train --data beyond.npy", "--data beyond.npy 96 vocabulary"),
+    ("train --data negative.npy", "--data negative.npy -1 vocabulary"),
+    ("train --data floats.npy", "--data floats.npy shape"),
+    ("train --data square.npy", "--data square.npy shape"),
+    ("train --data short.npy", "--data short.npy too short"),
+    ("train --data fake.npy", "--data fake.npy"),
+    ("train --data cut4.npy", "--data cut4.npy"),
+    ("train --data cut9.npy", "--data cut9.npy"),
+    ("train --data cut50.npy", "--data cut50.npy"),
+    ("train --data cut127.npy", "--data cut127.npy"),
+    ("train --data cut1000.npy", "--data cut1000.npy"),
+    ("train --data odd.bin", "--data odd.bin"),
+    ("train --data empty.bin", "--data empty.bin too short"),
+    ("train --data image.png", "--data image.png"),
+    ("train --data done", "--data done"),
+    ("evaluate --data short.npy", "--data short.npy too short"),
+    ("search --seq 5000", "--data tokens.npy too short"),
+    ("projection --data short.npy", "--data short.npy too short"),
+    ("data --data cut50.npy", "--data cut50.npy"),
+    # Numbers and names
+    ("train --steps 0", "--steps 0"),
+    ("train --steps -3", "--steps -3"),
+    ("train --steps many", "--steps many"),
+    ("train --batch 0", "--batch 0"),
+    ("train --lr nan", "--lr nan"),
+    ("train --ce 1.5", "--ce 1.5"),
+    ("train --device tpu9", "--device tpu9"),
+    ("train --device cuda:7", "--device cuda:7"),
+    ("train --device meta", "--device meta"),
+    ("train --dtype int3", "--dtype int3"),
+    ("train --amp --dtype bfloat16", "--amp bfloat16"),
+    ("train --seq 1000000 --batch 100000", "--batch --seq GB"),
+    ("train --wrong", "--wrong"),
+    ("search --budget 0.1", "--budget 0.1"),
+    ("search --budget half", "--budget half"),
+    ("evaluate --windows 0", "--windows 0"),
+    ("model --tokens 0", "--tokens 0"),
+    ("generate --temperature -1", "--temperature -1"),
+    ("generate --budget 0.1", "--budget 0.1"),
+    ("cache --budget 1.01", "--budget 1.01"),
+    # The folder for what is written
+    ("train --out file", "--out file"),
+    ("train --out file/below", "--out file"),
+    ("search --out tokens.npy", "--out tokens.npy"),
+    ("data --out file", "--out file"),
+    ("train --resume", "--resume no such file"),
+    ("evaluate --out empty", "--out projections.safetensors"),
+    # Projections and plans
+    ("search --proj none.safetensors", "--proj none.safetensors"),
+    ("search --proj broken.safetensors", "--proj broken.safetensors"),
+    ("search --proj unlike.safetensors", "--proj unlike.safetensors U_k"),
+    ("search --proj other.safetensors", "--proj model has"),
+    ("search --proj p.safetensors --pca", "--proj p.safetensors pca_U_k"),
+    ("cache --budget 0.5 --proj none.safetensors", "--proj none.safetensors"),
+    ("cache --budget 0.5 --proj other.safetensors", "--proj model has"),
+    ("generate --budget 0.5 --proj none.safetensors", "--proj none.safetensors"),
+    ("cache --proj p.safetensors --ranks none.json", "--ranks none.json"),
+    ("cache --proj p.safetensors --ranks file", "--ranks file JSON"),
+    ("cache --proj p.safetensors --ranks head_dim.json", "--ranks head_dim.json model has 16"),
+    ("cache --proj p.safetensors --ranks places.json", "--ranks places.json"),
+    ("cache --proj p.safetensors --ranks text.json", "--ranks text.json"),
+    ("cache --proj p.safetensors --ranks ragged.json", "--ranks ragged.json"),
+    ("cache --proj p.safetensors --ranks short.json --budget 0.5", "--ranks short.json ends at"),
+    ("train --ranks none.json", "--ranks none.json"),
+    ("train --ranks file", "--ranks file JSON"),
+    ("train --ranks short.json --recipe paper", "--ranks paper"),
+    # Questions
+    ("evaluate --tasks none.jsonl", "--tasks none.jsonl"),
+    ("evaluate --tasks questions.jsonl", "--tasks questions.jsonl line 1"),
+    ("evaluate --tasks empty.bin", "--tasks empty.bin no question"),
+    # What has moved to another script, or has another name
+    ("train --eval", "--eval evaluate.py"),
+    ("train --tasks questions.jsonl", "--tasks evaluate.py"),
+    ("train --runs 3", "--runs --windows"),
+    ("evaluate --runs 3", "--runs --windows"),
+    ("search --runs 3", "--runs --windows"),
+    ("model --ranks short.json", "--ranks generate.py"),
+    ("model --budget 0.5", "--budget generate.py"),
+    ("model --proj p.safetensors", "--proj generate.py"),
+    ("cache --benchmark", "--benchmark bench/cache.py"),
+]
+
+
+@pytest.mark.parametrize("command, words", CASES, ids=[command for command, _ in CASES])
+def test_wrong_input_is_named_in_one_line(wrong, monkeypatch, refusal, command, words):
+    monkeypatch.chdir(wrong)
+    name, *options = command.split()
+    line = refusal(name, *BASE[name], *options)
+    for word in words.split():
+        assert word in line
+
+
+@pytest.mark.parametrize("ckpt", ["endless", "ends"])
+def test_no_end_of_sequence_and_several_are_no_mistakes(wrong, monkeypatch, ckpt):
+    monkeypatch.chdir(wrong)
+    call("cache", "--ckpt", ckpt)
+
+
+def test_what_moved_from_the_kernel_is_named(refusal):
+    pytest.importorskip("triton")
+    assert "bench/kernel.py" in refusal("kernel", "--compile")
+
+
+@pytest.mark.parametrize("name", ["model", "data", "cache", "evaluate", "search", "generate"])
+def test_only_training_runs_in_several_processes(name, monkeypatch, refusal):
+    monkeypatch.setattr("common.WORLD", 2)
+    assert "torchrun" in refusal(name)
+
+
+# ------------------------------------------------------------------------------
+# Weights that make no sense
+
+BROKEN = [
+    ("lm_head.weight", 1e10),
+    ("lm_head.weight", np.nan),
+    ("model.embed_tokens.weight", np.nan),
+    ("model.layers.1.self_attn.o_proj.weight", np.nan),
+    ("model.layers.0.self_attn.k_proj.weight", np.nan),
+]
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """`broken(tensor, factor)`: a copy of CKPT with one tensor scaled."""
+    def copy(tensor, factor):
+        ckpt = shutil.copytree(CKPT, tmp_path / "ckpt")
+        file = ckpt / read(ckpt / "model.safetensors.index.json")["weight_map"][tensor]
+        tensors = load_file(file)
+        tensors[tensor] *= factor
+        save_file(tensors, file)
+        return ckpt
+
+    return copy
+
+
+@pytest.mark.parametrize("tensor, factor", BROKEN)
+def test_an_evaluation_names_weights_that_make_no_sense(
+        wrong, broken, monkeypatch, refusal, tensor, factor):
+    monkeypatch.chdir(wrong)
+    line = refusal("evaluate", *BASE["evaluate"], "--ckpt", broken(tensor, factor))
+    assert "--ckpt" in line
+    assert "weights" in line
+
+
+@pytest.mark.parametrize("tensor, factor", BROKEN)
+def test_a_training_ends_with_a_line_about_weights_that_make_no_sense(
+        wrong, broken, tmp_path, monkeypatch, capsys, tensor, factor):
+    """Or about its loss, behind the lines of its progress; what was there stays."""
+    monkeypatch.chdir(wrong)
+    out = shutil.copytree("done", tmp_path / "out")
+    before = (out / "projections.safetensors").read_bytes()
+    options = ["--ckpt", broken(tensor, factor), "--batch", 2, "--steps", 2, "--out", out]
+    with pytest.raises(SystemExit) as left:
+        call("train", *BASE["train"], *options)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert left.value.code == 2
+    assert "weights" in last or "not a number" in last
+    assert (out / "projections.safetensors").read_bytes() == before
+
+
+def test_a_search_over_weights_that_make_no_sense_costs_nothing(
+        wrong, broken, tmp_path, monkeypatch, refusal):
+    monkeypatch.chdir(wrong)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "ranks.json").write_text("of an earlier search")
+    ckpt = broken("model.layers.1.self_attn.o_proj.weight", np.nan)
+    options = ["--ckpt", ckpt, "--seq", 16, "--batch", 2, "--out", out]
+    assert "--ckpt" in refusal("search", *BASE["search"], *options)
+    assert (out / "ranks.json").read_text() == "of an earlier search"
