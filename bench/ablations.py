@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import train  # noqa: E402
 from bench.tools import complete_training, training_arguments  # noqa: E402
@@ -68,7 +69,8 @@ def diagonal(matrix: Tensor) -> Tensor:
 def permutation(energy: Tensor) -> Tensor:
     """Columns of the identity (..., d, d), that of the largest energy (..., d) first."""
     order = energy.argsort(dim=-1, descending=True)
-    eye = torch.eye(energy.shape[-1], device=energy.device)
+    d = energy.shape[-1]
+    eye = torch.eye(d, device=energy.device)
     return eye[order].mT.contiguous()
 
 
@@ -101,6 +103,10 @@ def draw_one_level(B: int, config, _) -> Tensor:
     return torch.full((2, L, B, K), 3 * d // LEVELS)
 
 
+def do_nothing(step: int) -> None:
+    """For `train.train`, which calls it after every step: nothing is saved or checked."""
+
+
 def trained(name: str, args, model: Model, tokens) -> Projection:
     """What train.py's default, or a training that lacks something, makes of the start."""
     run = train.begin(args, model, tokens, None)
@@ -110,7 +116,7 @@ def trained(name: str, args, model: Model, tokens) -> Projection:
         run.rotation = Free(run.start)
         run.optimizer = torch.optim.Adam(run.rotation.parameters())
         hook = free_hook
-    train.train(run, model, tokens, draw, hook, floor=1e-3, after_step=lambda step: None)
+    train.train(run, model, tokens, draw, hook, 1e-3, after_step=do_nothing)
     return run.projection()
 
 
@@ -124,8 +130,8 @@ def one_side(side: int, budget: float, config) -> Tensor:
     return plan
 
 
-def hooks_for(args, model: Model, tokens) -> dict[tuple[str, float], object]:
-    """The hook `project=` for every row and budget of the table."""
+def hooks_for(args, model: Model, tokens) -> dict:
+    """The hook `project=` for every row and budget of the table: {(row, budget): hook}."""
     config = model.config
     if args.name == "sides":
         with common.blame("--out"):

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from bench.tools import ragged_ranks, ratio, timed  # noqa: E402
 from cache import KVCache  # noqa: E402
@@ -25,6 +26,7 @@ from projection import Projection, shape_of  # noqa: E402
 
 HEADS, D = 32, 128                              # LLaMA-2-7B's
 LENGTHS = (512, 1024, 2048, 4096)
+BUDGETS = (1.0, 0.5, 0.375, 0.25)
 
 
 def attention_step(budget: float, tokens: int, q, k):
@@ -35,14 +37,17 @@ def attention_step(budget: float, tokens: int, q, k):
     cache = KVCache(projection, ranks, 1, tokens, q.dtype, q.device)
     cache.data.normal_()
     cache.length = tokens - 1
-    v = torch.randn(1, 1, int(ranks[1].sum()), dtype=q.dtype, device=q.device)
+    width = int(ranks[1].sum())
+    v = q.new_empty(1, 1, width).normal_()
     return lambda: cache.attend(0, q, k, v)
 
 
 def time_attention(tokens: int, rounds: int, dtype, device) -> None:
-    place = {"dtype": dtype, "device": device}
-    q, k = torch.randn(2, 1, HEADS, 1, D, **place)
-    keys, values = torch.randn(2, 1, HEADS, tokens, D, **place)
+    def random(length: int):
+        return torch.randn(1, HEADS, length, D, dtype=dtype, device=device)
+
+    q, k = random(1), random(1)
+    keys, values = random(tokens), random(tokens)
     budgets = (1.0, 0.375, 0.25)
     steps = [attention_step(budget, tokens, q, k) for budget in budgets]
     steps.append(lambda: F.scaled_dot_product_attention(q, keys, values))
@@ -73,7 +78,7 @@ def model_step(model: Model, budget: float, length: int):
 def time_model(model: Model, rounds: int) -> None:
     print("   context   100%, tokens/s    50%                      37.5%                    25%")
     for length in LENGTHS:
-        steps = [model_step(model, budget, length) for budget in (1.0, 0.5, 0.375, 0.25)]
+        steps = [model_step(model, budget, length) for budget in BUDGETS]
         full, *smaller = timed(steps, rounds, repeats=20)
         ratios = "".join(f"{ratio(seconds, full):25s}" for seconds in smaller)
         speed = 1 / statistics.median(full)
@@ -87,8 +92,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 @torch.inference_mode()
 def main():
     parser = common.arguments(__doc__)
-    parser.add_argument("--rounds", type=common.within(1, 10 ** 4), default=5, help="[5]")
-    parser.add_argument("--tokens", type=common.within(1, 10 ** 6), default=8192,
+    count = common.within(1, 10 ** 6)
+    parser.add_argument("--rounds", type=count, default=5, help="[5]")
+    parser.add_argument("--tokens", type=count, default=8192,
                         help="in the cache of the attention step [8192]")
     args = parser.parse_args()
     device, dtype = common.prepare(args)

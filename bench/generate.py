@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from bench.tools import ragged_ranks, ratio, timed  # noqa: E402
 from cache import KVCache  # noqa: E402
@@ -73,7 +74,8 @@ def their_generation(theirs, prompt: list[int]):
 
 def main():
     parser = common.arguments(__doc__)
-    parser.add_argument("--rounds", type=common.within(1, 10 ** 4), default=5, help="[5]")
+    count = common.within(1, 10 ** 6)
+    parser.add_argument("--rounds", type=count, default=5, help="[5]")
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):
@@ -81,11 +83,13 @@ def main():
     theirs = their_model(args.ckpt, model)
     model.config = replace(model.config, eos_token_id=())
     _, held_out = python_documents()
-    prompt = encode(tokenizer, held_out[:50])[:PROMPT].tolist()
+    tokens = encode(tokenizer, held_out[:50])
+    prompt = tokens[:PROMPT].tolist()
 
     ours = [our_generation(model, prompt, budget) for budget in BUDGETS]
     calls = [*ours, their_generation(theirs, prompt)]
-    same = sum(a == b for a, b in zip(calls[0](), calls[-1](), strict=True))
+    pairs = zip(calls[0](), calls[-1](), strict=True)
+    same = sum(mine == theirs for mine, theirs in pairs)
     print(f"{args.ckpt}: {PROMPT} tokens continued by {NEW}; with the full cache {same} of them "
           "are those of transformers\n")
     *seconds, of_theirs = timed(calls, args.rounds, repeats=1)

@@ -19,7 +19,10 @@ from projection import LEVELS  # noqa: E402
 PANELS = {
     "the model's cache: 100%": ([8] * 6, [8] * 6),
     "same rank everywhere: 37.5%": ([3] * 6, [3] * 6),
-    "a rank for every head: 37.5%": ([5, 2, 1, 7, 3, 2], [2, 4, 1, 2, 6, 1]),
+    "a rank for every head: 37.5%": (
+        [5, 2, 1, 7, 3, 2],
+        [2, 4, 1, 2, 6, 1],
+    ),
 }
 DARK = {"keys": (0.03, 0.19, 0.42), "values": (0.62, 0.21, 0.02)}
 LIGHT = {"keys": (0.74, 0.85, 0.95), "values": (1.0, 0.85, 0.68)}
@@ -45,16 +48,20 @@ def draw_head(axis, x: float, side: str, kept: int) -> None:
         axis.add_patch(Rectangle(corner, 0.84, 0.88, facecolor=face, edgecolor=edge))
 
 
-def draw_panel(axis, title: str, plan: tuple[list[int], list[int]]) -> None:
+def draw_panel(axis, title: str, plan) -> None:
+    """All heads of a plan: (cells of keys, cells of values)."""
     x = 0
     for side, heads in zip(DARK, plan, strict=True):
         for j, kept in enumerate(heads):
             draw_head(axis, x + j, side, kept)
         middle = x + len(heads) / 2
+        place = {"ha": "center", "va": "top"}
         text = f"{side} of {len(heads)} heads"
-        axis.text(middle, -0.3, text, ha="center", va="top", fontsize=12, color=shade(side, 1))
+        axis.text(middle, -0.3, text, fontsize=12, color=shade(side, 1), **place)
         x += len(heads) + GAP
-    axis.set(xlim=(-MARGIN, x - GAP + MARGIN), ylim=(-1, LEVELS), xticks=[], yticks=[])
+    axis.set_xlim(-MARGIN, x - GAP + MARGIN)
+    axis.set_ylim(-1, LEVELS)
+    axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=14)
     axis.spines[:].set_visible(False)
 
@@ -64,9 +71,10 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "idea.png",
                         help="[figures/idea.png]")
     args = parser.parse_args()
-    with common.blame("--out"), common.picture(args.out, len(PANELS), 11, 3.4) as axes:
-        for axis, (title, plan) in zip(axes, PANELS.items(), strict=True):
-            draw_panel(axis, title, plan)
+    columns = len(PANELS)
+    with common.blame("--out"), common.picture(args.out, columns, 11, 3.4) as axes:
+        for axis, title in zip(axes, PANELS, strict=True):
+            draw_panel(axis, title, PANELS[title])
         axes[0].set_ylabel("coordinates kept,\nmost important first  →", fontsize=12)
     print(f"Saved {args.out}")
 

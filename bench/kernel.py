@@ -18,13 +18,15 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from bench.tools import in_fresh_process, ragged_ranks  # noqa: E402
 
@@ -78,16 +80,17 @@ def line_on(capability: int, dtype: str, d: int, G: int) -> str:
     shared = f"{compiled.metadata.shared / 1024:.0f}"
     if capability in GPUS:
         shared += f" of {GPUS[capability]}"
-    widths = " and ".join(map(str, load_widths(compiled.asm["ptx"])))
+    widths = load_widths(compiled.asm["ptx"])
     return (f"{what}{registers:3d} registers, {spills} bytes spilled, {shared} KB shared, "
-            f"{widths}-byte loads")
+            f"{' and '.join(widths)}-byte loads")
 
 
 def gist(error: Exception) -> str:
     """The line of a compiler's message that says what is wrong, else its first."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     fatal = [line for line in lines if "fatal" in line]
-    return " ".join((fatal or lines or [type(error).__name__])[0].split())
+    line = (fatal or lines)[0]
+    return " ".join(line.split())
 
 
 def compile_for(capability: int, dtype: str, d: int, G: int):
@@ -105,8 +108,9 @@ def compile_for(capability: int, dtype: str, d: int, G: int):
     signature |= {name: f"*{kind}" for name, kind in pointers.items()}
     signature |= dict.fromkeys(constants, "constexpr")
     signature["scale"] = "fp32"
-    values = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    place = {name: (index,) for index, name in enumerate(names)}
+    values = {place[name]: value for name, value in constants.items()}
+    aligned = {place[name]: [["tt.divisibility", 16]] for name in pointers}
     source = ASTSource(kernel.decode_kernel, signature, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
@@ -126,17 +130,19 @@ def assemble(ptx: str) -> tuple[int, int]:
     return int(registers), sum(map(int, spills))
 
 
-def load_widths(ptx: str) -> list[int]:
+def load_widths(ptx: str) -> list[str]:
     """Bytes that the loads from the cache take.
 
     From sm_80 on they go to shared memory (cp.async), some tiles ahead; before, through registers.
     The loads of 64 bits are those from the table.
     """
     ahead = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+)", ptx)
-    if ahead:
-        return sorted({int(size, 16) for size in ahead})
-    loads = re.findall(r"ld\.global[\w.]*?(?:\.v(\d))?\.b(8|16|32)\b", ptx)
-    return sorted({int(count or 1) * int(bits) // 8 for count, bits in loads})
+    widths = {int(size, 16) for size in ahead}
+    if not ahead:
+        loads = re.findall(r"ld\.global[\w.]*?(?:\.v(\d))?\.b(8|16|32)\b", ptx)
+        for count, bits in loads:
+            widths.add(int(count or 1) * int(bits) // 8)
+    return [str(width) for width in sorted(widths)]
 
 
 # ------------------------------------------------------------------------------
@@ -161,28 +167,38 @@ def copy_speed(device) -> float:
     return 2 * block.nbytes / milliseconds(block.clone)[0] / 1e6
 
 
-def one_layer(K: int, d: int, length: int, budget: float, dtype, device) -> tuple[Tensor, Tensor]:
-    """A layer of a cache of random numbers, and its table (4, K) in units of d/8."""
+def one_layer(q: Tensor, length: int, budget: float) -> tuple[Tensor, Tensor]:
+    """A layer of a cache of random numbers for q, and its table (4, K) in units of d/8."""
+    _, K, _, d = q.shape
     ranks = ragged_ranks(1, K, d, budget)[:, 0]                     # (2, K)
     sizes = ranks.flatten() * length
     offsets = (sizes.cumsum(0) - sizes).view(2, K)
     table = torch.cat((offsets, ranks)) // (d // 8)
-    data = torch.randn(int(sizes.sum()), dtype=dtype, device=device)
-    return data, table.to(device)
+    total = int(sizes.sum())
+    data = q.new_empty(total).normal_()
+    return data, table.to(q.device)
 
 
-def time_layer(name: str, length: int, copy: float, dtype, device) -> dict[float, float]:
-    """Print a line for every budget. Returns time / attention over the full cache, by budget."""
+def time_pytorch(q: Tensor, length: int) -> float:
+    """Milliseconds of PyTorch's attention over a full cache."""
+    _, K, G, d = q.shape
+    k = q.new_empty(1, K, length, d).normal_()
+    v = torch.randn_like(k)
+    q = q.view(1, K * G, 1, d)
+    attend = partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=G > 1)
+    return milliseconds(attend)[0]
+
+
+def time_layer(name: str, length: int, copy: float, dtype, device) -> dict:
+    """Print a line for every budget. Returns {budget: time / PyTorch's over the full cache}."""
     K, G, d = LAYERS[name]
     q = torch.randn(1, K, G, d, dtype=dtype, device=device)
-    k, v = torch.randn(2, 1, K, length, d, dtype=dtype, device=device)
-    heads = q.view(1, K * G, 1, d)
-    full = milliseconds(lambda: F.scaled_dot_product_attention(heads, k, v, enable_gqa=G > 1))[0]
+    full = time_pytorch(q, length)
     ratios = {}
     for budget in BUDGETS:
-        data, table = one_layer(K, d, length, budget, dtype, device)
+        data, table = one_layer(q, length, budget)
         inputs = q, data, table, length, length, d ** -0.5
-        times = milliseconds(lambda inputs=inputs: kernel.decode_attention(*inputs))
+        times = milliseconds(partial(kernel.decode_attention, *inputs))
         speed = data.nbytes / times[0] / 1e6
         middle, low, high = (ms / full for ms in times)
         ratios[budget] = middle
@@ -197,18 +213,26 @@ def time_all(dtype, device, path: Path) -> None:
           f"{str(dtype).removeprefix('torch.')}, batch 1, medians [20% … 80% of the calls]\n")
     print("  layer              context    cache     call, ms    GB/s   of copy     "
           "time / scaled_dot_product_attention, full cache")
-    curves = {name: [time_layer(name, length, copy, dtype, device) for length in LENGTHS]
-              for name in LAYERS}
-    with common.blame("--out"), common.picture(path, columns=2, sharey=True) as axes:
-        for axis, (name, ratios) in zip(axes, curves.items(), strict=True):
+    ratios = {}
+    for name in LAYERS:
+        for length in LENGTHS:
+            ratios[name, length] = time_layer(name, length, copy, dtype, device)
+    draw(ratios, path)
+    print(f"\nSaved {path}")
+
+
+def draw(ratios: dict, path: Path) -> None:
+    with common.blame("--out"), common.picture(path, 2, sharey=True) as axes:
+        for axis, name in zip(axes, LAYERS, strict=True):
             for budget in BUDGETS:
-                values = [of_length[budget] for of_length in ratios]
+                values = [ratios[name, length][budget] for length in LENGTHS]
                 axis.plot(LENGTHS, values, marker="o", label=f"{budget:.1%} of the cache")
             axis.set(xscale="log", title=name, xlabel="tokens of context",
                      ylabel="time / PyTorch's attention, full cache")
+            axis.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS], rotation=45)
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.legend()
-    print(f"\nSaved {path}")
 
 
 def main():

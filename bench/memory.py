@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import train  # noqa: E402
 from bench.tools import arguments, in_fresh_process, need_linux, process_memory  # noqa: E402

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from bench.tools import in_fresh_process, need_linux, process_memory  # noqa: E402
 from cache import KVCache  # noqa: E402
@@ -22,7 +23,8 @@ def fill(ckpt: Path, budget: float, tokens: int) -> tuple[int, int]:
     """The bytes of `cache.data`, and those that the process grew by."""
     model = load(ckpt)
     L, K, d = shape_of(model.config)
-    U_k, U_v = torch.linalg.qr(torch.randn(2, L, K, d, d)).Q
+    random = torch.randn(2, L, K, d, d)
+    U_k, U_v = torch.linalg.qr(random).Q
     projection = Projection(U_k, U_v, torch.zeros(L, K, d))
     ranks = uniform_ranks(budget, model.config)
     prompt = torch.randint(3, model.config.vocab_size, (1, 512))

@@ -39,8 +39,8 @@ def kl_in(report: dict, name: str) -> dict[float, float] | None:
     return {100 * row["budget"]: row[name]["kl"] for row in rows}
 
 
-def find_curve(reports: dict, folder: str | None, name: str) -> dict[float, float]:
-    """The curve in the report of a folder, or of the first that has it."""
+def find_curve(reports: dict, folder: str | None, name: str):
+    """KL by budget of the curve in the report of a folder, or of the first that has it."""
     for key in [folder] if folder else reports:
         kl = kl_in(reports[key], name)
         if kl:
@@ -49,7 +49,8 @@ def find_curve(reports: dict, folder: str | None, name: str) -> dict[float, floa
                      "evaluate.py then reports on them")
 
 
-def read_curves(folders: dict[str, Path]) -> list[tuple[tuple, dict[float, float]]]:
+def read_curves(folders: dict[str, Path]) -> list:
+    """Every entry of CURVES with its KL by budget."""
     reports = {}
     for key, folder in folders.items():
         with common.blame(f"--{key}"):
@@ -65,7 +66,8 @@ def read_curves(folders: dict[str, Path]) -> list[tuple[tuple, dict[float, float
 def draw(curves, path: Path) -> None:
     with common.blame("--out"), common.picture(path, width=8, height=5) as axis:
         for (_, _, label, color, marker, line), kl in curves:
-            axis.plot(kl.keys(), kl.values(), line, color=color, marker=marker, label=label)
+            style = {"color": color, "marker": marker, "label": label}
+            axis.plot(kl.keys(), kl.values(), line, **style)
         axis.set(yscale="log", xticks=list(kl), xlabel="size of the KV cache, % of full",
                  ylabel="KL to the base model, nats per token")
         axis.invert_xaxis()
@@ -83,7 +85,7 @@ def main():
     curves = read_curves({key: getattr(args, key) for key in FOLDERS})
     draw(curves, args.out)
     for (_, _, label, *_), kl in curves:
-        print(f"{label:48s}" + "".join(f"{kl[size]:9.4f}" for size in sorted(kl, reverse=True)))
+        print(f"{label:48s}" + "".join(f"{value:9.4f}" for value in kl.values()))
     print(f"Saved {args.out}")
 
 

@@ -54,7 +54,8 @@ def ragged_ranks(L: int, K: int, d: int, budget: float) -> Tensor:
         side = int(torch.rand(1, generator=generator) > 0.7)
         layer = torch.randint(L, (1,), generator=generator)
         head = torch.randint(K, (1,), generator=generator)
-        levels[side, layer, head] = (levels[side, layer, head] + 1).clamp(max=LEVELS)
+        if levels[side, layer, head] < LEVELS:
+            levels[side, layer, head] += 1
     return levels * (d // LEVELS)
 
 
@@ -98,7 +99,8 @@ def spread(values: list[float], form: str) -> str:
 
 def ratio(seconds: list[float], of: list[float]) -> str:
     """The spread of `seconds / of`, round by round."""
-    return spread([a / b for a, b in zip(seconds, of, strict=True)], ".3f")
+    pairs = zip(seconds, of, strict=True)
+    return spread([a / b for a, b in pairs], ".3f")
 
 
 # ------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import train  # noqa: E402
 from bench.tools import (  # noqa: E402
@@ -35,19 +37,17 @@ from projection import LEVELS  # noqa: E402
 WARM_UP = 2             # steps that are not counted: memory is still being fetched
 
 
-def product_weights(model: Model) -> list[torch.Tensor]:
-    """The matrices that a token meets, embedding apart."""
-    return [p for p in model.layers.parameters() if p.ndim == 2] + [model.lm_head.weight]
+def matrices(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [p for p in module.parameters() if p.ndim == 2]
 
 
 @torch.no_grad()
 def product_rate(model: Model, rows: int, dtype: torch.dtype) -> float:
     """Operations per second of this model's products alone, `rows` tokens at a time."""
     operations, seconds = 0, 0.0
-    matrices = [p for p in model.layers[0].parameters() if p.ndim == 2]
-    for W in [*matrices, model.lm_head.weight]:
+    for W in [*matrices(model.layers[0]), model.lm_head.weight]:
         W = W.to(dtype)
-        x = torch.randn(rows, W.shape[1], dtype=dtype, device=W.device)
+        x = W.new_empty(rows, W.shape[1]).normal_()
         product = partial(F.linear, x, W)
         product()
         times = [seconds_of(product) for _ in range(5)]
@@ -67,7 +67,8 @@ def seconds_per_step(args, model: Model, tokens) -> list[float]:
 
     hook = partial(train.ranks_hook, batch=args.batch)
     train.train(run, model, tokens, train.draw_levels, hook, 1e-3, after_step)
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)][WARM_UP - 1:]
+    counted = ends[WARM_UP - 1:]            # from the end of the warm-up on
+    return [end - start for start, end in pairwise(counted)]
 
 
 def options():
@@ -103,7 +104,8 @@ def main():
     speeds = [made / s for s in seconds]
     product_dtype = torch.bfloat16 if args.amp else dtype
     rate = product_rate(model, min(made, 2048), product_dtype)
-    operations = 6 * sum(W.numel() for W in product_weights(model))
+    weights = [*matrices(model.layers), model.lm_head.weight]
+    operations = 6 * sum(W.numel() for W in weights)
     shares = [operations * speed / rate for speed in speeds]
     name = str(product_dtype).removeprefix("torch.")
     print(f"\n{len(seconds)} steps of {made:,} tokens: {spread(speeds, ',.0f')} tokens/s")

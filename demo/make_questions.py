@@ -24,9 +24,13 @@ time types typing unittest urllib.parse urllib.request uuid warnings weakref zip
 def names(module: str) -> list[str]:
     """The public names of a module: functions, classes and constants, no modules."""
     found = importlib.import_module(module)
-    public = [n for n in getattr(found, "__all__", dir(found)) if not n.startswith("_")]
-    is_module = {n: type(getattr(found, n, found)) is type(found) for n in public}
-    return sorted(n for n in public if len(n) > 2 and not is_module[n])
+    module_type = type(found)
+    public = []
+    for name in getattr(found, "__all__", dir(found)):
+        kind = type(getattr(found, name, found))
+        if len(name) > 2 and not name.startswith("_") and kind is not module_type:
+            public.append(name)
+    return sorted(public)
 
 
 def main():
