@@ -1,22 +1,22 @@
 """The compressed KV cache: one tensor, whose size is the budget.
 
 For every layer, for keys and for values, for every key-value head there is a block
-(batch, max_len, r) with that head's own rank r. All blocks lie end to end in one preallocated
-tensor:
+(batch, max_len, r) with that head's own rank r, a multiple of d/8. All lie end to end in one
+preallocated tensor:
 
     data = [ layer 0: keys of head 0 | keys of head 1 | … | values of head 0 | … ][ layer 1: … ] …
 
-batch · max_len · Σ r numbers are all that grows with the context: no padding to the widest head, no
-list that grows by concatenation. A row of a block holds one token's coordinates, k U_r (after RoPE)
-or v U_r. Attention happens in that small space, for the G query heads that share a key-value head:
+The context costs batch · max_len · Σ r numbers: no padding to the widest head, no list that grows
+by concatenation. A row of a block holds one token's coordinates, k U_r (after RoPE) or v U_r, where
+U_r is the first r columns of an orthogonal matrix of the head, one for keys and one for values.
+Attention happens in that small space, for the G query heads that share a key-value head:
 
     scores = (q U_r)(k U_r)ᵀ / sqrt(d)      queries are turned once, stored keys read as they are
-    output = softmax(scores) (v U_r)        r numbers per query head; W_o' = U_rᵀ W_o reads them
+    output = softmax(scores) (v U_r)        r numbers per query head; W_o' = U_rᵀ W_o takes them
 
 This is MatryoshkaKV (arXiv 2410.14731). The value side costs no arithmetic: U_r is folded into W_v
-and W_o (projection.fold_values). The folded weights belong to the plan of ranks, so the cache holds
-them, and the model stays as it is. A head at rank d is stored unturned: with all ranks d this is
-the base model's cache.
+and W_o (projection.fold_values). The folded weights belong to the plan, the ranks of all heads, so
+the cache holds them. A head at rank d is stored unturned: all at d are the base model's cache.
 
     python cache.py                                 # the full cache: its layout and its bytes
     python cache.py --ranks out/ranks.json --budget 0.25        # or --budget alone: uniform ranks
@@ -49,7 +49,7 @@ SCORES = 2 ** 24        # scores computed at a time in a prefill: 64 MB in float
 
 
 class Group(NamedTuple):
-    """Neighbouring heads of a layer with the same ranks: J blocks end to end are one view."""
+    """J neighbouring heads of a layer with the same ranks: their blocks end to end, one view."""
     heads: slice
     keys: Tensor                                                    # (J, batch, max_len, r)
     values: Tensor                                                  # (J, batch, max_len, r')
@@ -97,7 +97,7 @@ class KVCache:
 
         self.groups = [self.group_heads(i) for i in range(L)]
         self.key_bases = [self.key_basis(i) for i in range(L)]
-        # Made at the first pass, for every layer: see `fold`, `places_of_token`, `table`.
+        # Made for a layer when first needed: see `fold`, `places_of_token`, `table`.
         self.folded, self.places, self.tables = [None] * L, [None] * L, [None] * L
 
     def group_heads(self, i: int) -> list[Group]:
@@ -121,7 +121,7 @@ class KVCache:
         return numbers.view(shape)
 
     def key_basis(self, i: int) -> Tensor | None:
-        """What keys and queries of layer i are turned by, (K, d, d); None if no head is turned."""
+        """U_k of layer i, all columns, of which a head uses the first r; None if all are d."""
         full = self.ranks[0, i] == self.head_dim
         if full.all():
             return None
@@ -130,7 +130,7 @@ class KVCache:
         return basis.to(self.device, self.dtype)
 
     def check_room(self, model: Model, B: int, T: int):
-        """ValueError unless this is a cache for the model, and T more tokens of B sequences fit."""
+        """ValueError unless sizes, dtype, device are the model's and T more of B sequences fit."""
         self.projection.check_fits(model.config)
         if (self.dtype, self.data.device) != (model.dtype, model.device):
             raise ValueError(f"a cache of {self.dtype} on {self.data.device} for a model in "
@@ -155,7 +155,7 @@ class KVCache:
         return self.folded[i]
 
     def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, window=None) -> Tensor:
-        """Append the keys and values of T tokens to layer i; attend to all, or the last `window`.
+        """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
         q (B, H, T, d) and k (B, K, T, d) after RoPE; v (B, T, Σ r) coordinates, from W_v'. Returns
         (B, T, Σ r over query heads), for W_o'.
@@ -170,7 +170,7 @@ class KVCache:
         self.append(i, k, v)
 
         end = self.length + T
-        begin = max(0, self.length + 1 - window) if window else 0   # older: unseen by all of these
+        begin = max(0, self.length + 1 - window) if window else 0   # what no new token sees
         scale = self.head_dim ** -0.5
         if T == 1 and self.data.is_cuda:
             return self.attend_on_gpu(i, q, begin, end, scale)
@@ -183,7 +183,7 @@ class KVCache:
         return join([attend_many(q, g, window or end, scale) for g in groups], 2)
 
     def append(self, i: int, k: Tensor, v: Tensor):
-        """Write keys (B, K, T, d) and value coordinates (B, T, Σ r) behind what layer i holds."""
+        """Write keys (B, K, T, d) and value coordinates (B, T, Σ r) after what layer i holds."""
         T = v.shape[1]
         if T == 1 and len(self.groups[i]) > 1:
             return self.append_one(i, k, v)
@@ -201,7 +201,7 @@ class KVCache:
             done += J * r
 
     def append_one(self, i: int, k: Tensor, v: Tensor):
-        """One token's numbers, those of all heads in one write: heads differ, and a call costs."""
+        """One token's numbers in one write for all heads: a call per group would cost more."""
         kept, place, step = self.places_of_token(i)
         keys = k.flatten(1)[:, kept]                                # (B, Σ r_k)
         values = v[:, 0]                                            # (B, Σ r_v)
@@ -251,8 +251,8 @@ class KVCache:
 def attend_one(groups: list, q: Tensor, scale: float) -> Tensor:
     """Attention of one new token, q (B, K, G, d), over a layer: (B, 1, Σ r over query heads).
 
-    The G queries that share a key-value head form one matrix: each stored number is read once, and
-    never repeated. The scores of all heads, which do not depend on ranks, share one softmax.
+    The G queries that share a key-value head form one matrix: each stored number is read once and
+    never repeated. Scores have one shape whatever the ranks: one softmax call for all heads.
     """
     q = (q * scale).transpose(0, 1)                                 # (K, B, G, d)
     scores = []
@@ -270,7 +270,7 @@ def attend_one(groups: list, q: Tensor, scale: float) -> Tensor:
 
 
 def attend_many(q: Tensor, group: Group, window: int, scale: float):
-    """Causal attention of q (B, K, G, T, d), the last T tokens, over a group: (B, T, J·G·r)."""
+    """Causal attention of q (B, K, G, T, d), the last T tokens, over a group: (B, T, J·G·r')."""
     heads, keys, values = group
     J, B, n, r = keys.shape
     q = q[:, heads].transpose(0, 1)                                 # (J, B, G, T, d)
@@ -299,7 +299,7 @@ def join(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (J, B, m, k) @ b (J, B, k, n). A matrix alone goes without a batch: faster on a CPU."""
+    """a (J, B, m, k) @ b (J, B, k, n). A single matrix goes through mm: faster on a CPU."""
     J, B = a.shape[:2]
     a, b = a.flatten(0, 1), b.flatten(0, 1)
     if J * B == 1:
@@ -320,7 +320,7 @@ def plan_arguments(parser) -> None:
 
 
 def plan_for(args, model: Model) -> tuple[Projection, Tensor]:
-    """The projections and the plan asked for; the base model's where nothing is."""
+    """The projections and the plan asked for; by default identity and full ranks."""
     ranks = uniform_ranks(args.budget or 1.0, model.config)
     if args.ranks is None and args.budget is None:
         return Projection.identity(model.config).to(model.device), ranks
@@ -334,7 +334,7 @@ def plan_for(args, model: Model) -> tuple[Projection, Tensor]:
 
 
 def order_of(path: list, config) -> Tensor:
-    """A file's path, entries [side, layer, head, KL after it], as an order for `plan_at`."""
+    """A file's path, entries [side, layer, head, KL after it], as an order (n,) for `plan_at`."""
     L, K, _ = shape_of(config)
     places = []
     try:
@@ -393,7 +393,7 @@ def main():
     plan_arguments(parser)
     count = common.within(1, 10 ** 7)
     parser.add_argument("--tokens", type=count, default=512, help="length of the cache shown [512]")
-    common.moved(parser, "--benchmark", to="timing is python bench/cache.py's")
+    common.moved(parser, "--benchmark", to="timing: python bench/cache.py")
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):

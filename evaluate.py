@@ -2,18 +2,19 @@
 
     KL          Σ p log(p / q), the model's next-token distribution p against the compressed one's
                 q, the mean over tokens, in nats per token: 0 is the model itself
-    perplexity  exp of the mean −log q(next token), and accuracy, how often its likeliest is right
-    questions   multiple choice by log-likelihood, through the real cache: the paper's measure
-                (section 4.1)
+    perplexity  exp of the mean −log q(next token); accuracy: how often q's likeliest token is it
+    questions   multiple choice by log-likelihood, through the real cache: the measure of the paper
+                (MatryoshkaKV, arXiv 2410.14731, section 4.1)
 
-The first two run whole windows of held-out text with keys and values projected (`project=`); a
-test holds that the cache gives the same logits. The KL is also what training minimises (Distill).
+The first two come from windows of held-out text with keys and values projected (`project=`); the
+cache gives the same logits. The KL is also what training minimises (Distill). A curve of the report
+is a projection with a plan, the ranks of all heads, for every budget, the share of the cache kept.
 
     python evaluate.py                                  # what train.py and search.py left in out/
-    python evaluate.py --out out_path --tasks demo/questions.jsonl
+    python evaluate.py --out out_order --tasks demo/questions.jsonl
 
-Reads OUT/projections.safetensors and, where search.py wrote them, OUT/ranks.json and
-OUT/ranks_pca.json (`search.py --pca`); writes OUT/evaluation.json and .png. A line of --tasks is
+Reads projections.safetensors in the --out folder, and where they are train.json, ranks.json and
+ranks_pca.json (`search.py --pca`); writes evaluation.json and .png. A line of --tasks is
 {"context": text, "choices": [texts], "label": number of the right one, from 0}.
 """
 import json
@@ -34,10 +35,10 @@ from projection import BUDGETS, LEVELS, SIDES, Projection, uniform_ranks
 # Distance from the model
 
 def log_probabilities(model: Model, *states: Tensor):
-    """For normed states (n, hidden) of the same tokens: the log-probabilities, chunk by chunk.
+    """Of states (n, hidden) behind the model's last norm, of the same tokens, chunk by chunk.
 
-    So that two (tokens × vocabulary) matrices never exist whole. Yields (slice of the tokens,
-    log p of the first states, log p of the second, …).
+    Two (tokens × vocabulary) matrices never exist whole. Yields (slice of the tokens, log p of the
+    first states, log p of the second, …).
     """
     for start in range(0, len(states[0]), common.CHUNK):
         rows = slice(start, start + common.CHUNK)
@@ -48,7 +49,7 @@ def logits(x: Tensor, W: Tensor) -> Tensor:
     """x Wᵀ of states (n, hidden) and W (vocab, hidden), in float32 or float64.
 
     A bfloat16 result would carry eight bits, and small KLs drown in that. So bfloat16 weights are
-    widened, some pieces of the vocabulary at a time.
+    widened, 8,192 rows of the vocabulary at a time.
     """
     if x.dtype == wide(x.dtype):
         return x @ W.T
@@ -62,10 +63,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit: int):
-    """The base model, and every hook in `hooks`, over at most `limit` windows of T tokens.
+    """The model, and the model with each hook `project=`, over at most `limit` windows of T tokens.
 
     Returns ({"perplexity", "accuracy"} of the base, {name: {"kl", "perplexity", "accuracy"}}).
-    ValueError where the model's weights make no sense.
+    ValueError where a cross-entropy is not a number, or beyond any sense.
     """
     count = min(limit, (len(tokens) - 1) // T)
     stride = (len(tokens) - 1) // count             # spread evenly over all of the held-out text
@@ -107,7 +108,7 @@ def means(total: Tensor, n: int) -> tuple[float, float, float]:
 
 
 class Distill(torch.autograd.Function):
-    """(1 − c) KL(p_teacher ‖ p_student) + c · cross-entropy, and the KL: per sequence, (B,) each.
+    """(1 − c) KL(p_teacher ‖ p_student) + c · cross-entropy, and the KL: means over T, (B,) each.
 
     The loss of training. Its gradient for the student's logits is q − ((1 − c) p + c · onehot),
     taken in the same pass, chunk by chunk, while the probabilities are at hand: no logits are kept
@@ -123,7 +124,7 @@ class Distill(torch.autograd.Function):
         kl = s.new_zeros(B * T, dtype=wide(s.dtype))
         cross_entropy = torch.zeros_like(kl)
         for rows, log_q, log_p in log_probabilities(model, s, t):
-            target = log_p.exp()                                    # what q should be: p
+            target = log_p.exp()                                    # what q should be
             kl[rows] = log_p.sub_(log_q).mul_(target).sum(-1)       # Σ p log(p / q)
             if c > 0:
                 cross_entropy[rows] = -log_q.gather(1, y[rows])[:, 0]
@@ -177,19 +178,19 @@ def check_question(question: dict) -> None:
 def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Tensor:
     """log p(choice | context) of every choice, summed over its tokens: (choices,).
 
-    What all choices begin with is prefilled once; the choices then follow as one batch. A choice's
-    tokens are those that context + choice has beyond the context's own, at least one; space at the
-    end of the context counts to the choices.
+    What all of context + choice begin with is prefilled once; the rest follows as one batch. A
+    choice's tokens are those behind as many as the context has, at least one; a space that ends the
+    context belongs to the choices.
     """
     before = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
 
     def ids(text: str) -> list[int]:
         return before + tokenizer.encode(text)
 
-    context = len(ids(question["context"].rstrip()))
+    context_tokens = len(ids(question["context"].rstrip()))
     wholes = [ids(question["context"] + choice) for choice in question["choices"]]
     same = 0                                        # tokens that all share, and each has one more
-    most = min(context, *(len(whole) - 1 for whole in wholes))
+    most = min(context_tokens, *(len(whole) - 1 for whole in wholes))
     while same < most and len({whole[same] for whole in wholes}) == 1:
         same += 1
     if not same:
@@ -202,7 +203,7 @@ def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Te
     prefix = torch.tensor([wholes[0][:same]], device=model.device)
     states = model.hidden(prefix, cache=cache)[:, -1:].expand(len(ends), -1, -1)
     if longest > 1:
-        padded = [end[:-1] + [0] * (longest - len(end)) for end in ends]
+        padded = [end[:-1] + [0] * (longest - len(end)) for end in ends]    # zeros are never seen
         wider = spread(cache, len(ends), longest - 1)
         after = model.hidden(torch.tensor(padded, device=model.device), cache=wider)
         states = torch.cat((states, after), dim=1)
@@ -210,13 +211,13 @@ def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Te
 
     scores = []
     for row, end, whole in zip(log_p, ends, wholes, strict=True):
-        first = min(context, len(whole) - 1) - same     # tokens before belong to the context
+        first = min(context_tokens, len(whole) - 1) - same      # what is before is context
         scores.append(row[torch.arange(first, len(end)), end[first:]].sum())
     return torch.stack(scores)
 
 
 def spread(cache: KVCache, batch: int, more: int) -> KVCache:
-    """A cache for `batch` sequences that all begin with the one in `cache`, and `more` tokens."""
+    """A cache of `batch` copies of the one sequence in `cache`, with room for `more` tokens."""
     n = cache.length
     wider = KVCache(cache.projection, cache.ranks, batch, n + more, cache.dtype, cache.device)
     wider.folded = cache.folded
@@ -229,9 +230,9 @@ def spread(cache: KVCache, batch: int, more: int) -> KVCache:
 
 
 def answer(model: Model, tokenizer, questions: list[dict], projection: Projection, ranks: Tensor):
-    """The share of questions whose right choice scores highest, as it is and by character.
+    """The share of questions whose right choice scores highest: by sum, and by sum per character.
 
-    The first of equals counts.
+    Of equal choices the first is taken.
     """
     room = max(len(tokenizer.encode(q["context"])) for q in questions) + 1
     cache = KVCache(projection, ranks, 1, room, model.dtype, model.device)
@@ -259,7 +260,7 @@ CURVES = {      # name in files: heading in tables, label and style in pictures
 
 
 def write_report(model: Model, held_out, curves: dict, args, path: Path, said: dict) -> None:
-    """Report on `curves`; write `path`, a .json, with what else is `said`, and a .png beside it."""
+    """Report on `curves`; write rows and `said` to `path`, a .json, and a picture beside it."""
     base, rows = report(model, held_out, curves, args)
     with common.blame("--out"):
         common.write_json(path, said | {"base": base, "budgets": rows}, indent=1)
@@ -298,7 +299,7 @@ def print_table(base: dict, rows: list[dict]) -> None:
         for _, key, form, scale in columns:
             line += " | " + "".join(f"{scale * row[name][key]:11{form}}" for name in names)
         print(line)
-    print("\n* with a rank for every head\n" if "*" in headings else "")
+    print("\n* with its own rank for every head\n" if "*" in headings else "")
 
 
 def draw(base: dict, rows: list[dict], path: Path) -> None:
@@ -325,7 +326,7 @@ def draw(base: dict, rows: list[dict], path: Path) -> None:
 
 
 def draw_plan(ranks: Tensor, d: int, searched_kl: list, uniform_kl: dict, path: Path) -> None:
-    """A plan (2, L, K) as two heat maps; the KL of each plan down its path."""
+    """A plan (2, L, K) as two heat maps; the KL after each lowering, against uniform ranks."""
     _, L, K = ranks.shape
     with common.picture(path, 3, width=13, width_ratios=[1, 1, 1.5]) as (keys, values, curve):
         for side, axis in enumerate((keys, values)):
@@ -406,7 +407,7 @@ def describe(ckpt: Path, model) -> str:
 
 
 def check_same_run(folder: Path, args) -> None:
-    """ValueError where train.json says that other text or another model was trained on."""
+    """ValueError where train.json names another model, text or --seq."""
     if not (folder / "train.json").exists():
         return
     config = common.read_json(folder / "train.json")["config"]
@@ -434,7 +435,7 @@ def main():
         curves = curves_in(args.out, model)
         check_same_run(args.out, args)
         for _, plan in curves.values():
-            plan(BUDGETS[-1])                       # a path that ends early is better known now
+            plan(BUDGETS[-1])                       # fail now if a path ends too early
     print(describe(args.ckpt, model))
     _, held_out = text_for(args, model.config)
 

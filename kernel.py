@@ -1,29 +1,29 @@
 """One Triton kernel: decoding attention over the compressed, ragged cache.
 
 Decoding adds one new token per sequence. On a GPU such a step does few operations for each number
-of the cache that it reads, so its time is the bytes of the cache over the memory's bandwidth, and a
-compressed cache pays exactly if the kernel reads the compressed bytes, each once. Every head has
+of the cache that it reads, so its time is the bytes of the cache over the memory's bandwidth: a
+compressed cache pays only if the kernel reads its bytes, and each of them once. Every head has
 ranks of its own: its keys are a block (batch, max_len, r) somewhere in one flat tensor (cache.py),
-its values another, and a table says where and how wide. Loads beyond a head's rank are masked: a
-head of rank 16 costs the bytes of rank 16, though arithmetic runs over d columns.
+its values another, and a table says where and how wide. Loads beyond a head's rank are masked: it
+costs its own bytes, though arithmetic runs over d columns.
 
     program (b, j, z) owns sequence b, key-value head j, and the z-th of Z stretches of the context:
 
     for tiles of tokens in that stretch:                # keys and values are read here, once
         scores = q kᵀ / sqrt(d)                         # for the G query heads of the group at once
-        m_new  = max(m, max scores)                     # online softmax: the largest score so far
+        m_new  = max(m, max scores)                     # the largest score so far; m after the tile
         acc    = acc · exp(m − m_new) + exp(scores − m_new) v
         l      = l · exp(m − m_new) + Σ exp(scores − m_new)
     write acc, m, l                                     # this stretch's share of the answer
 
-q, k and v are coordinates: the cache holds k U_r and v U_r, the caller passes q U_k, and what comes
-out is in the coordinates of the values, for W_o' to take (projection.fold_values).
+q, k and v are coordinates: the cache holds the first r columns of k U_k and of v U_v, the caller
+passes q U_k, and what comes out is in the values' coordinates: W_o' takes it (fold_values).
 
 Why stretches: one sequence of Mistral-7B has 8 key-value heads, and a GPU has a hundred
 multiprocessors; the context is cut so that all have work. The shares are merged after the kernel.
-Why the running maximum: exp overflows without one, and a stretch cannot know the largest score of
-the others. Why float32 for scores, l and acc: a sum of 100,000 terms in bfloat16 stands still after
-the first few hundred. Only the weights are rounded to the cache's dtype, for the second product.
+Why the running maximum: exp overflows without one; each stretch has its own, and `merge` sets them
+against one another. Why float32 for scores, l and acc: a sum of 100,000 terms in bfloat16 stands
+still after the first few hundred. Only exp(scores − m_new) is rounded, to multiply v.
 
     python kernel.py            # checks it against a float64 reference, on the GPU if there is one
     python bench/kernel.py      # times it, or compiles it for GPUs that are not here
@@ -38,7 +38,7 @@ from torch import Tensor
 import common
 
 if not torch.cuda.is_available():               # Triton's interpreter runs the kernel in Python;
-    os.environ.setdefault("TRITON_INTERPRET", "1")      # to be said before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # must be set before Triton is
 try:
     import triton
     import triton.language as tl
@@ -52,14 +52,14 @@ except ImportError:
 # ------------------------------------------------------------------------------
 # The kernel
 
-@triton.jit(do_not_specialize=["begin", "end", "stretch"])      # or each new length would compile
+@triton.jit(do_not_specialize=["begin", "end", "stretch"])      # else: variants for 1 and 16·n
 def decode_kernel(
     q, cache, table, acc_out, stats_out,
     max_len, begin, end, stretch, scale,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):
-    """Attention to tokens begin … end − 1, cut into stretches.
+    """Attention of the G queries of each of K heads to tokens begin … end − 1, in Z stretches.
 
     q (B, K, G, D); cache flat, of q's dtype; table (4, K) int64 in units of D/8 numbers: where the
     keys of a head begin, where its values begin, its key rank, its value rank. Writes float32
@@ -69,10 +69,10 @@ def decode_kernel(
     b = tl.program_id(0).to(tl.int64)           # a cache may have more than 2³¹ numbers
     j = tl.program_id(1)
     z = tl.program_id(2)
-    group = b * K + j
+    pair = b * K + j                            # a sequence and a key-value head
 
     # Multiplying by D/8 here, not in the table, tells the compiler that rows begin at multiples of
-    # it: 16-byte loads where D/8 numbers are 16 bytes or more (bfloat16 from D = 64 on).
+    # it: 16-byte loads where D/8 numbers are a multiple of 16 bytes (bfloat16, D = 64 or 128).
     key_offset = tl.load(table + j) * (D // 8)
     value_offset = tl.load(table + K + j) * (D // 8)
     ranks = table + 2 * K + j
@@ -87,7 +87,7 @@ def decode_kernel(
     is_key = column < key_rank
     is_value = column < value_rank
 
-    row = group * G + g                         # of q, among the B·K·G queries
+    row = pair * G + g                         # of q, among the B·K·G queries
     q_at = q + row[:, None] * D + column
     queries = tl.load(q_at, mask=is_row & is_key, other=0.0)        # (ROWS, COLUMNS)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -98,14 +98,14 @@ def decode_kernel(
     last = tl.minimum(first + stretch, end)
     for start in range(first, last, TILE):
         token = start + tl.arange(0, TILE)
-        held = token < last
+        inside = token < last
         token = token.to(tl.int64)
 
         k_at = keys + token * key_rank + column[:, None]
-        k_mask = is_key[:, None] & held
-        k = tl.load(k_at, mask=k_mask, other=0.0)                   # (COLUMNS, TILE)
-        s = tl.dot(queries, k, input_precision="ieee")              # float32 proper, not TF32
-        s = tl.where(held, s * scale, float("-inf"))                # (ROWS, TILE)
+        k_mask = is_key[:, None] & inside
+        k = tl.load(k_at, mask=k_mask, other=0.0)                   # kᵀ, (COLUMNS, TILE)
+        s = tl.dot(queries, k, input_precision="ieee")              # no TF32
+        s = tl.where(inside, s * scale, float("-inf"))                # (ROWS, TILE)
 
         m_new = tl.maximum(m, tl.max(s, axis=1))
         p = tl.exp(s - m_new[:, None])
@@ -114,12 +114,12 @@ def decode_kernel(
         m = m_new
 
         v_at = values + token[:, None] * value_rank + column
-        v_mask = held[:, None] & is_value
+        v_mask = inside[:, None] & is_value
         v = tl.load(v_at, mask=v_mask, other=0.0)                   # (TILE, COLUMNS)
         pv = tl.dot(p.to(v.dtype), v, input_precision="ieee")
         acc = acc * rescale[:, None] + pv
 
-    share = (group * tl.num_programs(2) + z) * G + g        # this program's rows of what it writes
+    share = (pair * tl.num_programs(2) + z) * G + g        # this program's rows of what it writes
     acc_at = acc_out + share[:, None] * D + column
     tl.store(acc_at, acc, mask=is_row & (column < D))
     stats_at = stats_out + share * 2
@@ -139,8 +139,8 @@ def decode_attention(
 
     q (B, K, G, d), times U_k; data, the flat cache tensor, of q's dtype; table (4, K) int64 in
     units of d/8: key offsets, value offsets, key ranks, value ranks. Attends to tokens begin …
-    length − 1, in `stretches` if said. The result is in the coordinates of the values, zero beyond
-    each head's value rank. ValueError for sizes that do not fit.
+    length − 1, in at most `stretches`. The result is in the coordinates of the values, zero beyond
+    each head's value rank. ValueError for shapes or dtypes that do not fit.
     """
     B, K, G, d = q.shape
     if not 0 <= begin < length <= max_len:
@@ -170,7 +170,7 @@ def decode_attention(
 
 
 def merge(acc: Tensor, stats: Tensor) -> Tensor:
-    """The shares (B, K, Z, G, d) of all stretches, each against the largest score of all."""
+    """Attention from the shares (B, K, Z, G, d): each rescaled to the largest m, over Σ l."""
     m, l = stats.split(1, dim=-1)                               # (B, K, Z, G, 1)
     weight = torch.exp(m - m.amax(2, keepdim=True))
     total = (acc * weight).sum(2)
@@ -179,7 +179,7 @@ def merge(acc: Tensor, stats: Tensor) -> Tensor:
 
 def enough_stretches(groups: int, tokens: int, device) -> int:
     """About four programs for each multiprocessor, and at least 256 tokens for each program."""
-    processors = 2
+    processors = 2                              # in the interpreter: any few
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(math.ceil(4 * processors / groups), tokens // 256))
@@ -244,7 +244,7 @@ def example(
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 GRID = [(d, G) for d in (64, 128) for G in (1, 2, 4, 8)]
-CASES = (       # B, length, begin, stretches: nothing round
+CASES = (       # B, length, begin, stretches: never whole tiles
     (1, 1, 0, 1), (3, 2, 0, 1), (1, 31, 0, 1), (3, 33, 0, 2), (1, 63, 5, 1), (3, 65, 0, 3),
     (1, 4097, 0, 7), (1, 300, 171, 2), (1, 700, 0, None),
 )

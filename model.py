@@ -8,12 +8,13 @@ One layer, for a token's state x (a row), in the order in which data meets it:
     x       = x + (silu(RMSNorm(x) Wgate) * RMSNorm(x) Wup) Wdown
 
 What this project compresses is k (after RoPE) and v, the two things that a model keeps of every
-past token. So `forward` has three hooks on exactly that spot, and knows nothing else of the method:
+past token. So `forward` has three hooks on that spot, one at a time, and knows nothing else:
 
     project(layer, k, v) -> (k̂, v̂)     replaces them by their projections (projection.py)
     observe(layer, q, k, v)             is shown them: calibration
     cache                               keeps them, in few coordinates, and attends to what it kept
-                                        (cache.py); it brings its own Wv and Wo
+                                        (cache.py: check_room, fold, attend), by a Wv and Wo of its
+                                        own; the other two are then not called
 
 Letters: B batch, T tokens, L layers, H query heads, K key-value heads, G = H / K (grouped-query
 attention), d = head_dim. The weights are frozen: this project trains rotations around them.
@@ -126,9 +127,8 @@ def parse_config(raw: dict) -> Config:
 
 
 # ------------------------------------------------------------------------------
-# The transformer. Its modules only hold the weights, under Hugging Face's names; the arithmetic is
-# in Model.layer, with F.linear on the weights: calling a module costs as much as a small product,
-# and a decoded token makes many.
+# The transformer. Attention and Layer only hold weights, under Hugging Face's names; the arithmetic
+# is in Model.layer, by F.linear on the weights: a module's call costs as much as a small product.
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
@@ -205,7 +205,7 @@ class Model(nn.Module):
         """The states (B, T, hidden) that leave the last layer, before the final norm.
 
         With `recompute` a layer's inner states are made again in the backward pass (activation
-        checkpointing): a third more operations, for the memory of one layer instead of all.
+        checkpointing): one more forward pass, for one layer's memory instead of all layers'.
         """
         if cache is not None:
             cache.check_room(self, *tokens.shape)
@@ -297,7 +297,7 @@ class Rope:
 
     @torch.inference_mode(False)    # the table outlives a generation, and training may use it next
     def grow(self, positions: int, dtype, device) -> None:
-        """In float64 up to the cosine, since positions run to 10⁵ and beyond."""
+        """Angles and cosines are float64, since positions run to 10⁵ and beyond."""
         position = torch.arange(positions, dtype=torch.float64)
         angle = position[:, None] * frequencies(self.config)        # (positions, d / 2)
         cos, sin = angle.cos(), angle.sin()
@@ -357,7 +357,7 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Which file holds which tensor. Never a glob: folders hold the same weights twice."""
+    """Which file holds which tensor. Never a glob: some folders hold all weights twice."""
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if index.exists():
@@ -387,15 +387,15 @@ def load_tokenizer(path: str | Path):
     from sentencepiece import SentencePieceProcessor
     file = Path(path) / "tokenizer.model"
     if not file.exists():
-        raise ValueError(f"{path}: no tokenizer.model; pass token ids, such as --data tokens.bin")
+        raise ValueError(f"{path}: no tokenizer.model; train.py and search.py take token ids too")
     try:
         proto = file.read_bytes()
         if not proto:               # SentencePiece takes an empty one, and fails at the first text
             raise RuntimeError
         return SentencePieceProcessor(model_proto=proto)
     except (OSError, RuntimeError):
-        raise ValueError(f"{file}: not a SentencePiece model; pass token ids instead, "
-                         "such as --data tokens.bin") from None
+        raise ValueError(f"{file}: not a SentencePiece model; train.py and search.py take "
+                         "token ids too, such as --data tokens.bin") from None
 
 
 # ------------------------------------------------------------------------------

@@ -1,26 +1,26 @@
 """Orthogonal projections of keys and values (MatryoshkaKV, arXiv 2410.14731, section 3).
 
-Every layer and every key-value head has two orthogonal d × d matrices, U_k for keys and U_v for
-values, columns sorted by importance, and the mean μ of its values. At rank r only the first r
-columns U_r count. With P = U_r U_rᵀ, and vectors as rows,
+Each of L layers has K key-value heads, and each of these two orthogonal d × d matrices, U_k for
+keys and U_v for values, columns sorted by importance, and the mean μ of its values. At rank r only
+the first r columns U_r count. With P = U_r U_rᵀ, and vectors as rows,
 
     k̂ = k P                     cached as k U_r, r numbers in place of d
     v̂ = v P + μ (I − P)         cached as v U_r; the rest of v is replaced by its mean
 
 and q · k̂ = (q U_r) · (k U_r). One U serves every rank like nested dolls, Matryoshka: a smaller
-rank uses a prefix of the same columns. Keys are projected after RoPE, and need no mean: it would
-add one and the same number, q · μ(I − P), to all scores of a query, which softmax does not see.
+rank uses a prefix of the same columns. Keys are projected after RoPE, and need no mean m: it would
+add one and the same number, q · m(I − P), to all scores of a query, which softmax does not see.
 
 The matrices start as eigenvectors over a calibration text and are then rotated by training, where
 the Cayley map C of a skew-symmetric A is orthogonal by construction, and the identity at A = 0:
 
     U = U₀ C(A),        C(A) = (I − A/2)⁻¹ (I + A/2)
 
-Ranks are multiples of d/8: level 1 … 8, each of one eighth of the columns. A plan says the rank of
-every head, (2, L, K) integers, [0] for keys and [1] for values. An order of lowerings, found by the
-search, takes a rank down by an eighth at a time: any budget is a prefix of it.
+Ranks are multiples of d/8: level l, 1 to 8, keeps l eighths of the columns. A plan gives every head
+its rank: (2, L, K) integers, [0] for keys, [1] for values; its mean over d is its budget. An order
+(search.py) lists ranks that lose an eighth, one after the other: a prefix of it makes a plan.
 
-    python projection.py        # calibrates the demo: what do its leading columns hold?
+    python projection.py        # the variance that leading columns hold, on the demo model
 """
 import math
 import sys
@@ -55,7 +55,7 @@ class Projection:
         self.mean_v = mean_v
 
     def at(self, ranks: Tensor):
-        """The model's hook `project=` at a plan: (layer, k, v) -> (k̂, v̂), of the same shapes.
+        """The hook `project=` that simulates a plan: (layer, k, v) -> (k̂, v̂), of the same shapes.
 
         ranks is (2, L, K), or (2, L, B, K) where every sequence of the batch has a plan of its own
         (training). ValueError for a rank that is not one of d/8, 2d/8, …, d.
@@ -149,11 +149,11 @@ def fold_values(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fold the value side of a layer into its weights: the paper's "new linear layer" (Figure 2).
 
-    Values carry no RoPE, so both of their rotations vanish into the matrices beside them:
+    Values carry no RoPE, so both U_r and U_rᵀ vanish into the matrices beside them:
 
         W_v' = W_v U_r              makes the coordinates v U_r that are cached
         W_o' = U_rᵀ W_o             takes weighted sums of them, for each query head of the group
-        bias = Σ_h μ (I − P) W_o    what the means that were cut off add to every token
+        bias = Σ_h μ (I − P) W_o    what cut-off means add: attention weights sum to one
 
     W_v (K·d, hidden) and W_o (hidden, H·d) as stored, U (K, d, d), mean (K, d), ranks (K,). Returns
     W_v' (Σ r, hidden), W_o' (hidden, Σ r over query heads), as stored too, and the bias (hidden).
@@ -181,7 +181,7 @@ def fold_values(
 class Moments:
     """Sums over a calibration text, per layer and KV head, float64; the model's hook `observe=`.
 
-    One streaming pass; no key is ever kept. Queries are summed over the query heads of a group.
+    One streaming pass; no key is kept. All after RoPE; queries are summed over their group.
     """
 
     def __init__(self, config, device="cpu"):
@@ -224,9 +224,8 @@ class Moments:
     def query_aware(self, W_o: list[Tensor]) -> Projection:
         """PCA that also asks who reads; W_o (hidden, H·d) of every layer, as stored.
 
-        What is lost along a direction matters only if somebody looks there. So a direction counts
-        if keys vary along it or queries look along it, and, for values, if they vary along it or
-        the output matrix takes it in, both with equal weight: the eigenvectors of
+        A direction counts if keys or values vary along it, or if somebody looks along it: queries
+        at keys, W_o at values. The two are added with equal weight: the eigenvectors of
 
             keys      cov(k) / tr cov(k) + E[qᵀq] / tr E[qᵀq]
             values    cov(v) / tr cov(v) + M / tr M,     M = Σ W_o[h]ᵀ W_o[h] over the group's h
@@ -245,7 +244,7 @@ class Moments:
 
 
 def covariance(n: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    """Of n (L,) rows with sum `total` (L, K, d) and Σ xᵀx `squares` (L, K, d, d)."""
+    """The covariance of n (L,) rows with sum `total` (L, K, d) and Σ xᵀx `squares`."""
     n = n[:, None, None]
     mean = (total / n)[..., None]                                   # (L, K, d, 1)
     return squares / n[..., None] - mean * mean.mT
@@ -274,7 +273,7 @@ def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16
     for total in moments.sums:
         common.sum_over_processes(total)
         if not total.isfinite().all():
-            raise ValueError("keys, values or queries are not finite: are the weights whole?")
+            raise ValueError("keys, values or queries are not finite: is the checkpoint whole?")
     return moments
 
 
@@ -284,10 +283,10 @@ def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16
 class Rotation(nn.Module):
     """U = U₀ C(A) for every head: `rotation()` is the Projection at the current parameters.
 
-    The parameters are the entries of A above the diagonal, zero at the start, except those between
-    two columns of one eighth: every rank keeps or drops an eighth whole, so turning within it
-    changes no projection. Near A = 0 their gradient is rounding noise, which Adam would blow up.
-    The value means train too.
+    The parameters are entries of A above the diagonal, zero at the start. Those between columns of
+    one eighth are left out: every rank keeps or drops an eighth whole, so turning within it changes
+    no projection, and near A = 0 its gradient is rounding noise, which Adam would blow up. The
+    value means train too.
     """
 
     def __init__(self, start: Projection):
@@ -305,7 +304,7 @@ class Rotation(nn.Module):
         self.mean_v = nn.Parameter(start.mean_v.clone())
 
     def forward(self, dtype: torch.dtype | None = None) -> Projection:
-        """In `dtype`: float64 before saving, so that U is orthogonal to the last digit."""
+        """In `dtype`: float64 before saving, so that the Cayley map adds no error of its own."""
         start = self.start.to(None, dtype)
         U_k = start.U_k @ self.cayley(self.A_k.to(dtype))
         U_v = start.U_v @ self.cayley(self.A_v.to(dtype))
@@ -325,7 +324,7 @@ class Rotation(nn.Module):
 
         An entry turns two columns, of eighths a < b, into each other. It is seen if some sequence
         keeps the one and cuts the other off, at a level a < level ≤ b (counting eighths from 0).
-        The gradient of the others is rounding noise, as above.
+        Near A = 0 the gradient of the others is rounding noise, as above; it is always dropped.
         """
         levels = (ranks // self.eighth).transpose(2, 3)             # (2, L, K, B)
         drawn = levels.new_zeros(*levels.shape[:3], LEVELS + 1)
@@ -353,9 +352,9 @@ def check_ranks(ranks: Tensor, L: int, K: int, d: int) -> None:
 
 
 def uniform_ranks(budget: float, config) -> Tensor:
-    """The same rank everywhere, (2, L, K): budget · d rounded down to a multiple of d/8."""
+    """Rank budget · d everywhere, (2, L, K), rounded down to a multiple of d/8, at least d/8."""
     L, K, d = shape_of(config)
-    level = max(1, int(budget * LEVELS + 1e-9))                     # 0.1 · 3 is not quite 0.3
+    level = max(1, int(budget * LEVELS + 1e-9))                     # 0.75 may come as 0.7499…
     return torch.full((2, L, K), level * (d // LEVELS))
 
 

@@ -1,26 +1,26 @@
 """Search the ranks: which heads may be narrow, and which must stay wide.
 
-MatryoshkaKV (arXiv 2410.14731), section 3.3 and Algorithm 1. A uniform rank wastes the cache, since
-heads, layers, keys and values differ in what they can spare. Algorithm 1 starts with every rank at
-d. Each round it lowers, in turn, every rank by d/8, measures the KL to the model on a calibration
-text, and keeps the one lowering that costs least:
+MatryoshkaKV (arXiv 2410.14731), section 3.3 and Algorithm 1. A rank is how many of d
+coordinates a head keeps, of keys or of values. A uniform rank wastes the cache, since heads differ
+in what they can spare. Algorithm 1 starts with every rank at d. Each round it tries to lower each
+rank, alone, by d/8, measures the KL on a calibration text, and keeps the one that costs least:
 
-    repeat   h* = argmin_h KL(p_model ‖ p(ranks with head h lowered by d/8)),   lower h*
+    repeat   h* = argmin_h KL(p_model ‖ p(ranks with rank h lowered by d/8)),   lower h*
 
-A round takes a forward pass for each of the 2·L·K candidates (`--exact`). The default finds nearly
-the same order of lowerings with a small share of the passes, by two observations:
+A round takes a pass for each of up to 2·L·K candidates (`--exact`). The default finds nearly the
+same order of lowerings with a small share of the passes, by two observations:
 
-  lazy        What a candidate adds to the KL hardly changes when some other head is lowered. So all
+  lazy        What a candidate adds to the KL hardly changes when some other rank is lowered. So all
               candidates wait in a heap, keyed by the increase they had when last measured; only the
               one on top is measured again, and lowered if it is still the least, or nearly so.
-  from l up   Lowering a head of layer l leaves the layers below untouched. Each layer's input under
-              the current plan is kept, and a candidate of layer l runs the layers from l up alone.
+  from l up   Lowering a rank of layer l leaves the layers before it untouched. Each layer's input
+              under the current plan is kept, and a candidate runs the layers from l on alone.
 
 Counted on the demo (48 ranks, 336 rounds): 758 passes of 0.6 of the layers on average, where
 Algorithm 1 takes 13,819. At the same rates LLaMA-2-7B would take 32,000, against 25 million.
 
-The order goes down to 12.5%: a rank never falls below d/8, since a head that kept nothing would
-attend blindly. A plan for any larger budget is a prefix of it.
+The order goes down to 12.5%: every rank keeps d/8, since a head without keys would attend blindly.
+The plan for any larger budget is made by a prefix of it; a file's "path" is the order with its KLs.
 
     python search.py                        # out/projections.safetensors -> out/ranks.json, .png
     python search.py --budget 0.25 --exact  # Algorithm 1 as it is
@@ -41,16 +41,16 @@ from evaluate import describe, draw_plan, log_probabilities, report, report_argu
 from model import Model, load
 from projection import BUDGETS, LEVELS, SIDES, Projection, plan_at, shape_of, uniform_ranks
 
-NEARLY = 0.1        # how far above the least an increase may be; 0 takes a sixth more passes
+NEARLY = 0.1        # how far above the least an increase may be, as a share of it
 
 
 # ------------------------------------------------------------------------------
 # What a plan costs
 
 class Cost:
-    """KL to the model on a calibration text (B, T), of plans at and one step below `ranks`.
+    """The current plan `ranks`, and the KL to the model of it and of others on a text (B, T).
 
-    A candidate is (side, layer, head), the rank that would lose an eighth of d.
+    A candidate is (side, layer, head): a rank that could lose an eighth of d.
     """
 
     def __init__(self, model: Model, projection: Projection, tokens: Tensor):
@@ -69,7 +69,7 @@ class Cost:
         self.tried = None               # the last candidate, its plan, KL and layers' inputs
 
     def measure(self, ranks: Tensor, first: int):
-        """KL of a plan that differs from `ranks` only from layer `first` on; its layers' inputs."""
+        """KL, and layers' inputs, of a plan that is the current one in layers before `first`."""
         project = self.projection.at(ranks)
         inputs, x = self.inputs[:first], self.inputs[first]
         for i in range(first, len(self.model.layers)):
@@ -93,7 +93,7 @@ class Cost:
         return kl
 
     def lower(self, candidate: tuple[int, int, int]) -> None:
-        """Make it the current plan."""
+        """Lower this rank in the current plan."""
         if self.tried is None or self.tried[0] != candidate:
             self.if_lowered(candidate)
         _, self.ranks, self.kl, self.inputs = self.tried
@@ -117,7 +117,7 @@ def exact(cost: Cost):
 
 
 def lazy(cost: Cost):
-    """Lazy greedy: only the candidate that looks cheapest is measured again."""
+    """Lazy greedy: only the top is measured again; a key that has since fallen waits its turn."""
     heap = []
     for candidate in cost.candidates():
         heap.append((cost.if_lowered(candidate) - cost.kl, candidate))
@@ -139,7 +139,7 @@ def lazy(cost: Cost):
 # Output
 
 def save(path: list, cost: Cost, config, budget: float, file: Path) -> None:
-    """ranks.json: the whole path, and the plan at `budget` spelled out."""
+    """Write `path`, rows of [side, layer, head, KL after it], and the plan at `budget`."""
     evaluations = cost.passes
     ranks = plan_at(order_of(path, config), config, budget)
     full = ranks.numel() * config.head_dim
@@ -168,7 +168,7 @@ def options():
     add("--proj", type=Path, default=Path("out/projections.safetensors"),
         help="[out/projections.safetensors]")
     add("--budget", type=common.within(0.125, 1.0), default=0.375,
-        help="of the plan that is spelled out beside the path [0.375]")
+        help="of the plan spelled out in the file, whose path always goes to 12.5% [0.375]")
     add("--exact", action="store_true", help="Algorithm 1 as it is")
     add("--pca", action="store_true", help="search for the plain PCA that is in --proj")
     return parser.parse_args()
@@ -218,6 +218,7 @@ def main():
     except KeyboardInterrupt:
         if not path:
             common.fail("Stopped; nothing was saved", code=130)
+        reached = 1 - len(path) / (heads * LEVELS)
         with common.blame("--out"):
             save(path, cost, config, max(args.budget, reached), file)
         common.fail(f"Stopped; {file} holds the path down to {reached:.1%}", code=130)
@@ -229,8 +230,8 @@ def main():
     plan = partial(plan_at, order_of(path, config), config)
     ranks = plan(args.budget)
     for side, of_side in zip(SIDES, ranks, strict=True):
-        print(f"At {args.budget:.1%}, of {L * K} {side}: {(of_side == d // LEVELS).sum()} at "
-              f"{d // LEVELS}, {(of_side == d).sum()} at {d}")
+        lowest, full = (of_side == d // LEVELS).sum(), (of_side == d).sum()
+        print(f"At {args.budget:.1%}: {lowest} of {L * K} {side} at {d // LEVELS}, {full} at {d}")
     names = ("pca", "pca_searched") if args.pca else ("uniform", "searched")
     curves = {name: (projection, p) for name, p in zip(names, (uniform, plan), strict=True)}
     report(model, held_out, curves, args, [b for b in BUDGETS if b <= 0.75])

@@ -2,8 +2,8 @@
 
 MatryoshkaKV (arXiv 2410.14731), section 3. The teacher is the model. The student is the same
 weights, with each token's key replaced by k̂ = k P and its value by v̂ = v P + μ (I − P), where
-P = U_r U_rᵀ is made of the first r columns of an orthogonal U of its head. Only U = U₀ C(A) and the
-means μ learn (projection.py):
+P = U_r U_rᵀ is made of the first r columns of an orthogonal U of its head. Only A in U = U₀ C(A)
+and the means μ learn (projection.py):
 
     minimise   KL( p_teacher(· | text) ‖ p_student(· | text; ranks) )    over random text and ranks
 
@@ -15,16 +15,16 @@ independently, and minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at
 where little of the cache is left and loses to plain PCA where most of it is. The default must not
 lose anywhere, and differs in four places:
 
-  start      PCA weighted by who reads (Moments.query_aware): better before any training.
+  start      PCA plus what queries and W_o read (query_aware): better before any training.
   ranks      one level for a sequence, each head at most one off (draw_levels). Independent ranks
              always average to about half of the cache, so the paper's recipe never sees a nearly
              full one, nor a quarter of it. With --ranks FILE a random plan of the order that
              search.py found (draw_along): the columns learn for the plans that will be used.
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
-             87.5%: in a plain mean the small ranks drown the rest, and columns that only large
-             ranks see follow noise. In the logarithm a tenth less KL counts the same at every
-             budget. No cross-entropy: it pulls towards the text, away from the model.
-  rate       0.5 / d. Adam moves every angle of a rotation equally fast; a column turns by d.
+             87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
+             counts about the same at every budget, down to 0.001. No cross-entropy: it pulls
+             towards the text, away from the model.
+  rate       0.5 / d. Adam steps every angle alike, and a column is turned by d of them at once.
 
     python train.py                                             # the demo on Python's documentation
     python train.py --recipe paper --out out_paper              # the paper's recipe, to compare
@@ -50,8 +50,8 @@ from model import Model, load, read_config
 from projection import LEVELS, Projection, Rotation, calibrate, plan_at, shape_of, uniform_ranks
 
 # ------------------------------------------------------------------------------
-# The ranks of a step, (2, L, B, K): of keys and values apart, multiples of d/8. This is where the
-# dolls get nested.
+# The ranks of a step, (2, L, B, K), multiples of d/8, for keys and values separately. That they are
+# new for every sequence is what nests the dolls.
 
 def draw_independent(B: int, config, generator: Generator) -> Tensor:
     """The paper's: each rank is any of the eight, whatever the others are."""
@@ -61,7 +61,7 @@ def draw_independent(B: int, config, generator: Generator) -> Tensor:
 
 
 def draw_levels(B: int, config, generator: Generator) -> Tensor:
-    """Every sequence is dealt one of the levels from 25 to 87.5%, each once before any twice."""
+    """Every sequence is dealt a level from 2 to 7 (25 to 87.5%), each once before any twice."""
     L, K, _ = shape_of(config)
     dealt = LEVELS - 2
     deals = [torch.randperm(dealt, generator=generator) for _ in range(0, B, dealt)]
@@ -70,7 +70,7 @@ def draw_levels(B: int, config, generator: Generator) -> Tensor:
 
 
 def draw_along(B: int, config, generator: Generator, order) -> Tensor:
-    """A sequence's budget is drawn from 15 to 100%; its ranks are the order's plan for it."""
+    """A sequence's budget is drawn from 15 to 100%; its ranks: the order's plan for it, nudged."""
     L, K, d = shape_of(config)
     end_of_order = 1 - len(order) / (2 * L * K * LEVELS)
     lowest = max(0.15, end_of_order)
@@ -102,8 +102,8 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
     progress = common.Progress(args.steps)
     B, mine = common.WORLD * args.batch, common.my_share(args.batch)
     for step in range(run.said["step"], args.steps):
-        # Everything random in a step follows from the seed and its number, so a resumed training
-        # draws what it would have. N processes with batches of B draw what one with N · B would.
+        # Everything random in a step follows from the seed and the step's number: a resumed
+        # training draws what it would have, and N processes what one with N times the batch would.
         generator = Generator().manual_seed(args.seed * 1_000_003 + step)
         kl_of_step = torch.zeros(1, dtype=torch.float64)
         visible = None
@@ -112,7 +112,7 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
             plans = draw(B, model.config, generator)
             project, seen = hook(rotation, plans)
             visible = seen if visible is None else visible | seen
-            loss, kl = distillation(model, block, project, args)                # (B,) each
+            loss, kl = distillation(model, block, project, args)                # per sequence
             objective = loss if floor is None else torch.log(loss + floor)
             (objective.mean() / args.accumulate).backward()
             kl_of_step += kl.mean().item() / args.accumulate
@@ -123,7 +123,7 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
             common.fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a "
                         f"number; {args.out}/projections.safetensors is as it was. Start again "
                         "with a smaller --lr or another --dtype")
-        if visible is not None:                         # the gradient of the others is noise
+        if visible is not None:                         # drop the others: visible_entries
             rotation.A_k.grad.mul_(visible[0])
             rotation.A_v.grad.mul_(visible[1])
         for group in run.optimizer.param_groups:
@@ -137,7 +137,7 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
 
 
 def distillation(model: Model, block: Tensor, project, args):
-    """The loss and the KL of the windows block (B, T + 1), per sequence: (B,) each."""
+    """Of windows (B, T + 1), per sequence: (1 − ce) KL + ce · cross-entropy, and the KL."""
     block = block.to(model.device)
     x = block[:, :-1]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.amp):
@@ -149,13 +149,13 @@ def distillation(model: Model, block: Tensor, project, args):
 
 
 def ranks_hook(rotation: Rotation, ranks: Tensor, batch: int):
-    """`train`'s hook for ranks (2, L, WORLD · batch, K): the student has those of this process."""
+    """`train`'s hook for ranks (2, L, WORLD · batch, K): the student uses its process's share."""
     mine = ranks[:, :, common.my_share(batch)]
     return rotation().at(mine), rotation.visible_entries(ranks)
 
 
 def schedule(step: int, steps: int) -> float:
-    """The learning rate's factor: warm-up over the first tenth, cosine to zero."""
+    """The learning rate's factor: a cosine to zero, times a warm-up over the first tenth."""
     warm_up = min(1.0, (step + 1) / (0.1 * steps))
     cosine = math.cos(math.pi * step / steps)
     return warm_up * 0.5 * (1 + cosine)
@@ -165,7 +165,7 @@ def schedule(step: int, steps: int) -> float:
 # A training's state
 
 class Run:
-    """The rotation and its start, plain PCA, the order, Adam's moments, the losses so far."""
+    """The rotation and its start, plain PCA, the order, Adam's moments, the KL of every step."""
 
     # What must be as it was for a resumed training to end where the undisturbed one would have.
     NUMBERS = (
@@ -220,7 +220,7 @@ class Run:
 # ------------------------------------------------------------------------------
 # The script
 
-VALID = 8       # windows at the end of the training text that are only measured on, now and then
+VALID = 8       # windows of validation text, the end of the training text
 
 
 def options() -> argparse.Namespace:
@@ -237,10 +237,10 @@ def options() -> argparse.Namespace:
     add("--accumulate", type=count, default=1, help="batches per step [1]")
     add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
     add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
-    add("--amp", action="store_true", help="products in bfloat16 over float32 weights")
+    add("--amp", action="store_true", help="matrix products in bfloat16 over float32 weights")
     add("--checkpoint", action=argparse.BooleanOptionalAction,
         help="recompute layers in the backward pass: less memory, more time [if need be]")
-    add("--check-every", type=count, default=100, help="steps between checks on text apart [100]")
+    add("--check-every", type=count, default=100, help="steps between validations [100]")
     add("--save-every", type=positive, default=30.0, help="seconds between two saves [30]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
     common.moved(parser, "--eval", "--tasks", to="reports are python evaluate.py's")
@@ -265,14 +265,14 @@ def begin(args, model: Model, tokens, order) -> Run:
 
 
 def check(run: Run, model: Model, valid, plan) -> None:
-    """Say the KL on text that is neither trained on nor held out."""
+    """Print the KL on validation text: set apart from training, and not the held-out text."""
     p = run.projection()
     hooks = {f"{budget:.0%}": p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
     _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
     checked = {"step": run.said["step"]}
     checked |= {name: result["kl"] for name, result in results.items()}
     run.said["checks"].append(checked)
-    print(f"\nKL on text apart: {checked}", file=sys.stderr)
+    print(f"\nKL on validation text: {checked}", file=sys.stderr)
 
 
 def finish(run: Run, model: Model, held_out) -> None:

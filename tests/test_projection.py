@@ -97,9 +97,25 @@ def test_tensors_that_do_not_fit_each_other_are_refused(model):
             (p.U_k[:1], p.U_v, p.mean_v),
             (p.U_k, p.U_v, p.mean_v[..., :-1]),
             (p.U_k[..., :-1], p.U_v[..., :-1], p.mean_v),
-            (p.U_k[0], p.U_v[0], p.mean_v[0])):
+            (p.U_k[0], p.U_v[0], p.mean_v[0]),
+            (p.U_k, p.U_v, torch.tensor(0.0)),
+            (torch.tensor(1.0), p.U_v, p.mean_v)):
         with pytest.raises(ValueError, match="shapes"):
             Projection(U_k, U_v, mean_v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_projections_of_another_dtype_are_read_as_float32_or_refused(model, tmp_path, dtype):
+    """In a file that another script wrote; half of one dtype would fail in the midst of a pass."""
+    p = random_projection(model)
+    p.mean_v = p.mean_v.to(dtype)
+    p.save(tmp_path / "p.safetensors")
+    try:
+        loaded = Projection.load(tmp_path / "p.safetensors")
+    except ValueError as error:
+        assert "p.safetensors" in str(error)
+    else:
+        assert loaded.mean_v.dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------

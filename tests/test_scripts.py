@@ -11,9 +11,11 @@ from conftest import CKPT, DEMO, GOLDEN, call, random_projection, relative, scri
 from safetensors.torch import load_file, save_file
 
 from cache import KVCache, order_of, read_plan
+from evaluate import measure
 from generate import decode
 from model import load, read_config
 from projection import Projection, calibrate
+from train import draw_independent, draw_levels
 
 SCRIPTS = [
     "model", "data", "projection", "kernel", "cache", "evaluate", "train", "search", "generate"]
@@ -100,6 +102,19 @@ def test_an_evaluation_repeats_what_the_training_said(chain):
                {name: before[name] for name in ("pca", "trained")}
 
 
+@pytest.mark.parametrize("curve, prefix, file", [
+    ("searched", "", "ranks.json"), ("pca_searched", "pca_", "ranks_pca.json")])
+def test_a_searched_curve_is_of_its_own_projections_and_plans(chain, curve, prefix, file):
+    folder, _ = chain
+    second, model = folder / "second", load(CKPT)
+    p = Projection.load(second / "projections.safetensors", prefix)
+    held_out = np.load(folder / "tokens.npy")[-200:]
+    for row in read(second / "evaluation.json")["budgets"]:
+        _, ranks = read_plan(second / file, model.config, row["budget"])
+        _, results = measure(model, held_out, {"": p.at(ranks)}, B=2, T=16, limit=2)
+        assert row[curve] == pytest.approx(results[""], abs=1e-6)
+
+
 def test_a_search_for_pca_is_that_for_a_file_whose_projections_are_pca(chain, tmp_path):
     folder, options = chain
     pca = Projection.load(folder / "second" / "projections.safetensors", "pca_")
@@ -129,6 +144,22 @@ def test_the_papers_recipe_runs_with_its_rate_and_its_cross_entropy(chain, tmp_p
     assert report["config"]["ce"] == 0.75
     tensors = load_file(tmp_path / "projections.safetensors")
     assert not torch.allclose(tensors["U_k"], tensors["pca_U_k"], atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe, draw, floor", [
+    ("paper", draw_independent, None), ("ours", draw_levels, 1e-3)])
+def test_a_recipe_draws_its_ranks_and_takes_the_logarithm_or_not(
+        chain, tmp_path, monkeypatch, recipe, draw, floor):
+    _, options = chain
+    taken = []
+
+    def note(run, model, tokens, draw, hook, floor, after_step):
+        taken.extend((draw, floor))
+
+    monkeypatch.setattr("train.train", note)
+    monkeypatch.setattr("train.finish", lambda *_: None)
+    call("train", *options, "--steps", 1, "--recipe", recipe, "--out", tmp_path)
+    assert taken == [draw, floor]
 
 
 def test_an_evaluation_is_of_the_text_and_model_that_were_trained_on(chain, tmp_path, refusal):
@@ -270,8 +301,10 @@ def wrong(tmp_path_factory):
 def write_projections(folder):
     p = random_projection(load(CKPT))
     p.save(folder / "p.safetensors")
-    (folder / "done").mkdir()
-    p.save(folder / "done" / "projections.safetensors", p)
+    for name in ("done", "noted"):
+        (folder / name).mkdir()
+        p.save(folder / name / "projections.safetensors", p)
+    (folder / "noted" / "train.json").write_text('{"config": null}')
     random_projection(load(GOLDEN / "llama_mha")).save(folder / "other.safetensors")
     (folder / "broken.safetensors").write_bytes(b"nothing")
     save_file({"x": torch.zeros(3)}, folder / "unlike.safetensors")
@@ -405,6 +438,7 @@ CASES = [       # the script and its options; the words that the line must hold
     ("data --out file", "--out file"),
     ("train --resume", "--resume no such file"),
     ("evaluate --out empty", "--out projections.safetensors"),
+    ("evaluate --out noted", "--out noted"),
     # Projections and plans
     ("search --proj none.safetensors", "--proj none.safetensors"),
     ("search --proj broken.safetensors", "--proj broken.safetensors"),
