@@ -101,8 +101,7 @@ class Cost:
 
     def candidates(self) -> list[tuple[int, int, int]]:
         """Every rank that can still be lowered."""
-        places = (self.ranks > self.eighth).nonzero()
-        return [tuple(place) for place in places.tolist()]
+        return [tuple(place) for place in (self.ranks > self.eighth).nonzero().tolist()]
 
 
 # ------------------------------------------------------------------------------
