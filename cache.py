@@ -82,11 +82,9 @@ class KVCache:
         self.projection = projection
         self.head_dim = d
         self.ranks = ranks.cpu().long()
-        self.batch = batch
-        self.max_len = max_len
+        self.batch, self.max_len = batch, max_len
         self.length = 0
-        self.dtype = dtype
-        self.device = torch.device(device)
+        self.dtype, self.device = dtype, torch.device(device)
 
         by_layer = self.ranks.transpose(0, 1)                       # (L, 2, K), as the blocks lie
         sizes = by_layer * (batch * max_len)

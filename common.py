@@ -219,10 +219,10 @@ def save_state(path: Path, module, optimizer, tensors: dict[str, Tensor], said: 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     """All tensors of `save_state`, and its facts. ValueError if the file is something else."""
     with open_safetensors(path) as file:
-        said = (file.metadata() or {}).get("said")
-    if said is None:
+        said = json.loads((file.metadata() or {}).get("said", "null"))
+    if not isinstance(said, dict) or not isinstance(said.get("config"), dict):
         raise ValueError(f"{path}: not the state of a training")
-    return read_tensors(path), json.loads(said)
+    return read_tensors(path), said
 
 
 def restore_state(module, optimizer, tensors: dict[str, Tensor]) -> None:

@@ -167,7 +167,7 @@ def read_questions(path: Path) -> list[dict]:
 
 def check_question(question: dict) -> None:
     choices, label = question["choices"], question["label"]
-    texts = [question["context"], *choices]
+    texts = [question["context"], *choices] if isinstance(choices, list) else [None]
     if not all(isinstance(text, str) for text in texts) or not all(choices) or len(choices) < 2:
         raise ValueError
     if type(label) is not int or not 0 <= label < len(choices):
@@ -330,7 +330,7 @@ def draw_plan(ranks: Tensor, d: int, searched_kl: list, uniform_kl: dict, path: 
     _, L, K = ranks.shape
     with common.picture(path, 3, width=13, width_ratios=[1, 1, 1.5]) as (keys, values, curve):
         for side, axis in enumerate((keys, values)):
-            image = axis.imshow(ranks[side], vmin=0, vmax=d, aspect="auto", cmap="viridis")
+            image = axis.imshow(ranks[side].numpy(), vmin=0, vmax=d, aspect="auto", cmap="viridis")
             share = ranks[side].sum() / ranks.sum()
             axis.set(title=f"{SIDES[side]}: {share:.0%} of the cache", ylabel="layer",
                      xlabel="key-value head", xticks=range(0, K, max(1, K // 8)),
@@ -350,7 +350,8 @@ def draw_plan(ranks: Tensor, d: int, searched_kl: list, uniform_kl: dict, path: 
 def report_tasks(model: Model, curves: dict, args) -> dict:
     """Multiple choice at every budget, through the real cache."""
     with common.blame("--tasks"):
-        questions, tokenizer = read_questions(args.tasks), load_tokenizer(args.ckpt)
+        questions = read_questions(args.tasks)
+        tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
         print(f"{args.tasks}: {len(questions)} questions, accuracy by summed log-likelihood "
               "(and by log-likelihood per character), %\n")
         unturned = Projection.identity(model.config)
@@ -410,7 +411,9 @@ def check_same_run(folder: Path, args) -> None:
     """ValueError where train.json names another model, text or --seq."""
     if not (folder / "train.json").exists():
         return
-    config = common.read_json(folder / "train.json")["config"]
+    config = common.read_json(folder / "train.json").get("config")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'train.json'}: no config of a training")
     for name, now in (("ckpt", str(args.ckpt)), ("data", str(args.data or "")), ("seq", args.seq)):
         if config[name] != now:
             raise ValueError(f"{folder}: was trained with --{name} {config[name]}, not {now}")

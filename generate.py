@@ -54,7 +54,8 @@ def main():
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):
-        model, tokenizer = load(args.ckpt, device, dtype), load_tokenizer(args.ckpt)
+        model = load(args.ckpt, device, dtype)
+        tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
     projection, ranks = plan_for(args, model)
     with common.blame("--prompt"):
         prompt = common.encode_prompt(tokenizer, args.prompt)

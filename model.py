@@ -69,8 +69,9 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 def read_config(path: Path) -> Config:
     """Read and check `path` (a config.json). ValueError names what is missing or not supported."""
     raw = common.read_json(path)
-    name = str(raw.get("model_type") or (raw.get("architectures") or ["unnamed"])[0])
-    if name.lower().removesuffix("forcausallm") not in ("llama", "mistral"):
+    listed = raw.get("architectures")
+    name = raw.get("model_type") or (listed[0] if isinstance(listed, list) and listed else listed)
+    if str(name).lower().removesuffix("forcausallm") not in ("llama", "mistral"):
         raise ValueError(f"{path}: the architecture is {name}; only llama and mistral are known")
     for key, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if raw.get(key) not in (None, only):
@@ -84,8 +85,8 @@ def read_config(path: Path) -> Config:
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
                 "num_attention_heads", "num_key_value_heads", "sliding_window"):
         size = getattr(config, key)
-        if size is not None and size < 1:
-            raise ValueError(f"{path}: {key} is {size}, not positive")
+        if size is not None and not 1 <= size < 2 ** 31:
+            raise ValueError(f"{path}: {key} is {size}, not a positive size")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(f"{path}: {config.num_attention_heads} query heads do not divide among "
                          f"{config.num_key_value_heads} key-value heads")
@@ -382,8 +383,8 @@ def read_tensor(files: dict[str, Path], name: str, path: Path, device, dtype) ->
             raise ValueError(f"{files[name]}: the tensor {name} is missing") from None
 
 
-def load_tokenizer(path: str | Path):
-    """The SentencePiece tokenizer of a model folder; ValueError where there is none."""
+def load_tokenizer(path: str | Path, vocab_size: int | None = None):
+    """The SentencePiece tokenizer of a model folder; ValueError where none fits the vocabulary."""
     from sentencepiece import SentencePieceProcessor
     file = Path(path) / "tokenizer.model"
     if not file.exists():
@@ -392,10 +393,13 @@ def load_tokenizer(path: str | Path):
         proto = file.read_bytes()
         if not proto:               # SentencePiece takes an empty one, and fails at the first text
             raise RuntimeError
-        return SentencePieceProcessor(model_proto=proto)
+        tokenizer = SentencePieceProcessor(model_proto=proto)
     except (OSError, RuntimeError):
         raise ValueError(f"{file}: not a SentencePiece model; train.py and search.py take "
-                         "token ids too, such as --data tokens.bin") from None
+                         "token ids too, --data tokens.bin") from None
+    if vocab_size and tokenizer.get_piece_size() > vocab_size:
+        raise ValueError(f"{file}: has more pieces than the model's vocabulary, {vocab_size}")
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------
@@ -430,7 +434,8 @@ def main():
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):
-        model, tokenizer = load(args.ckpt, device, dtype), load_tokenizer(args.ckpt)
+        model = load(args.ckpt, device, dtype)
+        tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
     with common.blame("--prompt"):
         prompt = common.encode_prompt(tokenizer, args.prompt)
 

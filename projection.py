@@ -46,7 +46,7 @@ class Projection:
     """U_k, U_v (L, K, d, d), orthogonal, columns by importance, and mean_v (L, K, d); float32."""
 
     def __init__(self, U_k: Tensor, U_v: Tensor, mean_v: Tensor):
-        square = *mean_v.shape, mean_v.shape[-1]
+        square = *mean_v.shape, *mean_v.shape[-1:]
         if mean_v.ndim != 3 or U_k.shape != square or U_v.shape != square:
             raise ValueError(f"projections of shapes U_k {list(U_k.shape)}, U_v {list(U_v.shape)}, "
                              f"mean_v {list(mean_v.shape)}; expected (L, K, d, d) twice, (L, K, d)")
@@ -112,8 +112,9 @@ class Projection:
     @staticmethod
     def load(path: str | Path, prefix: str = "") -> "Projection":
         """Read what `save` wrote; prefix "pca_" for the PCA in it. ValueError names the file."""
+        tensors = common.read_tensors(path)
         try:
-            return Projection.of(common.read_tensors(path), prefix)
+            return Projection.of(tensors, prefix).to(None, torch.float32)
         except KeyError as missing:
             raise ValueError(f"{path}: no tensor {missing}; are these projections?") from None
         except ValueError as error:
@@ -200,7 +201,7 @@ class Moments:
         """Add the queries (B, H, T, d), keys and values (B, K, T, d) of one layer."""
         B, K, T, _ = k.shape
         q = q.unflatten(1, (K, self.G)).flatten(2, 3)               # (B, K, G·T, d)
-        q, k, v = (x.double() for x in (q, k, v))
+        q, k, v = q.double(), k.double(), v.double()
         self.tokens[layer] += B * T
         self.k[layer] += k.sum((0, 2))
         self.v[layer] += v.sum((0, 2))
@@ -209,7 +210,8 @@ class Moments:
         self.qq[layer] += (q.mT @ q).sum(0)
 
     def mean_v(self) -> Tensor:
-        return (self.v / self.tokens[:, None, None]).float()
+        mean = self.v / self.tokens[:, None, None]
+        return mean.float()
 
     def covariances(self) -> tuple[Tensor, Tensor]:
         """E[xᵀx] − E[x]ᵀE[x] of keys and of values, (L, K, d, d)."""
@@ -252,6 +254,8 @@ def covariance(n: Tensor, total: Tensor, squares: Tensor) -> Tensor:
 
 def leading(symmetric: Tensor) -> Tensor:
     """Eigenvectors as columns, the largest eigenvalue's first: (..., d, d), float32."""
+    if not symmetric.isfinite().all():
+        raise ValueError("keys, values or weights are zero or not finite: is the checkpoint whole?")
     vectors = torch.linalg.eigh(symmetric).eigenvectors.flip(-1)
     return vectors.float().contiguous()
 
@@ -272,8 +276,6 @@ def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16
         model.hidden(block[:, :-1].to(model.device), observe=moments)
     for total in moments.sums:
         common.sum_over_processes(total)
-        if not total.isfinite().all():
-            raise ValueError("keys, values or queries are not finite: is the checkpoint whole?")
     return moments
 
 
@@ -341,8 +343,8 @@ def check_ranks(ranks: Tensor, L: int, K: int, d: int) -> None:
     """ValueError unless ranks is (2, L, K) or (2, L, B, K), integers, each one of d/8, …, d."""
     if d % LEVELS:
         raise ValueError(f"head_dim {d} does not divide into {LEVELS} levels of rank")
-    sides, layers, *_, heads = ranks.shape
-    if (sides, layers, heads) != (2, L, K) or ranks.ndim > 4 or ranks.is_floating_point():
+    outer, inner = ranks.shape[:2], ranks.shape[-1:]
+    if ranks.ndim not in (3, 4) or outer + inner != (2, L, K) or ranks.is_floating_point():
         raise ValueError(f"ranks of shape {list(ranks.shape)}, {ranks.dtype}; expected integers of "
                          f"shape {[2, L, K]}")
     eighth = d // LEVELS

@@ -59,8 +59,7 @@ class Cost:
         self.projection = projection
         self.eighth = d // LEVELS
         self.ranks = torch.full((2, L, K), d)
-        self.passes = 0
-        self.layer_passes = 0
+        self.passes = self.layer_passes = 0
         teacher = model.norm(model.hidden(tokens))
         self.teacher = teacher.flatten(0, 1)                        # (B·T, hidden)
         self.inputs = [model.embed(tokens)]                         # of each layer, at `ranks`
@@ -167,7 +166,7 @@ def options():
     add("--proj", type=Path, default=Path("out/projections.safetensors"),
         help="[out/projections.safetensors]")
     add("--budget", type=common.within(0.125, 1.0), default=0.375,
-        help="of the plan spelled out in the file, whose path always goes to 12.5% [0.375]")
+        help="of the plan spelled out in the file, whose path always goes to 12.5%% [0.375]")
     add("--exact", action="store_true", help="Algorithm 1 as it is")
     add("--pca", action="store_true", help="search for the plain PCA that is in --proj")
     return parser.parse_args()
@@ -195,6 +194,8 @@ def main():
     generator = torch.Generator().manual_seed(args.seed)
     text = random_windows(tokens, args.batch, args.seq, generator)
     cost = Cost(model, projection, text[:, :-1].to(device))
+    if not cost.kl < 1e3:
+        common.fail(f"--ckpt: {args.ckpt}: the KL is {cost.kl}; are the weights whole?")
     print(f"{heads} ranks to lower in {rounds} rounds on {args.batch * args.seq:,} tokens; "
           f"Algorithm 1 takes up to {rounds * heads:,} passes. KL of the full plan: {cost.kl:.1e}")
     uniform = partial(uniform_ranks, config=config)
@@ -205,10 +206,9 @@ def main():
     cost.passes = cost.layer_passes = 0
     file = args.out / ("ranks_pca.json" if args.pca else "ranks.json")
     progress = common.Progress(rounds, "lowering")
-    search = exact if args.exact else lazy
     try:
         candidates = heads
-        for side, layer, head in search(cost):
+        for side, layer, head in (exact if args.exact else lazy)(cost):
             path.append([SIDES[side], layer, head, cost.kl])
             algorithm_1 += candidates
             candidates = len(cost.candidates())

@@ -114,7 +114,8 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
             visible = seen if visible is None else visible | seen
             loss, kl = distillation(model, block, project, args)                # per sequence
             objective = loss if floor is None else torch.log(loss + floor)
-            (objective.mean() / args.accumulate).backward()
+            if objective.requires_grad:                 # not where every head is full
+                (objective.mean() / args.accumulate).backward()
             kl_of_step += kl.mean().item() / args.accumulate
         gradients = [kl_of_step, *(p.grad for p in parameters)]
         for gradient in gradients:
@@ -129,7 +130,7 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
         for group in run.optimizer.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps)
         run.optimizer.step()
-        run.optimizer.zero_grad()
+        run.optimizer.zero_grad(set_to_none=False)
         run.said["loss"].append(kl_of_step.item())
         run.said["step"] = step + 1
         progress(step + 1, f"KL {kl_of_step.item():.4f}", args.accumulate * B * args.seq)
@@ -180,14 +181,13 @@ class Run:
         config |= {name: str(getattr(args, name) or "") for name in self.FILES}
         self.args = args
         self.file = args.out / self.STATE
-        self.start = start
-        self.pca = pca
-        self.order = order
+        self.start, self.pca, self.order = start, pca, order
         self.rotation = Rotation(start)
+        for parameter in self.rotation.parameters():    # a step where all are full has no gradient
+            parameter.grad = torch.zeros_like(parameter)
         self.optimizer = torch.optim.Adam(self.rotation.parameters())
         self.said = {"step": 0, "loss": [], "checks": [], "config": config}
-        self.saved_step = 0
-        self.saved_at = 0.0
+        self.saved_step, self.saved_at = 0, 0.0
 
     def projection(self) -> Projection:
         """What has been learnt so far, orthogonal to float32's last digit."""
@@ -277,8 +277,7 @@ def check(run: Run, model: Model, valid, plan) -> None:
 
 def finish(run: Run, model: Model, held_out) -> None:
     """Save the projections, report on them, and write train.json and train.png."""
-    out, pca = run.args.out, run.pca.to(model.device)
-    trained = run.projection()
+    out, pca, trained = run.args.out, run.pca.to(model.device), run.projection()
     with common.blame("--out"):
         trained.save(out / "projections.safetensors", pca)
     uniform = partial(uniform_ranks, config=model.config)
@@ -301,7 +300,7 @@ def main():
     order = None
     if args.ranks and not args.resume:
         with common.blame("--ranks"):
-            order, _ = read_plan(args.ranks, config, budget=1.0)
+            order, _ = read_plan(args.ranks, config, budget=0.25)     # reports go so far
     with common.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
@@ -336,7 +335,8 @@ def main():
     first, began = run.said["step"], time.time()
     hook = partial(ranks_hook, batch=args.batch)
     try:
-        train(run, model, tokens, draw, hook, floor, after_step)
+        with common.blame("--ckpt"):
+            train(run, model, tokens, draw, hook, floor, after_step)
     except KeyboardInterrupt:
         where = f"the same command with --resume continues from step {run.saved_step}"
         common.fail(f"Stopped; {where if run.saved_step else 'nothing was saved yet'}", code=130)
