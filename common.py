@@ -68,7 +68,7 @@ def moved(parser: argparse.ArgumentParser, *options: str, to: str) -> None:
     """Answer options that a script no longer has with one line that names their successor."""
     class Moved(argparse.Action):
         def __call__(self, parser, namespace, values, option=None):
-            fail(f"{option}: {to}")
+            fail(f"{option}: moved to {to}")
 
     for option in options:
         parser.add_argument(option, action=Moved, nargs="?", help=argparse.SUPPRESS)

@@ -379,7 +379,7 @@ def report_arguments(parser, batch: int = 8) -> None:
                         help="tokens of each [256]")
     parser.add_argument("--windows", type=common.within(1, 10 ** 6), default=64,
                         help="windows of --seq held-out tokens to report on [64]")
-    common.moved(parser, "--runs", to="is --windows now")
+    common.moved(parser, "--runs", to="--windows")
 
 
 def curves_in(folder: Path, model: Model) -> dict:

@@ -430,7 +430,7 @@ def generate(model: Model, tokens: list[int], count: int, temperature: float = 0
 def main():
     parser = common.arguments(__doc__)
     common.prompt_arguments(parser)
-    common.moved(parser, "--proj", "--ranks", "--budget", to="a cache is python generate.py's")
+    common.moved(parser, "--proj", "--ranks", "--budget", to="python generate.py")
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):

@@ -243,7 +243,7 @@ def options() -> argparse.Namespace:
     add("--check-every", type=count, default=100, help="steps between validations [100]")
     add("--save-every", type=positive, default=30.0, help="seconds between two saves [30]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
-    common.moved(parser, "--eval", "--tasks", to="reports are python evaluate.py's")
+    common.moved(parser, "--eval", "--tasks", to="python evaluate.py")
     args = parser.parse_args()
     if args.ranks and args.recipe == "paper":
         common.fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave "

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-import train  # noqa: E402
-from bench.tools import complete_training, training_arguments  # noqa: E402
-from data import data_arguments, text_for  # noqa: E402
-from evaluate import measure, report_arguments  # noqa: E402
-from model import Model, load  # noqa: E402
-from projection import (  # noqa: E402
+import common
+import train
+from bench.tools import complete_training, training_arguments
+from data import data_arguments, text_for
+from evaluate import measure, report_arguments
+from model import Model, load
+from projection import (
     BUDGETS,
     LEVELS,
     SIDES,

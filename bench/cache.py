@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from bench.tools import ragged_ranks, ratio, timed  # noqa: E402
-from cache import KVCache  # noqa: E402
-from model import Model, load  # noqa: E402
-from projection import Projection, shape_of  # noqa: E402
+import common
+from bench.tools import ragged_ranks, ratio, timed
+from cache import KVCache
+from model import Model, load
+from projection import Projection, shape_of
 
 HEADS, D = 32, 128                              # LLaMA-2-7B's
 LENGTHS = (512, 1024, 2048, 4096)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from bench.tools import arguments  # noqa: E402
+import common
+from bench.tools import arguments
 
 # Added to a command; where an option is given twice, the last one counts.
 SMALL = {

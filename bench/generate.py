@@ -20,13 +20,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from bench.tools import ragged_ranks, ratio, timed  # noqa: E402
-from cache import KVCache  # noqa: E402
-from data import encode, python_documents  # noqa: E402
-from generate import decode  # noqa: E402
-from model import Model, load, load_tokenizer  # noqa: E402
-from projection import Projection, shape_of  # noqa: E402
+import common
+from bench.tools import ragged_ranks, ratio, timed
+from cache import KVCache
+from data import encode, python_documents
+from generate import decode
+from model import Model, load, load_tokenizer
+from projection import Projection, shape_of
 
 PROMPT, NEW = 448, 128
 BUDGETS = (1.0, 0.375)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from bench.tools import arguments  # noqa: E402
-from projection import LEVELS  # noqa: E402
+import common
+from bench.tools import arguments
+from projection import LEVELS
 
 # Cells that are kept of every head: keys, values. The last two have the same total.
 PANELS = {

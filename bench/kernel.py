@@ -27,17 +27,17 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from bench.tools import in_fresh_process, ragged_ranks  # noqa: E402
+import common
+from bench.tools import in_fresh_process, ragged_ranks
 
 os.environ["TRITON_INTERPRET"] = "0"        # nothing compiles in an interpreted process
 try:
-    import kernel  # noqa: E402
+    import kernel
 except ImportError as error:
     common.fail(f"bench/kernel.py: {error}")
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 # Compute capability: KB of shared memory that a program may have.
 GPUS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}

@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-import train  # noqa: E402
-from bench.tools import arguments, in_fresh_process, need_linux, process_memory  # noqa: E402
-from model import Model, load, read_config  # noqa: E402
-from projection import calibrate  # noqa: E402
+import common
+import train
+from bench.tools import arguments, in_fresh_process, need_linux, process_memory
+from model import Model, load, read_config
+from projection import calibrate
 
 LLAMA_2_7B = {
     "model_type": "llama",

@@ -12,11 +12,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from bench.tools import in_fresh_process, need_linux, process_memory  # noqa: E402
-from cache import KVCache  # noqa: E402
-from model import load  # noqa: E402
-from projection import Projection, shape_of, uniform_ranks  # noqa: E402
+import common
+from bench.tools import in_fresh_process, need_linux, process_memory
+from cache import KVCache
+from model import load
+from projection import Projection, shape_of, uniform_ranks
 
 
 def fill(ckpt: Path, budget: float, tokens: int) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-from bench.tools import arguments  # noqa: E402
+import common
+from bench.tools import arguments
 
 FOLDERS = {"uniform": "out", "start": "out_start", "order": "out_order"}
 

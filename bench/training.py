@@ -21,18 +21,18 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-import train  # noqa: E402
-from bench.tools import (  # noqa: E402
+import common
+import train
+from bench.tools import (
     complete_training,
     seconds_of,
     spread,
     synchronize,
     training_arguments,
 )
-from data import text_for  # noqa: E402
-from model import Model, load, read_config  # noqa: E402
-from projection import LEVELS  # noqa: E402
+from data import text_for
+from model import Model, load, read_config
+from projection import LEVELS
 
 WARM_UP = 2             # steps that are not counted: memory is still being fetched
 
