@@ -14,9 +14,9 @@ Attention happens in that small space, for the G query heads that share a key-va
     scores = (q U_r)(k U_r)ᵀ / sqrt(d)      queries are turned once, stored keys read as they are
     output = softmax(scores) (v U_r)        r numbers per query head; W_o' = U_rᵀ W_o takes them
 
-This is MatryoshkaKV (arXiv 2410.14731). The value side costs no arithmetic: U_r is folded into W_v
+This is MatryoshkaKV (arXiv 2410.14731). The value side costs only a bias: U_r is folded into W_v
 and W_o (projection.fold_values). The folded weights belong to the plan, the ranks of all heads, so
-the cache holds them. A head at rank d is stored unturned: all at d are the base model's cache.
+the cache holds them. A head at rank d is stored unturned: all at d give the base model's cache.
 
     python cache.py                                 # the full cache: its layout and its bytes
     python cache.py --ranks out/ranks.json --budget 0.25        # or --budget alone: uniform ranks
@@ -61,7 +61,7 @@ class KVCache:
     `data` is the one flat tensor, `length` the number of tokens in it, `offsets` (2, L, K) where
     each block begins. dtype and device are the model's; since the folded weights stay with it, one
     cache serves one model. A forward pass calls `check_room`; for every layer `fold` and `attend`;
-    then counts its tokens. ValueError for ranks or sizes that make no sense, and when it is full.
+    then adds T to `length`. ValueError for ranks or sizes that make no sense, and when it is full.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class KVCache:
         return basis.to(self.device, self.dtype)
 
     def check_room(self, model: Model, B: int, T: int):
-        """ValueError unless sizes, dtype, device are the model's and T more of B sequences fit."""
+        """ValueError unless it suits the model and has room for T more tokens of B sequences."""
         self.projection.check_fits(model.config)
         if (self.dtype, self.data.device) != (model.dtype, model.device):
             raise ValueError(f"a cache of {self.dtype} on {self.data.device} for a model in "
@@ -168,7 +168,7 @@ class KVCache:
         self.append(i, k, v)
 
         end = self.length + T
-        begin = max(0, self.length + 1 - window) if window else 0   # what no new token sees
+        begin = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
         scale = self.head_dim ** -0.5
         if T == 1 and self.data.is_cuda:
             return self.attend_on_gpu(i, q, begin, end, scale)
@@ -285,14 +285,14 @@ def attend_many(q: Tensor, group: Group, window: int, scale: float):
         mask = (age >= 0) & (age < window)
         mask = mask.repeat(G, 1)                                    # (G·rows, n)
         a = F.scaled_dot_product_attention(part, keys, values, mask, scale=scale)
-        a = a.unflatten(2, (G, -1))                                 # (J, B, G, rows, r)
-        a = a.permute(1, 3, 0, 2, 4)                                # (B, rows, J, G, r)
+        a = a.unflatten(2, (G, -1))                                 # (J, B, G, rows, r')
+        a = a.permute(1, 3, 0, 2, 4)                                # (B, rows, J, G, r')
         pieces.append(a.flatten(2))
     return torch.cat(pieces, dim=1)
 
 
 def join(parts: list[Tensor], dim: int) -> Tensor:
-    """torch.cat, which copies even where there is only one."""
+    """torch.cat, but without its copy where there is only one part."""
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 

@@ -19,6 +19,7 @@ ranks_pca.json (`search.py --pca`); writes evaluation.json and .png. A line of -
 """
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,7 @@ from projection import BUDGETS, LEVELS, SIDES, Projection, uniform_ranks
 def log_probabilities(model: Model, *states: Tensor):
     """Of states (n, hidden) behind the model's last norm, of the same tokens, chunk by chunk.
 
-    Two (tokens × vocabulary) matrices never exist whole. Yields (slice of the tokens, log p of the
-    first states, log p of the second, …).
+    Yields (slice of the tokens, log p of the first states, of the second, …), never all at once.
     """
     for start in range(0, len(states[0]), common.CHUNK):
         rows = slice(start, start + common.CHUNK)
@@ -259,11 +259,12 @@ CURVES = {      # name in files: heading in tables, label and style in pictures
 }
 
 
-def write_report(model: Model, held_out, curves: dict, args, path: Path, said: dict) -> None:
-    """Report on `curves`; write rows and `said` to `path`, a .json, and a picture beside it."""
+def write_report(model, held_out, curves: dict, args, path: Path, said: dict, more=dict) -> None:
+    """Report on `curves`; write rows, `said` and what `more` gives to `path`, and a picture."""
     base, rows = report(model, held_out, curves, args)
+    said = said | more() | {"base": base, "budgets": rows}
     with common.blame("--out"):
-        common.write_json(path, said | {"base": base, "budgets": rows}, indent=1)
+        common.write_json(path, said, indent=1)
         draw(base, rows, path.with_suffix(".png"))
     print(f"Saved {path} and {path.with_suffix('.png')}")
 
@@ -352,7 +353,8 @@ def report_tasks(model: Model, curves: dict, args) -> dict:
     with common.blame("--tasks"):
         questions = read_questions(args.tasks)
         tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
-        print(f"{args.tasks}: {len(questions)} questions, accuracy by summed log-likelihood "
+        n = len(questions)
+        print(f"{args.tasks}: {n} questions, accuracy by summed log-likelihood "
               "(and by log-likelihood per character), %\n")
         unturned = Projection.identity(model.config)
         full = uniform_ranks(1.0, model.config)
@@ -366,7 +368,7 @@ def report_tasks(model: Model, curves: dict, args) -> dict:
             shown = [f"{100 * r['accuracy']:6.2f} ({100 * r['accuracy_by_character']:5.2f})"
                      for r in (base, *row.values())]
             print(f"  {budget:6.1%}  " + "".join(f"{text:>17s}" for text in shown), flush=True)
-    return {"file": str(args.tasks), "questions": len(questions), "base": base, "budgets": rows}
+    return {"tasks": {"file": str(args.tasks), "questions": n, "base": base, "budgets": rows}}
 
 
 # ------------------------------------------------------------------------------
@@ -388,10 +390,8 @@ def curves_in(folder: Path, model: Model) -> dict:
     trained, pca = (Projection.load(folder / "projections.safetensors", p) for p in ("", "pca_"))
     trained.check_fits(config)
     trained, pca = trained.to(model.device), pca.to(model.device)
-    curves = {
-        "pca": (pca, lambda budget: uniform_ranks(budget, config)),
-        "trained": (trained, lambda budget: uniform_ranks(budget, config)),
-    }
+    uniform = partial(uniform_ranks, config=config)
+    curves = {"pca": (pca, uniform), "trained": (trained, uniform)}
     if (folder / "ranks_pca.json").exists():
         curves["pca_searched"] = (
             pca, lambda budget: read_plan(folder / "ranks_pca.json", config, budget)[1])
@@ -403,8 +403,8 @@ def curves_in(folder: Path, model: Model) -> dict:
 
 def describe(ckpt: Path, model) -> str:
     c, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
-    return (f"{ckpt}: {millions:,.1f} M parameters, {c.num_hidden_layers} layers, {c.head_dim} "
-            f"wide heads, {c.num_attention_heads} of queries on {c.num_key_value_heads} of keys")
+    return (f"{ckpt}: {millions:,.1f} M parameters, {c.num_hidden_layers} layers, "
+            f"{c.num_attention_heads} query heads on {c.num_key_value_heads}, {c.head_dim} wide")
 
 
 def check_same_run(folder: Path, args) -> None:
@@ -442,8 +442,8 @@ def main():
     print(describe(args.ckpt, model))
     _, held_out = text_for(args, model.config)
 
-    said = {"tasks": report_tasks(model, curves, args)} if args.tasks else {}
-    write_report(model, held_out, curves, args, args.out / "evaluation.json", said)
+    tasks = partial(report_tasks, model, curves, args) if args.tasks else dict
+    write_report(model, held_out, curves, args, args.out / "evaluation.json", {}, tasks)
 
 
 if __name__ == "__main__":

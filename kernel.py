@@ -4,8 +4,8 @@ Decoding adds one new token per sequence. On a GPU such a step does few operatio
 of the cache that it reads, so its time is the bytes of the cache over the memory's bandwidth: a
 compressed cache pays only if the kernel reads its bytes, and each of them once. Every head has
 ranks of its own: its keys are a block (batch, max_len, r) somewhere in one flat tensor (cache.py),
-its values another, and a table says where and how wide. Loads beyond a head's rank are masked: it
-costs its own bytes, though arithmetic runs over d columns.
+its values another, and a table says where and how wide. Loads beyond a head's rank are masked: a
+head costs its own bytes, though arithmetic runs over d columns.
 
     program (b, j, z) owns sequence b, key-value head j, and the z-th of Z stretches of the context:
 
@@ -38,7 +38,7 @@ from torch import Tensor
 import common
 
 if not torch.cuda.is_available():               # Triton's interpreter runs the kernel in Python;
-    os.environ.setdefault("TRITON_INTERPRET", "1")      # must be set before Triton is
+    os.environ.setdefault("TRITON_INTERPRET", "1")      # before Triton is imported
 try:
     import triton
     import triton.language as tl
@@ -52,7 +52,7 @@ except ImportError:
 # ------------------------------------------------------------------------------
 # The kernel
 
-@triton.jit(do_not_specialize=["begin", "end", "stretch"])      # else: variants for 1 and 16·n
+@triton.jit(do_not_specialize=["begin", "end", "stretch"])      # else recompiled for 1 and 16·n
 def decode_kernel(
     q, cache, table, acc_out, stats_out,
     max_len, begin, end, stretch, scale,
@@ -137,7 +137,7 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new token's queries over a layer of the cache: (B, K, G, d), in q's dtype.
 
-    q (B, K, G, d), times U_k; data, the flat cache tensor, of q's dtype; table (4, K) int64 in
+    q (B, K, G, d) is q U_k; data, the flat cache tensor, of q's dtype; table (4, K) int64 in
     units of d/8: key offsets, value offsets, key ranks, value ranks. Attends to tokens begin …
     length − 1, in at most `stretches`. The result is in the coordinates of the values, zero beyond
     each head's value rank. ValueError for shapes or dtypes that do not fit.
@@ -186,7 +186,7 @@ def enough_stretches(groups: int, tokens: int, device) -> int:
 
 
 def shapes(K: int, G: int, d: int, dtype):
-    """The kernel's constants. A tile is 32 KB of keys and values at d = 128; three in flight."""
+    """The constants. A tile is 32 KB of keys and values at d = 128; Triton pipelines three."""
     sizes = {"K": K, "G": G, "D": d}
     sizes["ROWS"] = max(16, triton.next_power_of_2(G))
     sizes["COLUMNS"] = max(16, triton.next_power_of_2(d))

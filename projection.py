@@ -1,6 +1,6 @@
 """Orthogonal projections of keys and values (MatryoshkaKV, arXiv 2410.14731, section 3).
 
-Each of L layers has K key-value heads, and each of these two orthogonal d × d matrices, U_k for
+Each of L layers has K key-value heads; each head has two orthogonal d × d matrices, U_k for
 keys and U_v for values, columns sorted by importance, and the mean μ of its values. At rank r only
 the first r columns U_r count. With P = U_r U_rᵀ, and vectors as rows,
 
@@ -11,13 +11,13 @@ and q · k̂ = (q U_r) · (k U_r). One U serves every rank like nested dolls, Ma
 rank uses a prefix of the same columns. Keys are projected after RoPE, and need no mean m: it would
 add one and the same number, q · m(I − P), to all scores of a query, which softmax does not see.
 
-The matrices start as eigenvectors over a calibration text and are then rotated by training, where
-the Cayley map C of a skew-symmetric A is orthogonal by construction, and the identity at A = 0:
+The matrices start as eigenvectors of moments over a calibration text; training then rotates them.
+The Cayley map C of a skew-symmetric A is orthogonal by construction, and the identity at A = 0:
 
     U = U₀ C(A),        C(A) = (I − A/2)⁻¹ (I + A/2)
 
 Ranks are multiples of d/8: level l, 1 to 8, keeps l eighths of the columns. A plan gives every head
-its rank: (2, L, K) integers, [0] for keys, [1] for values; its mean over d is its budget. An order
+its rank: (2, L, K) integers, [0] for keys, [1] for values; their mean / d is its budget. An order
 (search.py) lists ranks that lose an eighth, one after the other: a prefix of it makes a plan.
 
     python projection.py        # the variance that leading columns hold, on the demo model
@@ -82,7 +82,7 @@ class Projection:
 
     @staticmethod
     def identity(config) -> "Projection":
-        """U = I, no mean: whole coordinates."""
+        """U = I and zero means: for a cache at full ranks, which is the model's own."""
         L, K, d = shape_of(config)
         U = torch.eye(d).repeat(L, K, 1, 1)
         return Projection(U, U.clone(), torch.zeros(L, K, d))
@@ -150,7 +150,7 @@ def fold_values(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fold the value side of a layer into its weights: the paper's "new linear layer" (Figure 2).
 
-    Values carry no RoPE, so both U_r and U_rᵀ vanish into the matrices beside them:
+    Values have no RoPE, so U_r and U_rᵀ fold into the weights (transposed, for vectors as rows):
 
         W_v' = W_v U_r              makes the coordinates v U_r that are cached
         W_o' = U_rᵀ W_o             takes weighted sums of them, for each query head of the group
@@ -182,7 +182,7 @@ def fold_values(
 class Moments:
     """Sums over a calibration text, per layer and KV head, float64; the model's hook `observe=`.
 
-    One streaming pass; no key is kept. All after RoPE; queries are summed over their group.
+    One pass; no key is kept. q and k after RoPE; Σ qᵀq also runs over a group's query heads.
     """
 
     def __init__(self, config, device="cpu"):

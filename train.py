@@ -24,7 +24,7 @@ lose anywhere, and differs in four places:
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
              counts about the same at every budget, down to 0.001. No cross-entropy: it pulls
              towards the text, away from the model.
-  rate       0.5 / d. Adam steps every angle alike, and a column is turned by d of them at once.
+  rate       0.5 / d. Adam steps every angle alike; a column is turned by nearly d of them.
 
     python train.py                                             # the demo on Python's documentation
     python train.py --recipe paper --out out_paper              # the paper's recipe, to compare
@@ -70,7 +70,7 @@ def draw_levels(B: int, config, generator: Generator) -> Tensor:
 
 
 def draw_along(B: int, config, generator: Generator, order) -> Tensor:
-    """A sequence's budget is drawn from 15 to 100%; its ranks: the order's plan for it, nudged."""
+    """A random budget, from 15% (or the order's end) to 100%; ranks: its plan, nudged."""
     L, K, d = shape_of(config)
     end_of_order = 1 - len(order) / (2 * L * K * LEVELS)
     lowest = max(0.15, end_of_order)
@@ -190,7 +190,7 @@ class Run:
         self.saved_step, self.saved_at = 0, 0.0
 
     def projection(self) -> Projection:
-        """What has been learnt so far, orthogonal to float32's last digit."""
+        """What has been learnt so far, orthogonal within float32's rounding."""
         with torch.no_grad():
             return self.rotation(torch.float64).to(None, torch.float32)
 
@@ -300,7 +300,7 @@ def main():
     order = None
     if args.ranks and not args.resume:
         with common.blame("--ranks"):
-            order, _ = read_plan(args.ranks, config, budget=0.25)     # reports go so far
+            order, _ = read_plan(args.ranks, config, budget=0.25)     # as far as reports go
     with common.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
