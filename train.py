@@ -270,7 +270,7 @@ def check(run: Run, model: Model, valid, plan) -> None:
     hooks = {f"{budget:.0%}": p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
     _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
     checked = {"step": run.said["step"]}
-    checked |= {name: result["kl"] for name, result in results.items()}
+    checked |= {name: round(result["kl"], 5) for name, result in results.items()}
     run.said["checks"].append(checked)
     print(f"\nKL on validation text: {checked}", file=sys.stderr)
 
