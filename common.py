@@ -149,7 +149,6 @@ def keep_freed_memory() -> None:
 # Files. Reading gives a ValueError that names the file; writing goes to a temporary name first and
 # is then renamed, so that a failure never costs what was there.
 
-
 def open_safetensors(path: str | Path):
     """safetensors.safe_open; its tensors on a CPU are views of the memory-mapped file."""
     try:

@@ -36,7 +36,7 @@ from projection import BUDGETS, LEVELS, SIDES, Projection, uniform_ranks
 # Distance from the model
 
 def log_probabilities(model: Model, *states: Tensor):
-    """Of states (n, hidden) behind the model's last norm, of the same tokens, chunk by chunk.
+    """log p of states (n, hidden) behind the model's last norm, of the same tokens, by chunks.
 
     Yields (slice of the tokens, log p of the first states, of the second, …), never all at once.
     """

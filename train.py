@@ -268,14 +268,15 @@ def check(run: Run, model: Model, valid, plan) -> None:
     """Print the KL on validation text: set apart from training, and not the held-out text."""
     p = run.projection()
     hooks = {f"{budget:.0%}": p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
-    _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
+    with common.blame("--ckpt"):
+        _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
     checked = {"step": run.said["step"]}
     checked |= {name: round(result["kl"], 5) for name, result in results.items()}
     run.said["checks"].append(checked)
     print(f"\nKL on validation text: {checked}", file=sys.stderr)
 
 
-def finish(run: Run, model: Model, held_out) -> None:
+def finish(run: Run, model: Model, held_out, plan) -> None:
     """Save the projections, report on them, and write train.json and train.png."""
     out, pca, trained = run.args.out, run.pca.to(model.device), run.projection()
     with common.blame("--out"):
@@ -283,7 +284,6 @@ def finish(run: Run, model: Model, held_out) -> None:
     uniform = partial(uniform_ranks, config=model.config)
     curves = {"pca": (pca, uniform), "trained": (trained, uniform)}
     if run.order is not None:
-        plan = partial(plan_at, run.order, model.config)
         curves |= {"pca_ordered": (pca, plan), "trained_ordered": (trained, plan)}
         run.said["order"] = run.order.tolist()
     write_report(model, held_out, curves, run.args, out / "train.json", run.said)
@@ -335,14 +335,13 @@ def main():
     first, began = run.said["step"], time.time()
     hook = partial(ranks_hook, batch=args.batch)
     try:
-        with common.blame("--ckpt"):
-            train(run, model, tokens, draw, hook, floor, after_step)
+        train(run, model, tokens, draw, hook, floor, after_step)
     except KeyboardInterrupt:
         where = f"the same command with --resume continues from step {run.saved_step}"
         common.fail(f"Stopped; {where if run.saved_step else 'nothing was saved yet'}", code=130)
     print(f"Trained {args.steps - first} steps in {time.time() - began:.0f} s")
     if common.RANK == 0:
-        finish(run, model, held_out)
+        finish(run, model, held_out, plan)
     common.leave_processes()
 
 
