@@ -23,6 +23,8 @@ the cache holds them. A head at rank d is stored unturned: all at d give the bas
 """
 import itertools
 import math
+import subprocess
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +94,7 @@ class KVCache:
         self.offsets = (ends - sizes).transpose(0, 1)
         total = int(sizes.sum())
         self.data = torch.empty(total, dtype=dtype, device=device)
+        self.by_kernel = self.data.is_cuda and dtype.itemsize in (2, 4)     # Triton has no float64
 
         self.groups = [self.group_heads(i) for i in range(L)]
         self.key_bases = [self.key_basis(i) for i in range(L)]
@@ -170,8 +173,12 @@ class KVCache:
         end = self.length + T
         begin = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
         scale = self.head_dim ** -0.5
-        if T == 1 and self.data.is_cuda:
-            return self.attend_on_gpu(i, q, begin, end, scale)
+        if T == 1 and self.by_kernel:
+            try:
+                return self.attend_on_gpu(i, q, begin, end, scale)
+            except (ImportError, OSError, subprocess.SubprocessError, RuntimeError) as error:
+                warn_of_no_kernel(error)
+                self.by_kernel = False
         groups = []
         for heads, keys, values in self.groups[i]:                  # only what is seen
             keys, values = (x.narrow(2, begin, end - begin) for x in (keys, values))
@@ -265,6 +272,13 @@ def attend_one(groups: list, q: Tensor, scale: float) -> Tensor:
         output = product(weights[heads], values)                    # (J, B, G, r)
         outputs.append(output.transpose(0, 1).flatten(1))
     return join(outputs, 1)[:, None]
+
+
+def warn_of_no_kernel(error: Exception) -> None:
+    """Where Triton or its C compiler is missing, PyTorch attends; any other error is an error."""
+    if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+        raise error
+    warnings.warn(f"decoding without the Triton kernel, slower: {error}", stacklevel=2)
 
 
 def attend_many(q: Tensor, group: Group, window: int, scale: float):

@@ -58,8 +58,8 @@ def arguments(doc: str, several: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--ckpt", type=Path, default=DEMO, help="folder of the checkpoint [demo]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="[cuda if there, else cpu]")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float64"],
-                        help="[bfloat16 on cuda, float32 on cpu]")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32", "float64"],
+                        help="[bfloat16 on cuda, float16 before sm_80, float32 on cpu]")
     parser.add_argument("--seed", type=within(0, 2 ** 32), default=0, help="[0]")
     return parser
 
@@ -87,7 +87,7 @@ def within(low, high):
 
 
 def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype asked for, the seed set; fails where the device is not there."""
+    """The device and dtype asked for, PyTorch set up; fails where the device is not there."""
     torch.manual_seed(args.seed)
     try:
         device = torch.device(args.device)
@@ -98,8 +98,25 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f"--device {args.device}: not a device of this machine or this build of PyTorch")
-    default = "float32" if device.type == "cpu" else "bfloat16"
-    return device, getattr(torch, args.dtype or default)
+    if device.type == "cuda":
+        return device, prepare_cuda(device, args.dtype)
+    return device, getattr(torch, args.dtype or "float32")
+
+
+def prepare_cuda(device: torch.device, name: str | None) -> torch.dtype:
+    """Set PyTorch up for this GPU; the dtype of that name, or what suits the GPU."""
+    if device.index is not None:            # whatever asks for memory or for the time means this GPU
+        torch.cuda.set_device(device)
+    if name is None and torch.cuda.get_device_capability() < (8, 0):
+        print("This GPU has no units for bfloat16: --dtype float16", file=sys.stderr)
+        name = "float16"
+    dtype = getattr(torch, name or "bfloat16")
+    # cuDNN's attention builds a graph for each new shape, and a ragged prefill has dozens.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Around 2-byte weights, products in float32 (the head's, the search's) may round their inputs
+    # to the 11 bits of TF32: such weights are exact in it.
+    torch.backends.cuda.matmul.allow_tf32 = dtype.itemsize == 2
+    return dtype
 
 
 def prepare_training(args, config, levels: int) -> tuple[torch.device, torch.dtype]:
@@ -345,8 +362,6 @@ def join_processes(device: torch.device) -> None:
     """Meet the other processes, each with its own device; only the first keeps its stdout."""
     if WORLD == 1:
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # The others wait while the first one tokenises, which may take hours.
     distributed.init_process_group(backend, timeout=timedelta(days=2))

@@ -48,12 +48,13 @@ def log_probabilities(model: Model, *states: Tensor):
 def logits(x: Tensor, W: Tensor) -> Tensor:
     """x Wᵀ of states (n, hidden) and W (vocab, hidden), in float32 or float64.
 
-    A bfloat16 result would carry eight bits, and small KLs drown in that. So bfloat16 weights are
-    widened, 8,192 rows of the vocabulary at a time.
+    A bfloat16 result would carry eight bits: small KLs drown in that, and likeliest tokens tie. So
+    bfloat16 weights are widened, 8,192 rows of the vocabulary at a time.
     """
-    if x.dtype == wide(x.dtype):
+    x = x.to(wide(x.dtype))
+    if x.dtype == W.dtype:
         return x @ W.T
-    return torch.cat([x.float() @ piece.float().T for piece in W.split(2 ** 13)], dim=-1)
+    return torch.cat([x @ piece.to(x.dtype).T for piece in W.split(2 ** 13)], dim=-1)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -207,7 +208,7 @@ def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Te
         wider = spread(cache, len(ends), longest - 1)
         after = model.hidden(torch.tensor(padded, device=model.device), cache=wider)
         states = torch.cat((states, after), dim=1)
-    log_p = model.head(states).to(wide(model.dtype)).log_softmax(-1)    # (choices, longest, vocab)
+    log_p = logits(model.norm(states), model.lm_head.weight).log_softmax(-1)
 
     scores = []
     for row, end, whole in zip(log_p, ends, wholes, strict=True):

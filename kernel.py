@@ -186,11 +186,11 @@ def enough_stretches(groups: int, tokens: int, device) -> int:
 
 
 def shapes(K: int, G: int, d: int, dtype):
-    """The constants. A tile is 32 KB of keys and values at d = 128; Triton pipelines three."""
+    """The constants. A tile is at most 32 KB of keys and values; Triton pipelines three."""
     sizes = {"K": K, "G": G, "D": d}
     sizes["ROWS"] = max(16, triton.next_power_of_2(G))
     sizes["COLUMNS"] = max(16, triton.next_power_of_2(d))
-    sizes["TILE"] = 64 if dtype.itemsize == 2 else 32
+    sizes["TILE"] = min(128, 2 ** 14 // sizes["COLUMNS"]) // dtype.itemsize
     return sizes
 
 
@@ -242,8 +242,8 @@ def example(
     return q.to(device, dtype), data.to(device, dtype), table.to(device)
 
 
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-GRID = [(d, G) for d in (64, 128) for G in (1, 2, 4, 8)]
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+GRID = [(d, G) for d in (64, 128, 256) for G in (1, 2, 4, 8)]
 CASES = (       # B, length, begin, stretches: never whole tiles
     (1, 1, 0, 1), (3, 2, 0, 1), (1, 31, 0, 1), (3, 33, 0, 2), (1, 63, 5, 1), (3, 65, 0, 3),
     (1, 4097, 0, 7), (1, 300, 171, 2), (1, 700, 0, None),
@@ -277,7 +277,7 @@ def main():
             print(f"  {str(dtype):15s} d = {d:<4d} G = {G}   {worst:.1e}", flush=True)
             if not worst < bound:
                 common.fail(f"kernel.py: error {worst:.1e} is above {bound:.0e}", code=1)
-    print("\nAll within bounds: 1e-5 in float32, 1e-2 in bfloat16.")
+    print("\nAll within bounds: 1e-5 in float32, 2e-3 in float16, 1e-2 in bfloat16.")
 
 
 if __name__ == "__main__":

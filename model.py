@@ -26,6 +26,7 @@ tokens before it, which is what a cache is for (generate.py).
     python model.py --prompt "The json module"                   # the demo checkpoint
     python model.py --ckpt /path/to/Llama-2-7b-hf --prompt "..." --tokens 20
 """
+import copy
 import math
 import sys
 import time
@@ -224,11 +225,16 @@ class Model(nn.Module):
         return self.embed_tokens(tokens)                            # (B, T, hidden)
 
     def head(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.norm(x))                           # (..., vocab)
+        norm, lm_head = (self.widened(module, x.dtype) for module in (self.norm, self.lm_head))
+        return lm_head(norm(x))                                     # (..., vocab)
+
+    def widened(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A part as it is, or a copy for states wider than the weights: float32 over bfloat16."""
+        return module if dtype == self.dtype else copy.deepcopy(module).to(dtype)
 
     def layer(self, i: int, x: Tensor, project=None, observe=None, cache=None) -> Tensor:
         """Layer i over states x (B, T, hidden): of positions 0 … T−1, or behind the cache."""
-        layer = self.layers[i]
+        layer = self.widened(self.layers[i], x.dtype)
         weights = layer.self_attn
         h = layer.input_layernorm(x)
         q, k = self.queries_and_keys(h, weights, start=cache.length if cache is not None else 0)
@@ -420,7 +426,8 @@ def generate(model: Model, tokens: list[int], count: int, temperature: float = 0
     tokens = list(tokens)
     for _ in range(count):
         states = model.hidden(torch.tensor([tokens], device=model.device))
-        token = pick(model.head(states[:, -1]), temperature).item()
+        wide = torch.promote_types(model.dtype, torch.float32)      # in bfloat16 many logits tie
+        token = pick(model.head(states[:, -1].to(wide)), temperature).item()
         if token in model.config.eos_token_id:
             return
         tokens.append(token)

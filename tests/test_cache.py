@@ -1,5 +1,6 @@
 """The cache: the projected model's logits to rounding, from exactly the bytes that ranks say."""
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -286,3 +287,32 @@ def test_a_plan_that_is_not_this_models_is_refused(model, write_plan, keys):
 def test_a_budget_below_the_end_of_the_path_is_refused(model, write_plan):
     with pytest.raises(ValueError, match="ranks.json.*ends at"):
         read_plan(write_plan(), model.config, 0.5)
+
+
+# ------------------------------------------------------------------------------
+# On a GPU, where the kernel cannot run
+
+@pytest.fixture
+def two_caches(model):
+    """Two of one plan; the second takes itself for one on a GPU."""
+    p, ranks = random_projection(model), random_ranks(model)
+    plain, on_gpu = (KVCache(p, ranks, batch=3, max_len=30) for _ in range(2))
+    on_gpu.by_kernel = True
+    return plain, on_gpu
+
+
+@pytest.mark.parametrize("error", [ImportError("no triton"), RuntimeError("no C compiler")])
+def test_without_triton_or_a_compiler_pytorch_decodes(model, tokens, two_caches, error):
+    plain, on_gpu = two_caches
+    on_gpu.attend_on_gpu = Mock(side_effect=error)
+    expected = through(plain, model, tokens, [19, 1, 1])
+    with pytest.warns(UserWarning, match=str(error)):
+        assert torch.equal(through(on_gpu, model, tokens, [19, 1, 1]), expected)
+    assert on_gpu.attend_on_gpu.call_count == 1
+
+
+def test_other_errors_of_the_kernel_are_not_hidden(model, tokens, two_caches):
+    _, on_gpu = two_caches
+    on_gpu.attend_on_gpu = Mock(side_effect=torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        through(on_gpu, model, tokens, [20, 1])
