@@ -105,7 +105,7 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 def prepare_cuda(device: torch.device, name: str | None) -> torch.dtype:
     """Set PyTorch up for this GPU; the dtype of that name, or what suits the GPU."""
-    if device.index is not None:            # whatever asks for memory or for the time means this GPU
+    if device.index is not None:            # who asks for memory or time means this GPU
         torch.cuda.set_device(device)
     if name is None and torch.cuda.get_device_capability() < (8, 0):
         print("This GPU has no units for bfloat16: --dtype float16", file=sys.stderr)
@@ -414,11 +414,13 @@ def peak_memory(c, batch: int, seq: int, dtype: torch.dtype, recompute: bool) ->
     # k and v before and after projection; three of the MLP.
     kept = 4 * hidden + 2 * H * d + 4 * K * d + 3 * inner
     on_the_way = 6 * hidden + 4 * inner
-    # Some 18 matrices per head: start, PCA, A, gradient, Adam's moments, the Cayley map's graph.
-    projections = 18 * L * K * d * d
+    # Some 16 matrices per head: start, A, its gradient, Adam's moments, the Cayley map's graph.
+    projections = 16 * L * K * d * d
+    projectors = 4 * batch * K * d * d              # U_r and P of every sequence, keys and values
     return {
         "weights": weights * size,
         "projections": projections * 4,
+        "projectors": projectors * wide * (1 if recompute else L),
         "between layers": tokens * hidden * size * (L if recompute else 1),
         "within layers": tokens * size * (kept * (1 if recompute else L) + on_the_way),
         "loss": 6 * min(CHUNK, tokens) * c.vocab_size * wide + 5 * tokens * hidden * size,

@@ -133,7 +133,7 @@ class Distill(torch.autograd.Function):
                 target.mul_(1 - c).scatter_add_(1, y[rows], share)
             by_logits = log_q.exp_().sub_(target)
             gradient[rows] = by_logits.to(s.dtype) @ model.lm_head.weight
-        ctx.save_for_backward(gradient.view_as(student).div_(T))
+        ctx.save_for_backward(gradient.view_as(student))
         kl = kl.view(B, T).mean(1)
         cross_entropy = cross_entropy.view(B, T).mean(1)
         ctx.mark_non_differentiable(kl)
@@ -142,7 +142,8 @@ class Distill(torch.autograd.Function):
     @staticmethod
     def backward(ctx, by_loss: Tensor, _):
         gradient, = ctx.saved_tensors
-        return gradient * by_loss[:, None, None].to(gradient), None, None, None, None
+        by_token = by_loss[:, None, None] / gradient.shape[1]
+        return gradient * by_token.to(gradient), None, None, None, None
 
 
 # ------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def projector(U: Tensor, ranks: Tensor) -> Tensor:
     r = ranks.to(U.device)[..., None]                               # (..., K, 1)
     kept = torch.arange(d, device=U.device) < r                     # (..., K, d)
     U_r = U * kept[..., None, :]
-    P = U_r @ U.mT
+    P = U_r @ U_r.mT
     full = r[..., None] == d
     return torch.where(full, identity_like(U), P)
 

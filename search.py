@@ -19,6 +19,11 @@ same order of lowerings with a small share of the passes, by two observations:
 Counted on the demo (48 ranks, 336 rounds): 758 passes of 0.6 of the layers on average, where
 Algorithm 1 takes 13,819. At the same rates LLaMA-2-7B would take 32,000, against 25 million.
 
+A lowering may cost less than rounding moves the KL. So states and logits are float32 or wider over
+whatever weights, each layer's widened as it runs; on a GPU, products over 2-byte weights are TF32.
+The noise that is left is measured. Increases below it are ordered by those of a deeper cut, per
+eighth: columns are sorted, so a deeper cut loses more, and its increase is not noise.
+
 The order goes down to 12.5%: every rank keeps d/8, since a head without keys would attend blindly.
 The plan for any larger budget is made by a prefix of it; a file's "path" is the order with its KLs.
 
@@ -37,7 +42,7 @@ from torch import Tensor
 import common
 from cache import order_of
 from data import data_arguments, random_windows, text_for
-from evaluate import describe, draw_plan, log_probabilities, report, report_arguments
+from evaluate import describe, draw_plan, log_probabilities, report, report_arguments, wide
 from model import Model, load
 from projection import BUDGETS, LEVELS, SIDES, Projection, plan_at, shape_of, uniform_ranks
 
@@ -60,15 +65,19 @@ class Cost:
         self.eighth = d // LEVELS
         self.ranks = torch.full((2, L, K), d)
         self.passes = self.layer_passes = 0
-        teacher = model.norm(model.hidden(tokens))
-        self.teacher = teacher.flatten(0, 1)                        # (B·T, hidden)
-        self.inputs = [model.embed(tokens)]                         # of each layer, at `ranks`
+        x = model.embed(tokens)
+        self.norm = model.widened(model.norm, wide(x.dtype))
+        self.inputs = [x.to(wide(x.dtype))]                         # of each layer, at `ranks`
+        _, student = self.run(self.ranks, 0)                        # the full plan: the teacher
+        chunks = [log_p for _, log_p in log_probabilities(model, student)]
+        self.teacher = torch.cat(chunks)                            # (B·T, vocab)
         self.kl, self.inputs = self.measure(self.ranks, 0)
         self.full_kl = self.kl
+        self.noise = self.measure_noise()
         self.tried = None               # the last candidate, its plan, KL and layers' inputs
 
-    def measure(self, ranks: Tensor, first: int):
-        """KL, and layers' inputs, of a plan that is the current one in layers before `first`."""
+    def run(self, ranks: Tensor, first: int):
+        """Layers' inputs, and the normed states (B·T, hidden), with `first` as in `measure`."""
         project = self.projection.at(ranks)
         inputs, x = self.inputs[:first], self.inputs[first]
         for i in range(first, len(self.model.layers)):
@@ -76,20 +85,60 @@ class Cost:
             x = self.model.layer(i, x, project)
         self.passes += 1
         self.layer_passes += len(inputs) - first
-        student = self.model.norm(x).flatten(0, 1)
+        return inputs, self.norm(x).flatten(0, 1)
+
+    def measure(self, ranks: Tensor, first: int):
+        """KL, and layers' inputs, of a plan that is the current one in layers before `first`."""
+        inputs, student = self.run(ranks, first)
         total = 0.0
-        for _, log_p, log_q in log_probabilities(self.model, self.teacher, student):
+        for rows, log_q in log_probabilities(self.model, student):
+            log_p = self.teacher[rows]
             kl = log_p.exp() * (log_p - log_q)
             total += kl.sum().item()
         return total / len(self.teacher), inputs
 
-    def if_lowered(self, candidate: tuple[int, int, int]) -> float:
+    def measure_noise(self) -> float:
+        """What the KL moves by when a coordinate of each embedding does, by ± one last place.
+
+        That is the place to which products round their inputs: TF32's where it is allowed.
+        """
+        x = self.inputs[0]
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        unit = 2 ** -10 if tf32 else torch.finfo(x.dtype).eps
+        moved = []
+        for sign in (1, -1):
+            self.inputs[0] = x.clone()
+            self.inputs[0][..., 0] *= 1 + sign * unit
+            kl, _ = self.measure(self.ranks, 0)
+            moved.append(abs(kl - self.kl))
+        self.inputs[0] = x
+        return max(moved)
+
+    def if_lowered(self, candidate: tuple[int, int, int], eighths: int = 1) -> float:
         """The KL if this rank alone were lowered."""
         ranks = self.ranks.clone()
-        ranks[candidate] -= self.eighth
+        ranks[candidate] -= eighths * self.eighth
         kl, inputs = self.measure(ranks, first=candidate[1])
         self.tried = candidate, ranks, kl, inputs
         return kl
+
+    def increase(self, candidate: tuple[int, int, int]) -> tuple[float, float]:
+        """What lowering it adds to the KL, at least the noise; and what orders those below it.
+
+        That is the increase per eighth, over as few eighths as rise above the noise.
+        """
+        increase = self.if_lowered(candidate) - self.kl
+        if increase > self.noise:
+            return increase, 0.0
+        lowered = self.tried
+        for eighths in range(2, int(self.ranks[candidate]) // self.eighth):
+            increase = self.if_lowered(candidate, eighths) - self.kl
+            if increase > self.noise:
+                break
+        else:
+            eighths = LEVELS                    # it costs nothing, however low: before the others
+        self.tried = lowered
+        return self.noise, increase / eighths
 
     def lower(self, candidate: tuple[int, int, int]) -> None:
         """Lower this rank in the current plan."""
@@ -116,20 +165,18 @@ def exact(cost: Cost):
 
 def lazy(cost: Cost):
     """Lazy greedy: only the top is remeasured; one now cheaper than its key waits its turn."""
-    heap = []
-    for candidate in cost.candidates():
-        heap.append((cost.if_lowered(candidate) - cost.kl, candidate))
+    heap = [(cost.increase(candidate), candidate) for candidate in cost.candidates()]
     heapq.heapify(heap)
     while heap:
         _, candidate = heapq.heappop(heap)
-        increase = cost.if_lowered(candidate) - cost.kl
-        least = heap[0][0] if heap else increase
-        if increase > least + NEARLY * abs(least):      # no longer the cheapest: back to the others
-            heapq.heappush(heap, (increase, candidate))
+        key = cost.increase(candidate)
+        least = heap[0][0][0] if heap else key[0]
+        if key[0] > least + NEARLY * least:             # no longer the cheapest: back to the others
+            heapq.heappush(heap, (key, candidate))
             continue
         cost.lower(candidate)
         if cost.ranks[candidate] > cost.eighth:         # its next step is taken to cost the same
-            heapq.heappush(heap, (increase, candidate))
+            heapq.heappush(heap, (key, candidate))
         yield candidate
 
 
@@ -197,7 +244,8 @@ def main():
     if not cost.kl < 1e3:
         common.fail(f"--ckpt: {args.ckpt}: the KL is {cost.kl}; are the weights whole?")
     print(f"{heads} ranks to lower in {rounds} rounds on {args.batch * args.seq:,} tokens; "
-          f"Algorithm 1 takes up to {rounds * heads:,} passes. KL of the full plan: {cost.kl:.1e}")
+          f"Algorithm 1 takes up to {rounds * heads:,} passes. Rounding moves the KL by "
+          f"{cost.noise:.1e}")
     uniform = partial(uniform_ranks, config=config)
     budgets = [level / LEVELS for level in range(LEVELS - 1, 0, -1)]
     uniform_kl = {budget: cost.measure(uniform(budget), 0)[0] for budget in budgets}

@@ -99,6 +99,8 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
     """
     args, rotation = run.args, run.rotation
     parameters = list(rotation.parameters())
+    # A gradient per token is far below 6e-8, the smallest number of float16.
+    scale = args.batch * args.seq if model.dtype == torch.float16 else 1
     progress = common.Progress(args.steps)
     B, mine = common.WORLD * args.batch, common.my_share(args.batch)
     for step in range(run.said["step"], args.steps):
@@ -115,11 +117,11 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
             loss, kl = distillation(model, block, project, args)                # per sequence
             objective = loss if floor is None else torch.log(loss + floor)
             if objective.requires_grad:                 # not where every head is full
-                (objective.mean() / args.accumulate).backward()
-            kl_of_step += kl.mean().item() / args.accumulate
+                (scale * objective.mean()).backward()
+            kl_of_step += scale * kl.mean().item()
         gradients = [kl_of_step, *(p.grad for p in parameters)]
         for gradient in gradients:
-            common.sum_over_processes(gradient).div_(common.WORLD)
+            common.sum_over_processes(gradient).div_(scale * args.accumulate * common.WORLD)
         if not all(gradient.isfinite().all() for gradient in gradients):
             common.fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a "
                         f"number; {args.out}/projections.safetensors is as it was. Start again "
@@ -173,43 +175,52 @@ class Run:
         "recipe", "ce", "steps", "batch", "seq", "lr",
         "accumulate", "seed", "dtype", "amp", "train_tokens", "processes")
     FILES = ("ckpt", "data", "ranks")
-    STATE = "train.state.safetensors"
+    START, STATE = "train.start.safetensors", "train.state.safetensors"
 
     def __init__(self, args, start: Projection, pca: Projection, order):
         args.processes = common.WORLD
         config = {name: getattr(args, name) for name in self.NUMBERS}
         config |= {name: str(getattr(args, name) or "") for name in self.FILES}
         self.args = args
-        self.file = args.out / self.STATE
+        self.start_file, self.file = args.out / self.START, args.out / self.STATE
         self.start, self.pca, self.order = start, pca, order
         self.rotation = Rotation(start)
         for parameter in self.rotation.parameters():    # a step where all are full has no gradient
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer = torch.optim.Adam(self.rotation.parameters())
         self.said = {"step": 0, "loss": [], "checks": [], "config": config}
-        self.saved_step, self.saved_at = 0, 0.0
+        self.saved_step, self.save_at = 0, 0.0          # when to save: the first step at once
 
     def projection(self) -> Projection:
         """What has been learnt so far, orthogonal within float32's rounding."""
         with torch.no_grad():
             return self.rotation(torch.float64).to(None, torch.float32)
 
-    def save(self) -> None:
+    def save_start(self) -> None:
+        """What does not change, written once. A state that goes with another start is removed."""
+        self.file.unlink(missing_ok=True)
         tensors = self.start.tensors("start.") | self.pca.tensors("pca.")
         if self.order is not None:      # the file may be another search's by the time of --resume
             tensors["order"] = self.order
-        common.save_state(self.file, self.rotation, self.optimizer, tensors, self.said)
+        with common.blame("--out"):
+            common.write_tensors(self.start_file, tensors)
+
+    def save(self) -> None:
+        began = time.time()
+        common.save_state(self.file, self.rotation, self.optimizer, {}, self.said)
         self.saved_step = self.said["step"]
-        self.saved_at = time.time()
+        seconds = time.time() - began                   # all processes wait: at most 2% of the time
+        self.save_at = time.time() + max(self.args.save_every, 49 * seconds)
 
     @staticmethod
     def resume(args, model: Model, *_) -> "Run":
         """The training that `save` wrote. ValueError if there is none, or one of other settings."""
         file = args.out / Run.STATE
         tensors, said = common.load_state(file)
-        start = Projection.of(tensors, "start.").to(model.device)
-        pca = Projection.of(tensors, "pca.")
-        run = Run(args, start, pca, tensors.get("order"))
+        fixed = common.read_tensors(args.out / Run.START)
+        start = Projection.of(fixed, "start.").to(model.device)
+        pca = Projection.of(fixed, "pca.")
+        run = Run(args, start, pca, fixed.get("order"))
         common.check_same(file, said["config"], run.said["config"])
         common.restore_state(run.rotation, run.optimizer, tensors)
         run.said = said
@@ -241,7 +252,7 @@ def options() -> argparse.Namespace:
     add("--checkpoint", action=argparse.BooleanOptionalAction,
         help="recompute layers in the backward pass: less memory, more time [if need be]")
     add("--check-every", type=count, default=100, help="steps between validations [100]")
-    add("--save-every", type=positive, default=30.0, help="seconds between two saves [30]")
+    add("--save-every", type=positive, default=30.0, help="least seconds between two saves [30]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
     common.moved(parser, "--eval", "--tasks", to="python evaluate.py")
     args = parser.parse_args()
@@ -256,12 +267,15 @@ def options() -> argparse.Namespace:
 def begin(args, model: Model, tokens, order) -> Run:
     """A new training: its start is an eigenbasis over a calibration text."""
     moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
-    start = pca = moments.pca()
+    start = pca = moments.pca()                         # pca waits on the CPU for the report
     if args.recipe == "ours":
         W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
         start = moments.query_aware(W_o)
     start = start.to(model.device, wide(model.dtype))
-    return Run(args, start, pca, order)
+    run = Run(args, start, pca.to("cpu"), order)
+    if common.RANK == 0:
+        run.save_start()
+    return run
 
 
 def check(run: Run, model: Model, valid, plan) -> None:
@@ -288,6 +302,7 @@ def finish(run: Run, model: Model, held_out, plan) -> None:
         run.said["order"] = run.order.tolist()
     write_report(model, held_out, curves, run.args, out / "train.json", run.said)
     run.file.unlink(missing_ok=True)            # the training is over
+    run.start_file.unlink(missing_ok=True)
 
 
 def main():
@@ -329,7 +344,7 @@ def main():
         last = step == args.steps
         if len(valid) and (last or step % args.check_every == 0):
             check(run, model, valid, plan)
-        if last or time.time() - run.saved_at >= args.save_every:
+        if last or time.time() >= run.save_at:
             run.save()                          # between steps: never half of one
 
     first, began = run.said["step"], time.time()

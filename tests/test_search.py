@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CKPT, call, mean_kl, random_projection, shape
+from conftest import CKPT, GOLDEN, call, mean_kl, random_projection, shape
 
 from cache import read_plan
 from model import load
@@ -102,24 +102,61 @@ def test_lazy_takes_a_small_share_of_the_passes_and_is_nearly_as_good(double):
     assert sum(curves[1]) < 1.3 * sum(curves[0])
 
 
+class Made(Cost):
+    """A cost that is made up: four ranks of three eighths, `costs` for one, two eighths less."""
+
+    def __init__(self, costs: dict, noise: float):
+        self.ranks = torch.full((2, 1, 2), 3)
+        self.kl, self.eighth, self.noise, self.passes = 0.0, 1, noise, 0
+        self.costs = costs
+
+    def measure(self, ranks, first):
+        self.passes += 1
+        assert self.passes < 100
+        return sum(self.costs[tuple(place)][3 - ranks[tuple(place)]]
+                   for place in (ranks < 3).nonzero().tolist()), None
+
+
+PLACES = [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
+
+
 def test_lazy_ends_where_lowering_reduces_the_kl():
     """Rounding makes increases negative in bfloat16."""
-    class Noise:
-        kl, eighth, passes = 0.0, 1, 0
-        ranks = torch.full((2, 1, 2), 3)
+    costs = {place: [0, -1e-5 * (1 + 0.05 * sum(place)), -2e-5] for place in PLACES}
+    for noise in (0.0, 1e-6):
+        assert len(list(lazy(Made(costs, noise)))) == 8
 
-        def if_lowered(self, candidate):
-            self.passes += 1
-            assert self.passes < 100
-            return -1e-5 * (1 + 0.05 * sum(candidate))
 
-        def candidates(self):
-            return [tuple(place) for place in (self.ranks > 1).nonzero().tolist()]
+def test_increases_below_the_noise_are_ordered_by_those_of_a_deeper_cut():
+    """One eighth costs each rank as good as nothing: −1e-6 … 1e-6 is rounding's, in wrong order."""
+    deep = dict(zip(PLACES, (4e-3, 1e-3, 3e-3, 2e-3), strict=True))
+    shallow = dict(zip(PLACES, (-1e-6, 1e-6, 0, 5e-7), strict=True))
+    costs = {place: [0, shallow[place], deep[place]] for place in PLACES}
+    order = list(lazy(Made(costs, noise=1e-5)))
+    assert order[:4] == sorted(PLACES, key=deep.get)
 
-        def lower(self, candidate):
-            self.ranks[candidate] -= 1
 
-    assert len(list(lazy(Noise()))) == 8
+@torch.no_grad()
+def test_states_are_float32_over_bfloat16_weights():
+    """The same KLs as with those weights in float32, and so the same order."""
+    golden = GOLDEN / "llama_bfloat16"
+    low, exact = load(golden, dtype=torch.bfloat16), load(golden)
+    p, tokens = random_projection(exact), torch.randint(3, 96, (2, 11))
+    by_low, by_exact = (Cost(model, p, tokens) for model in (low, exact))
+    for candidate in by_exact.candidates():
+        kl = by_exact.if_lowered(candidate)
+        assert by_low.if_lowered(candidate) == pytest.approx(kl, rel=1e-3)
+
+
+@torch.no_grad()
+def test_the_noise_is_that_of_rounding(double):
+    model, p = double
+    tokens = torch.randint(3, 96, (2, 11))
+    in_double = Cost(model, p, tokens).noise
+    single = Projection(*(x.float() for x in p.tensors().values()))
+    in_single = Cost(model.float(), single, tokens).noise
+    assert in_double < 1e-14
+    assert 0 < in_single < 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ import torch
 from conftest import CKPT, DEMO, ROOT, call, random_start, relative, script, shape, small
 from safetensors.torch import load_file
 
+import common
 from common import peak_memory
 from data import windows
 from evaluate import Distill
 from model import generate, read_config
 from projection import Rotation, plan_at, uniform_ranks
-from train import draw_along, draw_independent, draw_levels
+from train import Run, draw_along, draw_independent, draw_levels
 
 
 def seeded() -> torch.Generator:
@@ -248,7 +250,6 @@ def assert_same_end(out, other):
 
 def stop(monkeypatch, saved_at: int, stopped_at: int):
     """The next run saves its state after one step alone, and is interrupted after another."""
-    from train import Run
     plain = Run.save
 
     def save(run):
@@ -273,6 +274,42 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_does(
     assert "--lr" in refusal("train", *options, "--resume", "--lr", 0.5)
     call("train", *options, "--resume")
     assert_same_end(tmp_path, trained / "out")
+
+
+@pytest.mark.parametrize("seconds, pause", [(0.1, 30), (4, 196)])
+def test_saving_takes_at_most_two_percent_of_the_time(
+        model, tmp_path, monkeypatch, seconds, pause):
+    """All processes wait for a save. Here one takes `seconds`."""
+    clock = [1000.0]
+
+    def save_state(*_):
+        clock[0] += seconds
+
+    monkeypatch.setattr("train.time.time", lambda: clock[0])
+    monkeypatch.setattr("common.save_state", save_state)
+    start = random_start(model)
+    run = Run(Mock(out=tmp_path, save_every=30.0), start, start, None)
+    run.save()
+    assert run.save_at == pytest.approx(clock[0] + pause)
+
+
+def test_start_and_pca_are_written_once_and_a_state_of_another_start_is_removed(
+        trained, tmp_path, monkeypatch):
+    written = []
+    plain = common.write_tensors
+
+    def write(path, tensors, metadata=None):
+        written.append(path.name)
+        assert ("start.U_k" in tensors) == (path.name == Run.START)
+        plain(path, tensors, metadata)
+
+    (tmp_path / Run.STATE).write_bytes(b"of an earlier run")
+    monkeypatch.setattr("common.write_tensors", write)
+    monkeypatch.setattr(Run, "save", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        call("train", *small(trained), "--steps", 3, "--save-every", 0, "--out", tmp_path)
+    assert written == [Run.START]
+    assert not (tmp_path / Run.STATE).exists()
 
 
 def test_an_interrupt_before_the_first_save_says_so(trained, tmp_path, monkeypatch, capsys):
@@ -349,7 +386,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(trained, tmp_path, monkeypatch
 
     def full(file):
         writes.append(file)
-        if len(writes) > 3:                     # the first is a look whether --out can be written
+        if len(writes) > 4:         # before: a look whether --out can be written, and the start
             raise OSError(28, "No space left on device")
         plain(file)
 
@@ -401,7 +438,6 @@ def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path, dtype, bo
 
 def test_processes_see_the_sequences_of_one_with_a_larger_batch(monkeypatch):
     """What torchrun's processes draw, end to end, is what a single process draws."""
-    import common
     tokens = torch.arange(50).numpy()
     starts = torch.arange(8)
     shares = []
