@@ -104,7 +104,7 @@ def prepare(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def prepare_cuda(device: torch.device, name: str | None) -> torch.dtype:
-    """Set PyTorch up for this GPU; the dtype of that name, or what suits the GPU."""
+    """Set PyTorch up for this GPU; the dtype of that name, or the one that suits it."""
     if device.index is not None:            # who asks for memory or time means this GPU
         torch.cuda.set_device(device)
     if name is None and torch.cuda.get_device_capability() < (8, 0):
@@ -113,8 +113,7 @@ def prepare_cuda(device: torch.device, name: str | None) -> torch.dtype:
     dtype = getattr(torch, name or "bfloat16")
     # cuDNN's attention builds a graph for each new shape, and a ragged prefill has dozens.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Around 2-byte weights, products in float32 (the head's, the search's) may round their inputs
-    # to the 11 bits of TF32: such weights are exact in it.
+    # float32 products may round their inputs to TF32's 11 bits: 2-byte weights are exact in it.
     torch.backends.cuda.matmul.allow_tf32 = dtype.itemsize == 2
     return dtype
 

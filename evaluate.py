@@ -48,8 +48,8 @@ def log_probabilities(model: Model, *states: Tensor):
 def logits(x: Tensor, W: Tensor) -> Tensor:
     """x Wᵀ of states (n, hidden) and W (vocab, hidden), in float32 or float64.
 
-    A bfloat16 result would carry eight bits: small KLs drown in that, and likeliest tokens tie. So
-    bfloat16 weights are widened, 8,192 rows of the vocabulary at a time.
+    In a bfloat16 result small KLs drown and likeliest tokens tie, so its weights are widened, 8,192
+    rows of the vocabulary at a time.
     """
     x = x.to(wide(x.dtype))
     if x.dtype == W.dtype:

@@ -182,7 +182,8 @@ class Run:
         config = {name: getattr(args, name) for name in self.NUMBERS}
         config |= {name: str(getattr(args, name) or "") for name in self.FILES}
         self.args = args
-        self.start_file, self.file = args.out / self.START, args.out / self.STATE
+        self.start_file = args.out / self.START
+        self.file = args.out / self.STATE
         self.start, self.pca, self.order = start, pca, order
         self.rotation = Rotation(start)
         for parameter in self.rotation.parameters():    # a step where all are full has no gradient
@@ -207,10 +208,13 @@ class Run:
 
     def save(self) -> None:
         began = time.time()
+        if not self.saved_step:
+            self.save_start()
         common.save_state(self.file, self.rotation, self.optimizer, {}, self.said)
         self.saved_step = self.said["step"]
-        seconds = time.time() - began                   # all processes wait: at most 2% of the time
-        self.save_at = time.time() + max(self.args.save_every, 49 * seconds)
+        if self.args.save_every:                        # all processes wait: at most 2% of the time
+            seconds = time.time() - began
+            self.save_at = time.time() + max(self.args.save_every, 49 * seconds)
 
     @staticmethod
     def resume(args, model: Model, *_) -> "Run":
@@ -252,7 +256,7 @@ def options() -> argparse.Namespace:
     add("--checkpoint", action=argparse.BooleanOptionalAction,
         help="recompute layers in the backward pass: less memory, more time [if need be]")
     add("--check-every", type=count, default=100, help="steps between validations [100]")
-    add("--save-every", type=positive, default=30.0, help="least seconds between two saves [30]")
+    add("--save-every", type=positive, default=30.0, help="least seconds between saves [30]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
     common.moved(parser, "--eval", "--tasks", to="python evaluate.py")
     args = parser.parse_args()
@@ -272,10 +276,7 @@ def begin(args, model: Model, tokens, order) -> Run:
         W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
         start = moments.query_aware(W_o)
     start = start.to(model.device, wide(model.dtype))
-    run = Run(args, start, pca.to("cpu"), order)
-    if common.RANK == 0:
-        run.save_start()
-    return run
+    return Run(args, start, pca.to("cpu"), order)
 
 
 def check(run: Run, model: Model, valid, plan) -> None:

@@ -293,23 +293,33 @@ def test_saving_takes_at_most_two_percent_of_the_time(
     assert run.save_at == pytest.approx(clock[0] + pause)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_two_bytes_train_as_four_do(trained, tmp_path, dtype):
+    """Float16 cannot hold the gradient of a single token among thousands: train scales it."""
+    ends = []
+    for name in (dtype, "float32"):
+        options = [*small(trained), "--steps", 60, "--dtype", name, "--lr", 0.05]
+        call("train", *options, "--out", tmp_path / name)
+        ends.append(sum(losses(tmp_path / name)[-10:]))
+    assert ends[0] == pytest.approx(ends[1], rel=0.02)
+
+
 def test_start_and_pca_are_written_once_and_a_state_of_another_start_is_removed(
         trained, tmp_path, monkeypatch):
     written = []
     plain = common.write_tensors
 
     def write(path, tensors, metadata=None):
-        written.append(path.name)
+        if path.name == Run.START:
+            assert not (tmp_path / Run.STATE).exists()
         assert ("start.U_k" in tensors) == (path.name == Run.START)
+        written.append(path.name)
         plain(path, tensors, metadata)
 
     (tmp_path / Run.STATE).write_bytes(b"of an earlier run")
     monkeypatch.setattr("common.write_tensors", write)
-    monkeypatch.setattr(Run, "save", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(SystemExit):
-        call("train", *small(trained), "--steps", 3, "--save-every", 0, "--out", tmp_path)
-    assert written == [Run.START]
-    assert not (tmp_path / Run.STATE).exists()
+    call("train", *small(trained), "--steps", 3, "--save-every", 0, "--out", tmp_path)
+    assert written == [Run.START, *3 * [Run.STATE], "projections.safetensors"]
 
 
 def test_an_interrupt_before_the_first_save_says_so(trained, tmp_path, monkeypatch, capsys):
