@@ -99,7 +99,7 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
     """
     args, rotation = run.args, run.rotation
     parameters = list(rotation.parameters())
-    # A gradient per token is far below 6e-8, the smallest number of float16.
+    # A token's share of the gradient may be below 6e-8, the smallest number of float16.
     scale = args.batch * args.seq if model.dtype == torch.float16 else 1
     progress = common.Progress(args.steps)
     B, mine = common.WORLD * args.batch, common.my_share(args.batch)

@@ -295,7 +295,7 @@ def test_saving_takes_at_most_two_percent_of_the_time(
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_two_bytes_train_as_four_do(trained, tmp_path, dtype):
-    """Float16 cannot hold the gradient of a single token among thousands: train scales it."""
+    """States, products and gradients in two bytes; loss, rotation and Adam in four."""
     ends = []
     for name in (dtype, "float32"):
         options = [*small(trained), "--steps", 60, "--dtype", name, "--lr", 0.05]
