@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, distributed
 
 import common
-from model import load_tokenizer, read_config
+from model import read_config
 
 # ------------------------------------------------------------------------------
 # Windows
@@ -57,7 +57,7 @@ def load_data(path: Path | None, ckpt: Path, vocab_size: int, out: Path = Path("
     `out`. ValueError names the file and what is wrong with it.
     """
     if path is None:
-        tokenizer = load_tokenizer(ckpt)
+        tokenizer = common.load_tokenizer(ckpt)
         training, held_out = python_documents()
         return encode(tokenizer, training), encode(tokenizer, held_out)
     if not path.is_file():
@@ -134,7 +134,7 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
     Made unless it is there and neither text nor tokenizer changed. Streams: memory does not grow
     with the file.
     """
-    tokenizer = load_tokenizer(ckpt)
+    tokenizer = common.load_tokenizer(ckpt)
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"{path.name}.bin"
     note = target.with_suffix(".json")                  # what the .bin was made from; written last
@@ -296,7 +296,7 @@ def main():
         seen[tokens[start:start + 2 ** 22]] = True
     print(f"{seen.sum():,} of the {config.vocab_size:,} ids occur in the training text")
     try:
-        tokenizer = load_tokenizer(args.ckpt)
+        tokenizer = common.load_tokenizer(args.ckpt)
     except ValueError as error:
         print(error)
         return
