@@ -398,11 +398,15 @@ class JsonTokenizer:
 # ------------------------------------------------------------------------------
 # Text in and out
 
+def with_beginning(tokenizer, ids: list[int]) -> list[int]:
+    """The ids of a text, the beginning of sequence first: once, also where the text spells it."""
+    bos = tokenizer.bos_id()
+    return ids if bos < 0 or ids[:1] == [bos] else [bos, *ids]
+
+
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of a prompt, the beginning of sequence first. ValueError if there are none."""
-    ids = tokenizer.encode(text)
-    if tokenizer.bos_id() >= 0:
-        ids = [tokenizer.bos_id(), *ids]
+    ids = with_beginning(tokenizer, tokenizer.encode(text))
     if not ids:
         raise ValueError("nothing to continue, and the tokenizer has no beginning of sequence")
     return ids

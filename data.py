@@ -143,7 +143,7 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
         "bytes": path.stat().st_size,
         "modified": path.stat().st_mtime_ns,
         "vocab_size": vocab_size,
-        "tokenizer": zlib.crc32((ckpt / "tokenizer.model").read_bytes()),
+        "tokenizer": [zlib.crc32(file.read_bytes()) for file in sorted(ckpt.glob("tokenizer*"))],
     }
     if target.exists() and note.exists() and common.read_json(note) == origin:
         return target
@@ -154,8 +154,8 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
     with common.written_whole(target) as file:
         for ids in token_stream(tokenizer, texts, one_document=is_one):
             if len(ids) and ids.max() >= vocab_size:
-                raise ValueError(f"{ckpt}: its tokenizer.model makes the token id {ids.max()}, "
-                                 f"outside the vocabulary of {vocab_size}")
+                raise ValueError(f"{ckpt}: its tokenizer makes the token id {ids.max()}, outside "
+                                 f"the model's vocabulary of {vocab_size}")
             file.write(ids.astype(dtype).tobytes())
             if time.time() - shown > 10:
                 shown = time.time()
@@ -173,14 +173,13 @@ def encode(tokenizer, texts, one_document: bool = False) -> np.ndarray:
 
 def token_stream(tokenizer, texts, one_document: bool):
     """The same in pieces: a megabyte of texts at a time, shared among the cores."""
-    before = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
-    batch, characters = [], 0
+    batch, characters, within = [], 0, False
     for text in itertools.chain(texts, [None]):         # None: the end
         if text is None or characters > 2 ** 20:
             ids = array("I")
             for found in tokenizer.encode(batch, num_threads=os.cpu_count()):
-                ids.extend(before + found)
-                before = [] if one_document else before
+                ids.extend(found if within else common.with_beginning(tokenizer, found))
+                within = one_document
             yield np.array(ids, np.uint32)
             batch, characters = [], 0
         if text is not None:

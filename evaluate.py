@@ -182,10 +182,8 @@ def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Te
     choice's tokens are those behind as many as the context has, at least one; a space that ends the
     context belongs to the choices.
     """
-    before = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
-
     def ids(text: str) -> list[int]:
-        return before + tokenizer.encode(text)
+        return common.with_beginning(tokenizer, tokenizer.encode(text))
 
     context_tokens = len(ids(question["context"].rstrip()))
     wholes = [ids(question["context"] + choice) for choice in question["choices"]]

@@ -1,11 +1,13 @@
 """Writes tests/golden: tiny random checkpoints, and the logits that transformers has for them.
 
+And tests/tokenizers: small tokenizer.json files, and the ids that transformers has for some lines.
 Run by hand; the tests need only what it wrote. One folder for each layout that checkpoints come in.
 
     pip install transformers && python tests/make_golden.py
 """
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +23,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.tokenizer import ids_of_transformers, make_tokenizer, mixed_lines
+
 GOLDEN = Path(__file__).parent / "golden"
+TOKENIZERS = Path(__file__).parent / "tokenizers"
 TINY = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -125,3 +131,9 @@ tied = Qwen2Config(**TINY, rope_parameters=QWEN, tie_word_embeddings=True)
 make("qwen2_tied", tied, Qwen2ForCausalLM, **hub)
 wide = Qwen3Config(**TINY, head_dim=16, rope_parameters=QWEN, tie_word_embeddings=True)
 make("qwen3", wide, Qwen3ForCausalLM, **hub)
+
+for kind in ("llama3", "qwen2", "unigram"):
+    make_tokenizer(kind, TOKENIZERS / kind, vocab_size=400)
+    lines = mixed_lines(60)
+    golden = {"lines": lines, "ids": ids_of_transformers(TOKENIZERS / kind, lines)}
+    (TOKENIZERS / kind / "ids.json").write_text(json.dumps(golden))
