@@ -515,12 +515,18 @@ def free_memory(device: torch.device) -> float:
     """Bytes that a process can still get; infinite where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    available = linux_says("meminfo", "MemAvailable")
+    return available / WORLD if available else math.inf
+
+
+def linux_says(file: str, entry: str) -> int:
+    """Bytes that an entry of /proc/FILE stands for; 0 where there is none."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = dict(line.split(":") for line in lines)["MemAvailable"]
-        return 1024 * int(available.split()[0]) / WORLD
+        lines = Path("/proc", file).read_text().splitlines()
+        value = dict(line.split(":", 1) for line in lines)[entry]
+        return 1024 * int(value.split()[0])
     except (OSError, KeyError, ValueError):
-        return math.inf
+        return 0
 
 
 def plan_memory(args, config, device: torch.device, dtype: torch.dtype) -> None:
@@ -539,6 +545,46 @@ def plan_memory(args, config, device: torch.device, dtype: torch.dtype) -> None:
     if total > free:
         fail(f"--batch {args.batch} --seq {args.seq}: a step needs about {total / 1e9:.1f} GB and "
              f"{free / 1e9:.1f} GB are free on {device}; try --seq, --accumulate or --checkpoint")
+
+
+class Forecast:
+    """Called after each step of a training: after the fourth it says what the run will take.
+
+    Beside its steps a run is passes of a batch: 16 to calibrate, four for a validation, and those
+    of the report, on seven budgets of every curve. A step is about 8/3 passes: two, a backward.
+    """
+
+    def __init__(self, args, device: torch.device):
+        self.args, self.device = args, device
+        self.began = self.warm = time.time()
+        self.done = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.done == 1:                              # the slowest
+            self.warm = time.time()
+        if self.done == 4:
+            self.say((time.time() - self.warm) / 3)
+
+    def say(self, step: float) -> None:
+        args = self.args
+        one_pass = step * 3 / 8 / args.accumulate
+        hooks = 7 * (4 if args.ranks else 2)
+        report = math.ceil(args.windows / args.batch) * (1 + hooks)
+        validation = 4 * math.ceil(8 / args.batch)
+        around = one_pass * (16 + report + validation)
+        each = step + one_pass * validation / args.check_every
+        minutes = (around + args.steps * each) / 60
+        fit = int((20 * 60 - around) / each)
+        advice = f"--steps {fit} would fit in 20" if fit > 0 else "fewer --windows would shorten it"
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved(self.device)
+        else:
+            peak = linux_says("self/status", "VmHWM")
+        memory = f", {peak / 1e9:.2f} GB at the peak" if peak else ""
+        print(f"\nMeasured: {step:.2f} s a step{memory}. The run takes about {minutes:.1f} "
+              f"minutes, {around / 60:.1f} of them before and after its steps; {advice}",
+              file=sys.stderr, flush=True)
 
 
 def has_bfloat16_units() -> bool:

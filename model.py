@@ -72,7 +72,7 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 def read_config(path: Path) -> Config:
     """Read and check `path` (a config.json). ValueError names what is missing or not supported."""
     raw = common.read_json(path)
-    generation = path.with_name("generation_config.json")
+    generation = Path(path).with_name("generation_config.json")
     said = common.read_json(generation) if generation.exists() else {}
     raw["eos_token_id"] = ends_of(raw) + ends_of(said)      # chat models add theirs there
     listed = raw.get("architectures")
