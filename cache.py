@@ -145,14 +145,14 @@ class KVCache:
     def fold(self, i: int, weights):
         """W_v', W_o' and the bias (or None) of layer i, made when first asked for: fold_values."""
         if self.folded[i] is None:
-            W_v, W_o = weights.v_proj.weight, weights.o_proj.weight
+            W_v, W_o, b_v = weights.v_proj.weight, weights.o_proj.weight, weights.v_proj.bias
             ranks = self.ranks[1, i]
-            if (ranks == self.head_dim).all():
+            if (ranks == self.head_dim).all() and b_v is None:
                 self.folded[i] = W_v, W_o, None
             else:
                 U = self.projection.U_v[i].to(self.device)
                 mean = self.projection.mean_v[i].to(self.device)
-                self.folded[i] = fold_values(W_v, W_o, U, mean, ranks)
+                self.folded[i] = fold_values(W_v, W_o, U, mean, ranks, b_v)
         return self.folded[i]
 
     def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, window=None) -> Tensor:

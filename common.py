@@ -181,6 +181,21 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name).clone() for name in file.keys()}
 
 
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Which file holds which tensor. Never a glob: some folders hold all weights twice."""
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if index.exists():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{index}: no weight_map")
+        return {name: path / file for name, file in files.items()}
+    if not single.exists():
+        raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
+    with open_safetensors(single) as file:
+        return {name: single for name in file.keys()}
+
+
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file."""
     try:
@@ -315,13 +330,99 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------
+# Tokenizers: SentencePiece's own class for a tokenizer.model, and for a tokenizer.json one like it
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None):
+    """The tokenizer of a model folder; ValueError where none fits the vocabulary."""
+    file, other = Path(path) / "tokenizer.model", Path(path) / "tokenizer.json"
+    tokenizer = read_sentencepiece(file)
+    if tokenizer is None and other.exists():
+        file, tokenizer = other, JsonTokenizer(other)
+    if tokenizer is None:
+        fault = "not a SentencePiece model" if file.exists() else "no such file"
+        raise ValueError(f"{file}: {fault}, and there is no tokenizer.json; train.py and search.py "
+                         "take token ids too, --data tokens.bin")
+    if vocab_size and tokenizer.get_piece_size() > vocab_size:
+        raise ValueError(f"{file}: has more pieces than the model's vocabulary, {vocab_size}")
+    return tokenizer
+
+
+def read_sentencepiece(file: Path):
+    """A SentencePieceProcessor, or None where the file is missing or something else."""
+    from sentencepiece import SentencePieceProcessor
+    try:
+        proto = file.read_bytes()                       # it takes an empty one, and fails later
+        return SentencePieceProcessor(model_proto=proto) if proto else None
+    except (OSError, RuntimeError):
+        return None
+
+
+class JsonTokenizer:
+    """A tokenizer.json, read by Hugging Face's library; its methods are called as SentencePiece's.
+
+    A text's beginning is what the file's post-processor, or add_bos_token in tokenizer_config.json,
+    puts before it; `bos_id` is −1 where they put nothing, as for Qwen.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            from tokenizers import Tokenizer
+            self.inner = Tokenizer.from_file(str(file))
+        except ImportError:
+            raise ValueError(f"{file}: first run pip install tokenizers, which reads it") from None
+        except Exception as error:                      # the library has no class of its own
+            raise ValueError(f"{file}: not a tokenizer, or a truncated one ({error})") from None
+        self.inner.no_truncation()                      # what a file says of batches
+        self.inner.no_padding()
+        self.beginning = self.find_beginning(file.with_name("tokenizer_config.json"))
+
+    def find_beginning(self, config: Path) -> int:
+        processed, text = (self.ids(["a"], whole)[0] for whole in (True, False))
+        if processed[:1] != text[:1]:
+            return processed[0]
+        said = read_json(config) if config.exists() else {}
+        token = said.get("bos_token")
+        name = token.get("content") if isinstance(token, dict) else token
+        asked = said.get("add_bos_token") is True and isinstance(name, str)
+        id = self.inner.token_to_id(name) if asked else None
+        return -1 if id is None else id
+
+    def ids(self, texts: list[str], processed: bool) -> list[list[int]]:
+        """The library shares the texts among the cores."""
+        try:
+            found = self.inner.encode_batch_fast(texts, add_special_tokens=processed)
+        except Exception as error:
+            raise ValueError(f"{self.file}: {error}") from None
+        return [encoding.ids for encoding in found]
+
+    def bos_id(self) -> int:
+        return self.beginning
+
+    def get_piece_size(self) -> int:
+        return 1 + max(self.inner.get_vocab().values(), default=-1)
+
+    def encode(self, text: str | list[str], num_threads: int = 0):
+        is_one = isinstance(text, str)
+        found = self.ids([text] if is_one else text, processed=False)
+        return found[0] if is_one else found
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids)
+
+
+# ------------------------------------------------------------------------------
 # Text in and out
+
+def with_beginning(tokenizer, ids: list[int]) -> list[int]:
+    """The ids of a text, the beginning of sequence first: once, also where the text spells it."""
+    bos = tokenizer.bos_id()
+    return ids if bos < 0 or ids[:1] == [bos] else [bos, *ids]
+
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
     """Token ids of a prompt, the beginning of sequence first. ValueError if there are none."""
-    ids = tokenizer.encode(text)
-    if tokenizer.bos_id() >= 0:
-        ids = [tokenizer.bos_id(), *ids]
+    ids = with_beginning(tokenizer, tokenizer.encode(text))
     if not ids:
         raise ValueError("nothing to continue, and the tokenizer has no beginning of sequence")
     return ids
@@ -430,12 +531,18 @@ def free_memory(device: torch.device) -> float:
     """Bytes that a process can still get; infinite where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    available = linux_says("meminfo", "MemAvailable")
+    return available / WORLD if available else math.inf
+
+
+def linux_says(file: str, entry: str) -> int:
+    """Bytes that an entry of /proc/FILE stands for; 0 where there is none."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = dict(line.split(":") for line in lines)["MemAvailable"]
-        return 1024 * int(available.split()[0]) / WORLD
+        lines = Path("/proc", file).read_text().splitlines()
+        value = dict(line.split(":", 1) for line in lines)[entry]
+        return 1024 * int(value.split()[0])
     except (OSError, KeyError, ValueError):
-        return math.inf
+        return 0
 
 
 def plan_memory(args, config, device: torch.device, dtype: torch.dtype) -> None:
@@ -454,6 +561,46 @@ def plan_memory(args, config, device: torch.device, dtype: torch.dtype) -> None:
     if total > free:
         fail(f"--batch {args.batch} --seq {args.seq}: a step needs about {total / 1e9:.1f} GB and "
              f"{free / 1e9:.1f} GB are free on {device}; try --seq, --accumulate or --checkpoint")
+
+
+class Forecast:
+    """Called after each step of a training: after the fourth it says what the run will take.
+
+    Beside its steps a run is passes of a batch: 16 to calibrate, four for a validation, and those
+    of the report, on seven budgets of every curve. A step is about 8/3 passes: two, a backward.
+    """
+
+    def __init__(self, args, device: torch.device):
+        self.args, self.device = args, device
+        self.began = self.warm = time.time()
+        self.done = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.done == 1:                              # the slowest
+            self.warm = time.time()
+        if self.done == 4:
+            self.say((time.time() - self.warm) / 3)
+
+    def say(self, step: float) -> None:
+        args = self.args
+        one_pass = step * 3 / 8 / args.accumulate
+        hooks = 7 * (4 if args.ranks else 2)
+        report = math.ceil(args.windows / args.batch) * (1 + hooks)
+        validation = 4 * math.ceil(8 / args.batch)
+        around = one_pass * (16 + report + validation)
+        each = step + one_pass * validation / args.check_every
+        minutes = (around + args.steps * each) / 60
+        fit = int((20 * 60 - around) / each)
+        advice = f"--steps {fit} would fit in 20" if fit > 0 else "fewer --windows would shorten it"
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved(self.device)
+        else:
+            peak = linux_says("self/status", "VmHWM")
+        memory = f", {peak / 1e9:.2f} GB at the peak" if peak else ""
+        print(f"\nMeasured: {step:.2f} s a step{memory}. The run takes about {minutes:.1f} "
+              f"minutes, {around / 60:.1f} of them before and after its steps; {advice}",
+              file=sys.stderr, flush=True)
 
 
 def has_bfloat16_units() -> bool:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, distributed
 
 import common
-from model import load_tokenizer, read_config
+from model import read_config
 
 # ------------------------------------------------------------------------------
 # Windows
@@ -57,7 +57,7 @@ def load_data(path: Path | None, ckpt: Path, vocab_size: int, out: Path = Path("
     `out`. ValueError names the file and what is wrong with it.
     """
     if path is None:
-        tokenizer = load_tokenizer(ckpt)
+        tokenizer = common.load_tokenizer(ckpt)
         training, held_out = python_documents()
         return encode(tokenizer, training), encode(tokenizer, held_out)
     if not path.is_file():
@@ -134,7 +134,7 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
     Made unless it is there and neither text nor tokenizer changed. Streams: memory does not grow
     with the file.
     """
-    tokenizer = load_tokenizer(ckpt)
+    tokenizer = common.load_tokenizer(ckpt)
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"{path.name}.bin"
     note = target.with_suffix(".json")                  # what the .bin was made from; written last
@@ -143,7 +143,7 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
         "bytes": path.stat().st_size,
         "modified": path.stat().st_mtime_ns,
         "vocab_size": vocab_size,
-        "tokenizer": zlib.crc32((ckpt / "tokenizer.model").read_bytes()),
+        "tokenizer": [zlib.crc32(file.read_bytes()) for file in sorted(ckpt.glob("tokenizer*"))],
     }
     if target.exists() and note.exists() and common.read_json(note) == origin:
         return target
@@ -154,8 +154,8 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
     with common.written_whole(target) as file:
         for ids in token_stream(tokenizer, texts, one_document=is_one):
             if len(ids) and ids.max() >= vocab_size:
-                raise ValueError(f"{ckpt}: its tokenizer.model makes the token id {ids.max()}, "
-                                 f"outside the vocabulary of {vocab_size}")
+                raise ValueError(f"{ckpt}: its tokenizer makes the token id {ids.max()}, outside "
+                                 f"the model's vocabulary of {vocab_size}")
             file.write(ids.astype(dtype).tobytes())
             if time.time() - shown > 10:
                 shown = time.time()
@@ -173,14 +173,13 @@ def encode(tokenizer, texts, one_document: bool = False) -> np.ndarray:
 
 def token_stream(tokenizer, texts, one_document: bool):
     """The same in pieces: a megabyte of texts at a time, shared among the cores."""
-    before = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
-    batch, characters = [], 0
+    batch, characters, within = [], 0, False
     for text in itertools.chain(texts, [None]):         # None: the end
         if text is None or characters > 2 ** 20:
             ids = array("I")
             for found in tokenizer.encode(batch, num_threads=os.cpu_count()):
-                ids.extend(before + found)
-                before = [] if one_document else before
+                ids.extend(found if within else common.with_beginning(tokenizer, found))
+                within = one_document
             yield np.array(ids, np.uint32)
             batch, characters = [], 0
         if text is not None:
@@ -296,7 +295,7 @@ def main():
         seen[tokens[start:start + 2 ** 22]] = True
     print(f"{seen.sum():,} of the {config.vocab_size:,} ids occur in the training text")
     try:
-        tokenizer = load_tokenizer(args.ckpt)
+        tokenizer = common.load_tokenizer(args.ckpt)
     except ValueError as error:
         print(error)
         return

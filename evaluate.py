@@ -29,7 +29,7 @@ from torch import Tensor
 import common
 from cache import KVCache, read_plan
 from data import data_arguments, text_for, windows
-from model import Model, load, load_tokenizer
+from model import Model, load
 from projection import BUDGETS, LEVELS, SIDES, Projection, uniform_ranks
 
 # ------------------------------------------------------------------------------
@@ -184,10 +184,8 @@ def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Te
     choice's tokens are those behind as many as the context has, at least one; a space that ends the
     context belongs to the choices.
     """
-    before = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
-
     def ids(text: str) -> list[int]:
-        return before + tokenizer.encode(text)
+        return common.with_beginning(tokenizer, tokenizer.encode(text))
 
     context_tokens = len(ids(question["context"].rstrip()))
     wholes = [ids(question["context"] + choice) for choice in question["choices"]]
@@ -354,7 +352,7 @@ def report_tasks(model: Model, curves: dict, args) -> dict:
     """Multiple choice at every budget, through the real cache."""
     with common.blame("--tasks"):
         questions = read_questions(args.tasks)
-        tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
+        tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
         n = len(questions)
         print(f"{args.tasks}: {n} questions, accuracy by summed log-likelihood "
               "(and by log-likelihood per character), %\n")

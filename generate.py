@@ -18,7 +18,7 @@ import torch
 import common
 from cache import KVCache, plan_arguments, plan_for
 from evaluate import logits
-from model import Model, load, load_tokenizer, pick
+from model import Model, load, pick
 from projection import uniform_ranks
 
 
@@ -57,7 +57,7 @@ def main():
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
-        tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
+        tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
     projection, ranks = plan_for(args, model)
     with common.blame("--prompt"):
         prompt = common.encode_prompt(tokenizer, args.prompt)

@@ -1,8 +1,9 @@
-"""LLaMA and Mistral from scratch: a folder of safetensors becomes logits.
+"""LLaMA, Mistral and Qwen from scratch: a folder of safetensors becomes logits.
 
 One layer, for a token's state x (a row), in the order in which data meets it:
 
     q, k, v = split(RMSNorm(x) Wq), split(RMSNorm(x) Wk), split(RMSNorm(x) Wv)
+    q, k    = RMSNorm(q), RMSNorm(k)                # Qwen3 alone; Qwen2 adds biases above instead
     q, k    = RoPE(q), RoPE(k)                      # turned by position · frequency
     x       = x + softmax(q kᵀ / sqrt(d)) v Wo      # query head h reads key-value head h // G
     x       = x + (silu(RMSNorm(x) Wgate) * RMSNorm(x) Wup) Wdown
@@ -62,19 +63,26 @@ class Config:
     max_position_embeddings: int
     bos_token_id: int | None
     eos_token_id: tuple[int, ...]
+    model_type: str = "llama"       # or one of the others below
 
 
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_config(path: Path) -> Config:
     """Read and check `path` (a config.json). ValueError names what is missing or not supported."""
     raw = common.read_json(path)
+    generation = Path(path).with_name("generation_config.json")
+    said = common.read_json(generation) if generation.exists() else {}
+    raw["eos_token_id"] = ends_of(raw) + ends_of(said)      # chat models add theirs there
     listed = raw.get("architectures")
     name = raw.get("model_type") or (listed[0] if isinstance(listed, list) and listed else listed)
-    if str(name).lower().removesuffix("forcausallm") not in ("llama", "mistral"):
-        raise ValueError(f"{path}: the architecture is {name}; only llama and mistral are known")
-    for key, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+    raw["model_type"] = str(name).lower().removesuffix("forcausallm")
+    if raw["model_type"] not in ARCHITECTURES:
+        raise ValueError(f"{path}: the architecture is {name}; known: {', '.join(ARCHITECTURES)}")
+    for key, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),
+                      ("use_sliding_window", False)):
         if raw.get(key) not in (None, only):
             raise ValueError(f"{path}: {key} is {raw[key]!r}; only {only!r} is supported")
     try:
@@ -97,8 +105,7 @@ def read_config(path: Path) -> Config:
 def parse_config(raw: dict) -> Config:
     """The settings of a config.json, old or new. Raises KeyError, TypeError or ValueError."""
     heads = int(raw["num_attention_heads"])
-    window = raw.get("sliding_window")
-    ends = raw.get("eos_token_id", ())
+    window = raw.get("sliding_window") if raw["model_type"] == "mistral" else None
     # Older files hold rope_theta at the top and rope_scaling beside it; newer ones hold both inside
     # rope_parameters.
     rope = {"rope_theta": raw.get("rope_theta") or 10000.0}
@@ -124,8 +131,16 @@ def parse_config(raw: dict) -> Config:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         max_position_embeddings=int(raw.get("max_position_embeddings") or 2048),
         bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=tuple(ends) if isinstance(ends, list | tuple) else (ends,),    # None: never
+        eos_token_id=raw["eos_token_id"],
+        model_type=raw["model_type"],
     )
+
+
+def ends_of(said: dict) -> tuple:
+    """The ends of a sequence that a config names: one, several, or none."""
+    ends = said.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return tuple(end for end in ends if end is not None)
 
 
 # ------------------------------------------------------------------------------
@@ -135,10 +150,14 @@ def parse_config(raw: dict) -> Config:
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        bias = c.model_type == "qwen2"
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        normed = c.model_type == "qwen3"
+        self.q_norm = RMSNorm(c, c.head_dim) if normed else None
+        self.k_norm = RMSNorm(c, c.head_dim) if normed else None
 
 
 class MLP(nn.Module):
@@ -155,9 +174,9 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, width: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(c.hidden_size))
+        self.weight = nn.Parameter(torch.ones(width))
         self.eps = c.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,21 +187,21 @@ class RMSNorm(nn.Module):
 class Layer(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.input_layernorm = RMSNorm(c)
+        self.input_layernorm = RMSNorm(c, c.hidden_size)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c)
+        self.post_attention_layernorm = RMSNorm(c, c.hidden_size)
         self.mlp = MLP(c)
 
 
 class Model(nn.Module):
-    """A LLaMA or Mistral decoder: `model(tokens)` gives logits, by embed, layer and head."""
+    """A LLaMA, Mistral or Qwen decoder: `model(tokens)` gives logits, by embed, layer and head."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -240,7 +259,7 @@ class Model(nn.Module):
         q, k = self.queries_and_keys(h, weights, start=cache.length if cache is not None else 0)
         if cache is not None:
             W_v, W_o, bias = cache.fold(i, weights)                 # values as the cache wants them
-            v = F.linear(h, W_v)
+            v = F.linear(h, W_v)                                    # their own bias is in the other
             a = cache.attend(i, q, k, v, self.config.sliding_window)
             a = F.linear(a, W_o, bias)
         else:
@@ -260,11 +279,15 @@ class Model(nn.Module):
         One rotation for both: decoding a token is many small operations, and each one counts.
         """
         c = self.config
-        q = F.linear(h, weights.q_proj.weight)
-        k = F.linear(h, weights.k_proj.weight)
+        heads = c.num_attention_heads, c.num_key_value_heads
+        q = F.linear(h, weights.q_proj.weight, weights.q_proj.bias)
+        k = F.linear(h, weights.k_proj.weight, weights.k_proj.bias)
         both = self.split_heads(torch.cat((q, k), dim=-1))          # (B, H + K, T, d)
+        if weights.q_norm is not None:
+            q, k = both.split(heads, dim=1)
+            both = torch.cat((weights.q_norm(q), weights.k_norm(k)), dim=1)
         both = rotate(both, *self.rope.rows(start, h.shape[1], h.dtype, h.device))
-        return both.split((c.num_attention_heads, c.num_key_value_heads), dim=1)
+        return both.split(heads, dim=1)
 
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, _ = x.shape
@@ -332,6 +355,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------
 # Loading
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model in folder `path` (config.json and safetensors, sharded or not), frozen.
 
@@ -344,13 +370,17 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     config = read_config(path / "config.json")
     with torch.device("meta"):      # shapes alone: the weights are about to be replaced
         model = Model(config)
-    files = tensor_files(path)
+    files = common.tensor_files(path)
     wanted = {name if name.startswith("lm_head.") else f"model.{name}": parameter
               for name, parameter in model.named_parameters()}
-    for name in files:              # biases and further norms mean another architecture
-        tied = config.tie_word_embeddings and name == "lm_head.weight"
-        if name not in wanted and not tied and not name.endswith("rotary_emb.inv_freq"):
-            raise ValueError(f"{files[name]}: holds {name}, which no llama or mistral has")
+    tied = [model.embed_tokens, model.lm_head] if config.tie_word_embeddings else []
+    if tied and EMBEDDING not in files and HEAD in files:   # the one matrix may have either name
+        wanted[HEAD] = wanted.pop(EMBEDDING)
+        tied.reverse()
+    for name in files:              # other biases and norms mean another architecture
+        twice = name == HEAD and tied
+        if name not in wanted and not twice and not name.endswith("rotary_emb.inv_freq"):
+            raise ValueError(f"{files[name]}: holds {name}, which no {config.model_type} has")
     for name, parameter in wanted.items():
         tensor = read_tensor(files, name, path, device, dtype)
         if tensor.shape != parameter.shape:
@@ -358,24 +388,9 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
                              f"but config.json asks for {list(parameter.shape)}")
         module, _, leaf = name.removeprefix("model.").rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+    if tied:
+        tied[1].weight = tied[0].weight
     return model.eval()
-
-
-def tensor_files(path: Path) -> dict[str, Path]:
-    """Which file holds which tensor. Never a glob: some folders hold all weights twice."""
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if index.exists():
-        files = common.read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise ValueError(f"{index}: no weight_map")
-        return {name: path / file for name, file in files.items()}
-    if not single.exists():
-        raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
-    with common.open_safetensors(single) as file:
-        return {name: single for name in file.keys()}
 
 
 def read_tensor(files: dict[str, Path], name: str, path: Path, device, dtype) -> Tensor:
@@ -387,25 +402,6 @@ def read_tensor(files: dict[str, Path], name: str, path: Path, device, dtype) ->
             return file.get_tensor(name).to(device, dtype)
         except SafetensorError:
             raise ValueError(f"{files[name]}: the tensor {name} is missing") from None
-
-
-def load_tokenizer(path: str | Path, vocab_size: int | None = None):
-    """The SentencePiece tokenizer of a model folder; ValueError where none fits the vocabulary."""
-    from sentencepiece import SentencePieceProcessor
-    file = Path(path) / "tokenizer.model"
-    if not file.exists():
-        raise ValueError(f"{path}: no tokenizer.model; train.py and search.py take token ids too")
-    try:
-        proto = file.read_bytes()
-        if not proto:               # SentencePiece takes an empty one, and fails at the first text
-            raise RuntimeError
-        tokenizer = SentencePieceProcessor(model_proto=proto)
-    except (OSError, RuntimeError):
-        raise ValueError(f"{file}: not a SentencePiece model; train.py and search.py take "
-                         "token ids too, --data tokens.bin") from None
-    if vocab_size and tokenizer.get_piece_size() > vocab_size:
-        raise ValueError(f"{file}: has more pieces than the model's vocabulary, {vocab_size}")
-    return tokenizer
 
 
 # ------------------------------------------------------------------------------
@@ -442,7 +438,7 @@ def main():
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
-        tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
+        tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
     with common.blame("--prompt"):
         prompt = common.encode_prompt(tokenizer, args.prompt)
 

@@ -342,20 +342,21 @@ def main():
     def after_step(step: int) -> None:
         if common.RANK:
             return
+        forecast()
         last = step == args.steps
         if len(valid) and (last or step % args.check_every == 0):
             check(run, model, valid, plan)
         if last or time.time() >= run.save_at:
             run.save()                          # between steps: never half of one
 
-    first, began = run.said["step"], time.time()
+    first, forecast = run.said["step"], common.Forecast(args, device)
     hook = partial(ranks_hook, batch=args.batch)
     try:
         train(run, model, tokens, draw, hook, floor, after_step)
     except KeyboardInterrupt:
         where = f"the same command with --resume continues from step {run.saved_step}"
         common.fail(f"Stopped; {where if run.saved_step else 'nothing was saved yet'}", code=130)
-    print(f"Trained {args.steps - first} steps in {time.time() - began:.0f} s")
+    print(f"Trained {args.steps - first} steps in {time.time() - forecast.began:.0f} s")
     if common.RANK == 0:
         finish(run, model, held_out, plan)
     common.leave_processes()

@@ -31,6 +31,7 @@ SMALL = {
     "bench/cache.py": "--rounds 1 --tokens 512",
     "bench/generate.py": "--rounds 1",
     "bench/kernel.py": "--capability 80",
+    "bench/laptop.py": "--steps 8 --batch 2 --seq 64",
     "bench/resident_memory.py": "--tokens 4096",
 }
 QUESTIONS = 8           # that are left of demo/questions.jsonl

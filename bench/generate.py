@@ -25,7 +25,7 @@ from bench.tools import ragged_ranks, ratio, timed
 from cache import KVCache
 from data import encode, python_documents
 from generate import decode
-from model import Model, load, load_tokenizer
+from model import Model, load
 from projection import Projection, shape_of
 
 PROMPT, NEW = 448, 128
@@ -79,7 +79,7 @@ def main():
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):
-        model, tokenizer = load(args.ckpt, device, dtype), load_tokenizer(args.ckpt)
+        model, tokenizer = load(args.ckpt, device, dtype), common.load_tokenizer(args.ckpt)
     theirs = their_model(args.ckpt, model)
     model.config = replace(model.config, eos_token_id=())
     _, held_out = python_documents()

@@ -70,10 +70,10 @@ def show_table(folder: Path) -> None:
             print(f"{name:16s} {option:15s} {listed}; {total / 1e9:.1f} GB in all")
 
 
-def make_checkpoint(folder: Path, layers: int) -> int:
+def make_checkpoint(folder: Path, settings: dict) -> int:
     """Write random weights, a shard for every layer and one for the rest; their bytes."""
     folder.mkdir()
-    config = write_config(folder, LLAMA_2_7B | {"num_hidden_layers": layers})
+    config = write_config(folder, settings)
     with torch.device("meta"):
         model = Model(config)
     shards = {"rest": {}}
@@ -82,7 +82,8 @@ def make_checkpoint(folder: Path, layers: int) -> int:
         name = name if name.startswith("lm_head.") else f"model.{name}"
         shards.setdefault(shard, {})[name] = parameter.shape
 
-    numbers = torch.randn(2 ** 28).mul_(0.02).bfloat16()
+    largest = max(parameter.numel() for parameter in model.parameters())
+    numbers = torch.randn(largest).mul_(0.02).bfloat16()
     places, size = {}, 0
     for shard, shapes in shards.items():
         file = f"model-{shard}.safetensors"
@@ -148,7 +149,7 @@ def loading_peak(folder: Path) -> dict[str, float]:
 # The script
 
 def measure_training(folder: Path) -> None:
-    make_checkpoint(folder, layers=2)
+    make_checkpoint(folder, LLAMA_2_7B | {"num_hidden_layers": 2})
     tokens = np.random.default_rng(0).integers(3, 32000, 50000)
     np.save(folder / "tokens.npy", tokens)
     config = read_config(folder / "config.json")
@@ -162,7 +163,7 @@ def measure_training(folder: Path) -> None:
 
 
 def measure_loading(folder: Path, layers: int) -> None:
-    size = make_checkpoint(folder, layers)
+    size = make_checkpoint(folder, LLAMA_2_7B | {"num_hidden_layers": layers})
     got = in_fresh_process(loading_peak, folder)
     print(f"{layers} layers, bfloat16: loaded in {got['load']:.1f} s, first pass {got['pass']:.1f} "
           f"s, peak {got['peak'] / 1e9:.2f} GB, {got['peak'] / size:.2f} of the weights' "

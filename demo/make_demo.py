@@ -30,9 +30,9 @@ from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import keep_freed_memory
+from common import keep_freed_memory, load_tokenizer
 from data import encode, python_documents
-from model import Model, load_tokenizer, read_config
+from model import Model, read_config
 
 CONFIG = {
     "architectures": ["MistralForCausalLM"],

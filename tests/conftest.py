@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from cache import KVCache
-from model import load, load_tokenizer
+from common import load_tokenizer
+from model import load
 from projection import Moments, Projection, shape_of, uniform_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +30,12 @@ if not torch.cuda.is_available():
 # ------------------------------------------------------------------------------
 # Models, projections, plans
 
-@pytest.fixture(params=["llama_mha", "llama_gqa_tied_llama3", "mistral_sharded_head_dim"])
+KINDS = ["llama_mha", "llama_gqa_tied_llama3", "mistral_sharded_head_dim", "qwen2", "qwen3"]
+
+
+@pytest.fixture(params=KINDS)
 def model(request):
-    """A tiny random model, of each kind of attention: G = 1, G = 2, head_dim unlike hidden / H."""
+    """A tiny random model of each kind: G = 1, G = 2, head_dim unlike hidden / H, biases, norms."""
     return load(GOLDEN / request.param)
 
 

@@ -125,7 +125,10 @@ def test_a_length_that_is_set_is_the_position_of_the_next_key(model, length):
 
     layer = model.layers[0]
     key = layer.self_attn.k_proj(layer.input_layernorm(model.embed(token)))
-    key = model.split_heads(key)[0, :, 0].double()                  # (K, d)
+    key = model.split_heads(key)
+    if layer.self_attn.k_norm is not None:
+        key = layer.self_attn.k_norm(key)
+    key = key[0, :, 0].double()                                     # (K, d)
     real, imaginary = key.chunk(2, dim=-1)
     angle = length * frequencies(model.config)
     turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)

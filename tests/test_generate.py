@@ -122,7 +122,7 @@ def test_a_tokenizer_without_a_beginning_needs_a_prompt(refusal, monkeypatch):
         def encode(self, text):
             return []
 
-    monkeypatch.setattr("generate.load_tokenizer", lambda *_: Nothing())
+    monkeypatch.setattr("common.load_tokenizer", lambda *_: Nothing())
     line = refusal("generate", *OPTIONS, "--prompt", "")
     assert "--prompt" in line
     assert "nothing to continue" in line

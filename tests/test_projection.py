@@ -137,7 +137,8 @@ def test_folding_values_into_the_weights_changes_nothing(model, tokens):
 
         r = ranks[1, i]
         W_v, W_o, bias = fold_values(
-            weights.v_proj.weight, weights.o_proj.weight, p.U_v[i], p.mean_v[i], r)
+            weights.v_proj.weight, weights.o_proj.weight, p.U_v[i], p.mean_v[i], r,
+            weights.v_proj.bias)
         assert W_v.shape[0] == r.sum()
         assert W_o.shape[1] == G * r.sum()
         coordinates = (x @ W_v.T).split(r.tolist(), dim=-1)         # K of (B, T, r)

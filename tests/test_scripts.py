@@ -335,7 +335,7 @@ def write_checkpoints(folder):
     (copy("empty_tokenizer") / "tokenizer.model").write_bytes(b"")
     shutil.copy(DEMO / "tokenizer.model", copy("large_tokenizer") / "tokenizer.model")
     copy("number", model_type=7)
-    copy("qwen", model_type="qwen2")
+    copy("gemma", model_type="gemma2")
     copy("nameless", model_type=None, architectures=3)
     copy("endless", eos_token_id=None)
     copy("ends", eos_token_id=[2, 3])
@@ -365,7 +365,7 @@ CASES = [       # the script and its options; the words that the line must hold
     ("train --ckpt list", "--ckpt config.json JSON"),
     ("train --ckpt number", "--ckpt config.json 7"),
     ("train --ckpt nameless", "--ckpt config.json"),
-    ("train --ckpt qwen", "--ckpt config.json qwen2"),
+    ("train --ckpt gemma", "--ckpt config.json gemma2"),
     ("train --ckpt twelve", "--ckpt head_dim 12"),
     ("evaluate --ckpt number", "--ckpt config.json 7"),
     ("search --ckpt number", "--ckpt config.json 7"),

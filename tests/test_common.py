@@ -1,0 +1,63 @@
+"""What a training will take is said from its first steps."""
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import Forecast
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def forecast(monkeypatch, capsys):
+    """`forecast(seconds of each step, **options)`: what is said on stderr."""
+    def said(seconds, **options):
+        defaults = {"steps": 400, "windows": 64, "batch": 8, "check_every": 100, "accumulate": 1}
+        now = [1000.0]
+        monkeypatch.setattr("time.time", lambda: now[0])
+        told = Forecast(SimpleNamespace(**{**defaults, "ranks": None, **options}), CPU)
+        for length in seconds:
+            now[0] += length
+            told()
+        return capsys.readouterr().err
+
+    return said
+
+
+def minutes(said: str) -> list[float]:
+    """Of the run, and of what is not steps."""
+    return [float(number) for number in re.findall(r"about ([\d.]+) minutes, ([\d.]+)", said)[0]]
+
+
+def test_nothing_is_said_before_the_fourth_step_and_nothing_after_it(forecast):
+    assert forecast([2, 2, 2]) == ""
+    assert forecast([2] * 4) == forecast([2] * 50) != ""
+
+
+def test_the_first_step_warms_up_and_does_not_count(forecast):
+    assert "Measured: 2.00 s a step" in forecast([9, 1, 2, 3])
+
+
+def test_the_steps_that_would_fit_in_20_minutes_do(forecast):
+    fit = int(re.search(r"--steps (\d+) would fit in 20$", forecast([1] * 4)).group(1))
+    assert minutes(forecast([1] * 4, steps=fit))[0] == pytest.approx(20, abs=0.1)
+    assert minutes(forecast([1] * 4, steps=fit + 60))[0] > 20.9
+
+
+def test_where_no_step_fits_the_report_is_said_to_be_long(forecast):
+    said = forecast([60] * 4)
+    assert "fewer --windows" in said
+    assert minutes(said)[1] > 20
+    assert "would fit" in forecast([60] * 4, windows=8)
+
+
+def test_more_curves_more_windows_and_smaller_steps_take_longer_to_report(forecast):
+    _, two = minutes(forecast([1] * 4))
+    _, four = minutes(forecast([1] * 4, ranks="ranks.json"))
+    _, wide = minutes(forecast([1] * 4, windows=128))
+    _, split = minutes(forecast([1] * 4, accumulate=4))
+    assert four > 1.6 * two
+    assert wide > 1.6 * two
+    assert split == pytest.approx(two / 4, abs=0.06)

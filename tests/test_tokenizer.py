@@ -1,0 +1,238 @@
+"""tokenizer.json: the ids of transformers, one beginning, and text that streams whole."""
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import CKPT, DEMO, ROOT, call
+from safetensors.torch import load_file, save_file
+
+from common import encode_prompt, load_tokenizer, show, with_beginning
+from data import encode, load_data, text_pieces
+
+FOLDERS = sorted((ROOT / "tests" / "tokenizers").iterdir())
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def folder(request, tmp_path):
+    """A copy of a folder with a tokenizer.json: byte-level BPE of LLaMA-3 or Qwen2, or Unigram."""
+    return shutil.copytree(request.param, tmp_path / request.param.name)
+
+
+@pytest.fixture
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def golden(folder):
+    """Lines of code, Chinese, emoji, control characters, or nothing; and transformers' ids."""
+    said = json.loads((folder / "ids.json").read_text())
+    return said["lines"], said["ids"]
+
+
+def edit(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+# ------------------------------------------------------------------------------
+# Ids
+
+def test_ids_are_those_of_transformers(tokenizer, golden):
+    lines, expected = golden
+    together = [with_beginning(tokenizer, ids) for ids in tokenizer.encode(lines, num_threads=2)]
+    one_by_one = [with_beginning(tokenizer, tokenizer.encode(line)) for line in lines]
+    assert together == one_by_one == expected
+
+
+def test_a_document_begins_where_the_post_processor_says_so_and_once(tokenizer, folder):
+    begins = folder.name != "qwen2"
+    bos = tokenizer.bos_id()
+    assert (bos >= 0) == begins
+    ids = encode(tokenizer, ["ab", "cd"]).tolist()
+    assert ids.count(bos) == 2 * begins
+    assert (ids[0] == bos) == begins
+    if begins:
+        spelled = tokenizer.inner.id_to_token(bos) + "ab"
+        assert encode_prompt(tokenizer, spelled) == encode_prompt(tokenizer, "ab")
+        assert encode(tokenizer, [spelled, "cd"]).tolist() == ids
+
+
+@pytest.mark.parametrize("said, begins", [
+    ({"add_bos_token": True, "bos_token": "<|begin|>"}, True),
+    ({"add_bos_token": True, "bos_token": {"content": "<|begin|>"}}, True),
+    ({"add_bos_token": False, "bos_token": "<|begin|>"}, False),
+    ({"bos_token": "<|begin|>"}, False),
+    ({"add_bos_token": True, "bos_token": None}, False),
+    ({"add_bos_token": True, "bos_token": "<|nowhere|>"}, False),
+    (None, False),
+])
+def test_without_a_post_processor_the_configuration_decides(said, begins, tmp_path):
+    shutil.copy(FOLDERS[1] / "tokenizer.json", tmp_path)
+    if said is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id() == (tokenizer.inner.token_to_id("<|begin|>") if begins else -1)
+
+
+def test_what_the_file_says_of_batches_is_not_for_texts(tokenizer, folder):
+    """Some files cut a text off at 512 tokens, or fill it up to them."""
+    expected = tokenizer.encode(["a", "a b c d e f"])
+    tokenizer.inner.enable_truncation(3)
+    tokenizer.inner.enable_padding(length=9)
+    tokenizer.inner.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder).encode(["a", "a b c d e f"]) == expected
+
+
+# ------------------------------------------------------------------------------
+# Files
+
+def test_a_text_in_pieces_is_the_whole_but_for_a_token_or_two_where_they_meet(
+        tokenizer, golden, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(golden[0]), encoding="utf-8")
+    pieces = list(text_pieces(text, characters=500))
+    whole = tokenizer.encode("".join(pieces))
+    assert len(pieces) > 4
+    end = 0
+    for piece in pieces:
+        inner = tokenizer.encode(piece)[2:-2]
+        starts = range(max(0, end - 4), end + 9)
+        found = [start for start in starts if whole[start:start + len(inner)] == inner]
+        assert found
+        end = found[0] + len(inner)
+    assert len(whole) - end <= 4
+
+
+def test_a_file_is_tokenised_anew_for_another_tokenizer(tmp_path):
+    ckpt = shutil.copytree(CKPT, tmp_path / "ckpt")
+    edit(ckpt / "config.json", vocab_size=400)
+    text = tmp_path / "text.txt"
+    text.write_text("Some words, and some more of them. " * 30)
+
+    def ids_by(name):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(ROOT / "tests" / "tokenizers" / name / file, ckpt)
+        return np.concatenate(load_data(text, ckpt, 400, tmp_path / "out")).tolist()
+
+    llama, qwen = ids_by("llama3"), ids_by("qwen2")
+    assert llama == encode(load_tokenizer(FOLDERS[0]), [text.read_text()]).tolist()
+    assert qwen == encode(load_tokenizer(FOLDERS[1]), [text.read_text()]).tolist()
+    assert llama != qwen
+
+
+def test_sentencepiece_goes_first_where_a_folder_has_both(folder):
+    theirs = load_tokenizer(folder).encode("ab cd")
+    (folder / "tokenizer.model").write_bytes(b"bytes of something else")
+    assert load_tokenizer(folder).encode("ab cd") == theirs
+    shutil.copy(DEMO / "tokenizer.model", folder)
+    assert load_tokenizer(folder).encode("ab cd") == load_tokenizer(DEMO).encode("ab cd") != theirs
+
+
+# ------------------------------------------------------------------------------
+# Text
+
+def test_streaming_never_prints_half_a_character(tokenizer, golden, capsys):
+    printed = []
+
+    def checked(tokens):
+        for token in tokens:
+            printed.append(capsys.readouterr().out)
+            assert "\ufffd" not in printed[-1]
+            yield token
+
+    prompt = encode_prompt(tokenizer, "a")
+    for line in golden[0]:
+        if "\ufffd" not in line:
+            ids = tokenizer.encode(line)
+            show(tokenizer, prompt, checked(ids))
+            printed.append(capsys.readouterr().out)
+            assert "".join(printed) == tokenizer.decode(prompt + ids) + "\n"
+            printed.clear()
+
+
+def test_an_unfinished_character_is_printed_at_the_end(capsys):
+    tokenizer = load_tokenizer(FOLDERS[0])
+    ids = tokenizer.encode("a👍")[:-1]
+    show(tokenizer, ids[:1], ids[1:])
+    assert capsys.readouterr().out == "a\ufffd\n"
+
+
+# ------------------------------------------------------------------------------
+# What is wrong
+
+@pytest.fixture
+def ckpt(tmp_path):
+    """CKPT, whose vocabulary is 96, with a tokenizer.json of 400."""
+    made = shutil.copytree(CKPT, tmp_path / "ckpt")
+    shutil.copy(FOLDERS[0] / "tokenizer.json", made)
+    return made
+
+
+def test_a_broken_tokenizer_is_named_in_one_line(ckpt, refusal):
+    file = ckpt / "tokenizer.json"
+    whole = file.read_bytes()
+    broken = [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"null"]
+    broken += [whole[:length] for length in range(1, len(whole), 611)]
+    for text in broken:
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer"):
+            load_tokenizer(ckpt)
+    for name in ("generate", "model"):
+        line = refusal(name, "--ckpt", ckpt)
+        assert "--ckpt" in line
+        assert "tokenizer.json" in line
+
+
+def test_a_vocabulary_beyond_the_models_is_refused(ckpt, refusal, tmp_path):
+    for name in ("generate", "model"):
+        line = refusal(name, "--ckpt", ckpt)
+        assert "tokenizer.json" in line
+        assert "vocabulary, 96" in line
+    (tmp_path / "text.txt").write_text("Ünïcödé words 👍 " * 900)
+    line = refusal("train", "--ckpt", ckpt, "--data", tmp_path / "text.txt", "--out", tmp_path)
+    assert "--data" in line
+    assert "vocabulary of 96" in line
+
+
+def test_where_the_library_is_missing_the_line_says_what_to_install(ckpt, refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert "pip install tokenizers" in refusal("generate", "--ckpt", ckpt)
+
+
+def test_a_text_that_a_tokenizer_cannot_spell_is_one_line(ckpt, refusal, tmp_path):
+    """A Unigram made without an unknown piece."""
+    edit(ckpt / "config.json", vocab_size=400)
+    shutil.copy(FOLDERS[2] / "tokenizer.json", ckpt)
+    said = json.loads((ckpt / "tokenizer.json").read_text())
+    said["model"]["unk_id"] = None
+    (ckpt / "tokenizer.json").write_text(json.dumps(said))
+    (tmp_path / "text.txt").write_text("words 龘 " * 900)
+    line = refusal("data", "--ckpt", ckpt, "--data", tmp_path / "text.txt", "--out", tmp_path)
+    assert "tokenizer.json" in line
+
+
+def test_a_folder_without_any_end_of_sequence_speaks_to_the_last_token(tmp_path, capsys):
+    folder = speaking(tmp_path, eos_token_id=None)
+    call("generate", "--ckpt", folder, "--prompt", "words", "--tokens", 12)
+    assert "decode 11 at" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_not_text_is_refused(tmp_path, refusal):
+    """What is left of bytes that are no UTF-8 on a command line."""
+    line = refusal("generate", "--ckpt", speaking(tmp_path), "--prompt", "caf\udce9")
+    assert "--prompt" in line
+
+
+def speaking(tmp_path, **settings):
+    """A random model of Qwen2's kind with a vocabulary for its tokenizer.json."""
+    folder = shutil.copytree(ROOT / "tests" / "golden" / "qwen2_tied", tmp_path / "speaking")
+    edit(folder / "config.json", vocab_size=400, **settings)
+    (folder / "generation_config.json").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.randn(400, 32)
+    save_file(tensors, folder / "model.safetensors")
+    shutil.copy(FOLDERS[1] / "tokenizer.json", folder)
+    return folder
