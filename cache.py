@@ -1,69 +1,81 @@
 """The compressed KV cache: one tensor, whose size is the budget.
 
-For every layer, for keys and for values, for every key-value head there is a block
-(batch, max_len, r) with that head's own rank r, a multiple of d/8. All lie end to end in one
-preallocated tensor:
+For every layer, for keys and for values, for every key-value head there is a block of rows
+(batch, r, max_len) with that head's own rank r, a multiple of d/8. A row holds one coordinate of
+every token, of k U_r (after RoPE) or of v U_r, where U_r is the first r columns of an orthogonal
+matrix of the head, one for keys and one for values. All lie end to end in one preallocated tensor:
 
     data = [ layer 0: keys of head 0 | keys of head 1 | … | values of head 0 | … ][ layer 1: … ] …
 
 The context costs batch · max_len · Σ r numbers: no padding to the widest head, no list that grows
-by concatenation. A row of a block holds one token's coordinates, k U_r (after RoPE) or v U_r, where
-U_r is the first r columns of an orthogonal matrix of the head, one for keys and one for values.
-Attention happens in that small space, for the G query heads that share a key-value head:
+by concatenation. Heads of the same rank lie side by side, so that one product serves them all.
+Attention happens in the small space, for the G query heads that share a key-value head:
 
     scores = (q U_r)(k U_r)ᵀ / sqrt(d)      queries are turned once, stored keys read as they are
     output = softmax(scores) (v U_r)        r numbers per query head; W_o' = U_rᵀ W_o takes them
 
 This is MatryoshkaKV (arXiv 2410.14731). The value side costs only a bias: U_r is folded into W_v
-and W_o (projection.fold_values). The folded weights belong to the plan, the ranks of all heads, so
+and W_o (projection.fold_head). The folded weights belong to the plan, the ranks of all heads, so
 the cache holds them. A head at rank d is stored unturned: all at d give the base model's cache.
+
+Coordinate by coordinate, a smaller rank is the first rows of a block: `shrink` takes a cache in use
+to a smaller plan without running any layer again. That is what nesting buys.
 
     python cache.py                                 # the full cache: its layout and its bytes
     python cache.py --ranks out/ranks.json --budget 0.25        # or --budget alone: uniform ranks
 """
+import copy
 import itertools
-import math
 import subprocess
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from model import Model, load
+from model import Model, causal_attention, load, stored_for_rows
 from projection import (
     BUDGETS,
     LEVELS,
     SIDES,
     Projection,
     check_ranks,
-    fold_values,
+    fold_head,
     identity_like,
     plan_at,
     shape_of,
     uniform_ranks,
 )
 
-SCORES = 2 ** 24        # scores computed at a time in a prefill: 64 MB in float32
+SCORES = 2 ** 24        # scores computed at a time for a long chunk: 64 MB in float32
+TILE = 4096             # tokens turned at a time when a full head shrinks
 
 
 class Group(NamedTuple):
-    """J neighbouring heads of a layer with the same ranks: their blocks end to end, one view."""
-    heads: slice
-    keys: Tensor                                                    # (J, batch, max_len, r)
-    values: Tensor                                                  # (J, batch, max_len, r')
+    """J heads of a layer with the same rank, neighbours in `order`: their blocks as one view."""
+    heads: slice                        # of J · batch matrices, in the order of the blocks
+    rows: Tensor                                                    # (J·batch, r, max_len)
+
+
+class Folded(NamedTuple):
+    """A layer's weights for a plan. One product makes queries, keys and coordinates of values:
+    decoding a token is many small operations, and each one counts."""
+    W_qkv: Tensor                       # (H·d + K·d + Σ r, hidden), values as their blocks lie
+    b_qkv: Tensor | None                # Qwen2 has one
+    W_o: Tensor                                                     # (hidden, Σ r over query heads)
+    bias: Tensor | None                 # (hidden): what cut-off means add; None where nothing is
 
 
 class KVCache:
     """Keys and values of `batch` sequences of equal length, up to `max_len` tokens, at a plan.
 
     `data` is the one flat tensor, `length` the number of tokens in it, `offsets` (2, L, K) where
-    each block begins. dtype and device are the model's; since the folded weights stay with it, one
-    cache serves one model. A forward pass calls `check_room`; for every layer `fold` and `attend`;
-    then adds T to `length`. ValueError for ranks or sizes that make no sense, and when it is full.
+    each block begins, `order` (2, L, K) the heads of a layer as their blocks lie. dtype and device
+    are the model's; since the folded weights stay with it, one cache serves one model. A forward
+    pass calls `check_room`; for every layer `fold` and `attend`; then adds T to `length`.
+    ValueError for ranks or sizes that make no sense, and when it is full.
     """
 
     def __init__(
@@ -75,60 +87,89 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ):
-        L, K, d = projection.mean_v.shape
-        check_ranks(ranks, L, K, d)
-        if ranks.ndim != 3:
-            raise ValueError(f"ranks of shape {list(ranks.shape)}; a cache has one plan, (2, L, K)")
         if batch < 1 or max_len < 1:
             raise ValueError(f"batch {batch}, max_len {max_len}: both must be at least 1")
         self.projection = projection
-        self.head_dim = d
-        self.ranks = ranks.cpu().long()
+        self.head_dim = projection.mean_v.shape[-1]
         self.batch, self.max_len = batch, max_len
         self.length = 0
         self.dtype, self.device = dtype, torch.device(device)
+        self.lay_out(ranks)
 
-        by_layer = self.ranks.transpose(0, 1)                       # (L, 2, K), as the blocks lie
-        sizes = by_layer * (batch * max_len)
-        ends = sizes.flatten().cumsum(0).view_as(by_layer)
-        self.offsets = (ends - sizes).transpose(0, 1)
-        total = int(sizes.sum())
-        self.data = torch.empty(total, dtype=dtype, device=device)
-        self.by_kernel = self.data.is_cuda and dtype.itemsize in (2, 4)     # Triton has no float64
+    # --------------------------------------------------------------------------
+    # The layout that a plan asks for
 
-        self.groups = [self.group_heads(i) for i in range(L)]
+    def lay_out(self, ranks: Tensor) -> None:
+        """Allocate `data` for a plan, empty, and note where everything lies."""
+        L, K, d = self.projection.mean_v.shape
+        check_ranks(ranks, L, K, d)
+        if ranks.ndim != 3:
+            raise ValueError(f"ranks of shape {list(ranks.shape)}; a cache has one plan, (2, L, K)")
+        self.ranks = ranks.cpu().long()
+        self.order = torch.tensor([[heads_by_rank(of_layer) for of_layer in of_side]
+                                   for of_side in self.ranks.tolist()])
+
+        rows = self.ranks.gather(2, self.order) * self.batch        # of blocks, in their order
+        by_layer = rows.transpose(0, 1)                             # (L, 2, K), as the blocks lie
+        ends = by_layer.flatten().cumsum(0).view_as(by_layer)
+        starts = (ends - by_layer).transpose(0, 1)
+        self.first_rows = torch.empty_like(starts).scatter_(2, self.order, starts)
+        self.offsets = self.first_rows * self.max_len
+        total = int(rows.sum())
+        self.data = torch.empty(total * self.max_len, dtype=self.dtype, device=self.device)
+        self.rows = self.data.view(total, self.max_len)
+        self.by_kernel = self.data.is_cuda and self.dtype.itemsize in (2, 4)    # Triton: no float64
+
+        self.groups = [[self.group_heads(side, i) for i in range(L)] for side in (0, 1)]
+        self.layer_rows = [self.rows[starts[0, i, 0]:ends[i, 1, -1]] for i in range(L)]
         self.key_bases = [self.key_basis(i) for i in range(L)]
-        # Made for a layer when first needed: see `fold`, `places_of_token`, `table`.
-        self.folded, self.places, self.tables = [None] * L, [None] * L, [None] * L
+        # Made for a layer when first needed: see `fold`, `places`, `table`.
+        self.folded, self.found_places, self.tables = [None] * L, [None] * L, [None] * L
 
-    def group_heads(self, i: int) -> list[Group]:
-        """The groups of layer i: one where ranks are uniform, K where neighbours all differ."""
-        pairs = self.ranks[:, i].T.tolist()                         # K of [r_k, r_v]
-        groups = []
-        first = 0
-        for (r_k, r_v), heads in itertools.groupby(pairs):
-            end = first + len(list(heads))
-            keys = self.blocks(0, i, first, end, r_k)
-            values = self.blocks(1, i, first, end, r_v)
-            groups.append(Group(slice(first, end), keys, values))
+    def group_heads(self, side: int, i: int) -> list[Group]:
+        """The groups of keys (0) or values (1) of layer i: one where ranks are uniform."""
+        ranks = self.ranks[side, i, self.order[side, i]].tolist()
+        row = int(self.first_rows[side, i, self.order[side, i, 0]])
+        groups, first = [], 0
+        for r, heads in itertools.groupby(ranks):
+            end = first + self.batch * len(list(heads))             # in matrices, (r, max_len) each
+            rows = self.rows[row:row + (end - first) * r]
+            groups.append(Group(slice(first, end), rows.view(-1, r, self.max_len)))
+            row += len(rows)
             first = end
         return groups
 
-    def blocks(self, side: int, i: int, first: int, end: int, r: int):
-        """The view (end − first, batch, max_len, r) of the blocks of heads first … end − 1."""
-        shape = end - first, self.batch, self.max_len, r
-        offset = int(self.offsets[side, i, first])
-        numbers = self.data[offset:offset + math.prod(shape)]
-        return numbers.view(shape)
+    def is_full(self, side: int, i: int) -> bool:
+        """Whether all heads of a side of layer i are at rank d: they are then stored unturned."""
+        return bool((self.ranks[side, i] == self.head_dim).all())
 
     def key_basis(self, i: int) -> Tensor | None:
-        """U_k of layer i, all columns, of which a head uses the first r; None if all are d."""
-        full = self.ranks[0, i] == self.head_dim
-        if full.all():
+        """U_r of layer i, in the order of the key blocks, (K, d, d), zero beyond each rank."""
+        if self.is_full(0, i):
             return None
-        basis = self.projection.U_k[i].clone()
-        basis[full.to(basis.device)] = identity_like(basis)
-        return basis.to(self.device, self.dtype)
+        kept = torch.arange(self.head_dim) < self.ranks[0, i][:, None, None]
+        basis = self.projection.U_k[i].cpu() * kept
+        return basis[self.order[0, i]].to(self.device, self.dtype)
+
+    def places(self, i: int, G: int) -> "Places":
+        """The index tensors of layer i."""
+        if self.found_places[i] is None:
+            found = find_places(self.order[:, i], self.ranks[:, i], self.batch, G, self.head_dim)
+            self.found_places[i] = Places(*(x if x is None else x.to(self.device) for x in found))
+        return self.found_places[i]
+
+    def table(self, i: int) -> Tensor:
+        """Where the kernel finds the heads of layer i, in the order of the key blocks: (4, K).
+
+        The first rows of a head's keys and of its values, and its two ranks.
+        """
+        if self.tables[i] is None:
+            table = torch.cat((self.first_rows[:, i], self.ranks[:, i]))
+            self.tables[i] = table[:, self.order[0, i]].to(self.device)
+        return self.tables[i]
+
+    # --------------------------------------------------------------------------
+    # What a pass calls
 
     def check_room(self, model: Model, B: int, T: int):
         """ValueError unless it suits the model and has room for T more tokens of B sequences."""
@@ -142,137 +183,195 @@ class KVCache:
             raise ValueError(f"the cache is full: it holds {self.length} of {self.max_len} tokens "
                              f"and {T} more were passed")
 
-    def fold(self, i: int, weights):
-        """W_v', W_o' and the bias (or None) of layer i, made when first asked for: fold_values."""
+    def fold(self, i: int, weights) -> "Folded":
+        """The weights of layer i for this plan, made when first asked for."""
         if self.folded[i] is None:
-            W_v, W_o, b_v = weights.v_proj.weight, weights.o_proj.weight, weights.v_proj.bias
-            ranks = self.ranks[1, i]
-            if (ranks == self.head_dim).all() and b_v is None:
-                self.folded[i] = W_v, W_o, None
-            else:
-                U = self.projection.U_v[i].to(self.device)
-                mean = self.projection.mean_v[i].to(self.device)
-                self.folded[i] = fold_values(W_v, W_o, U, mean, ranks, b_v)
+            _, K, d = self.projection.mean_v.shape
+            q, k, v = weights.q_proj, weights.k_proj, weights.v_proj
+            W_qk = torch.cat((q.weight, k.weight))
+            b_qk = None if q.bias is None else torch.cat((q.bias, k.bias))
+            b_v = [None] * K if v.bias is None else v.bias.split(d)
+            W_o = weights.o_proj.weight.unflatten(1, (K, -1, d))    # (hidden, K, G, d)
+            heads = list(zip(v.weight.split(d), b_v, W_o.unbind(1), strict=True))
+            bases = None if self.is_full(1, i) else self.projection.U_v[i]
+            self.folded[i] = self.fold_heads(i, W_qk, b_qk, heads, bases, self.projection.mean_v[i])
         return self.folded[i]
+
+    def fold_heads(self, i, W_qk, b_qk, heads: list, bases, means, bias=None) -> "Folded":
+        """Fold the heads of layer i, (W_v, b_v, W_o) each, to the plan's ranks.
+
+        bases: of each head a matrix (n, n) of which U_r is the first columns, n the coordinates it
+        has; None leaves all as it is. means: what its cut-off coordinates stand for, (n).
+        """
+        W_v, b_v, W_o = [], [], []
+        for j in self.order[1, i].tolist():
+            folded = heads[j]
+            if bases is not None:
+                U_r = bases[j][:, :self.ranks[1, i, j]].to(self.device)
+                *folded, constant = fold_head(*heads[j], U_r, means[j].to(self.device))
+                bias = constant if bias is None else bias + constant
+            for parts, part in zip((W_v, b_v, W_o), folded, strict=True):
+                parts.append(part)
+        W_qkv = stored_for_rows(torch.cat((W_qk, *W_v)))
+        b_qkv = None if b_qk is None else torch.cat((b_qk, *b_v))
+        W_o = stored_for_rows(torch.cat([W.flatten(1) for W in W_o], dim=1))
+        return Folded(W_qkv, b_qkv, W_o, bias if bias is None else bias.to(W_o))
 
     def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
-        q (B, H, T, d) and k (B, K, T, d) after RoPE; v (B, T, Σ r) coordinates, from W_v'. Returns
-        (B, T, Σ r over query heads), for W_o'.
+        q (B, H, T, d) and k (B, K, T, d) after RoPE; v (B, T, Σ r) coordinates, from W_qkv'.
+        Returns (B, T, Σ r over query heads), for W_o'.
         """
-        T = q.shape[2]
-        K = k.shape[1]
-        q = q.unflatten(1, (K, -1))                                 # (B, K, G, T, d)
-        basis = self.key_bases[i]
-        if basis is not None:
-            q = q @ basis[:, None]
-            k = k @ basis
-        self.append(i, k, v)
-
+        T, G = q.shape[2], q.shape[1] // k.shape[1]
+        places = self.places(i, G)
+        q, k = self.turn(i, q, k, places.by_key)
+        self.append(k, v, places, self.layer_rows[i])
+        if self.length == 0 and T > 1:
+            return attend_first(q, k, v, places, window)
         end = self.length + T
         begin = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
-        scale = self.head_dim ** -0.5
         if T == 1 and self.by_kernel:
             try:
-                return self.attend_on_gpu(i, q, begin, end, scale)
+                return self.attend_on_gpu(i, q, begin, end, places)
             except (ImportError, OSError, subprocess.SubprocessError, RuntimeError) as error:
                 warn_of_no_kernel(error)
                 self.by_kernel = False
-        groups = []
-        for heads, keys, values in self.groups[i]:                  # only what is seen
-            keys, values = (x.narrow(2, begin, end - begin) for x in (keys, values))
-            groups.append(Group(heads, keys, values))
-        if T == 1:
-            return attend_one(groups, q[:, :, :, 0], scale)
-        return join([attend_many(q, g, window or end, scale) for g in groups], 2)
+        groups = self.groups[0][i], self.groups[1][i]
+        return attend_stored(groups, q, begin, end, window, places.by_value)
 
-    def append(self, i: int, k: Tensor, v: Tensor):
-        """Write keys (B, K, T, d) and value coordinates (B, T, Σ r) after what layer i holds."""
-        T = v.shape[1]
-        if T == 1 and len(self.groups[i]) > 1:
-            return self.append_one(i, k, v)
-        done = 0
-        for heads, keys, values in self.groups[i]:
-            new_keys = k[:, heads].transpose(0, 1)                  # (J, B, T, d)
-            place = keys.narrow(2, self.length, T)
-            place.copy_(new_keys[..., :keys.shape[3]])
+    def turn(self, i: int, q: Tensor, k: Tensor, by_key) -> tuple[Tensor, Tensor]:
+        """q U_r (K, B, G, T, d), k U_r (K, B, T, d), zero beyond r, in the order of key blocks."""
+        k = k.transpose(0, 1)
+        q = q.unflatten(1, (len(k), -1)).transpose(0, 1)
+        basis = self.key_bases[i]
+        if basis is None:
+            return q, k
+        both = torch.cat((q, k[:, :, None]), dim=2)                 # (K, B, G + 1, T, d)
+        if by_key is not None:
+            both = both[by_key]
+        turned = torch.bmm(both.flatten(1, 3), basis).view_as(both)
+        return turned[:, :, :-1], turned[:, :, -1]
 
-            J, B, _, r = values.shape
-            new_values = v.narrow(2, done, J * r)
-            new_values = new_values.view(B, T, J, r)
-            place = values.narrow(2, self.length, T)
-            place.copy_(new_values.permute(2, 0, 1, 3))
-            done += J * r
+    def append(self, k: Tensor, v: Tensor, places: "Places", rows: Tensor) -> None:
+        """Write keys (K, B, T, d) and value coordinates (B, T, Σ r) in a layer's rows."""
+        numbers = torch.cat((k.mT.flatten(0, 2), v.mT.flatten(0, 1)))
+        if places.written is not None:
+            numbers = numbers[places.written]
+        rows[:, self.length:self.length + numbers.shape[1]] = numbers
 
-    def append_one(self, i: int, k: Tensor, v: Tensor):
-        """One token's numbers in one write for all heads: a call per group would cost more."""
-        kept, place, step = self.places_of_token(i)
-        keys = k.flatten(1)[:, kept]                                # (B, Σ r_k)
-        values = v[:, 0]                                            # (B, Σ r_v)
-        numbers = torch.cat((keys, values), dim=1)
-        self.data[place + self.length * step] = numbers
-
-    def places_of_token(self, i: int) -> list[Tensor]:
-        """Where one token's numbers of layer i go.
-
-        Which of the K·d key coordinates are kept; each number's place in `data` when the cache is
-        empty, keys and then values, (B, Σ r); and its step to the next token, the block's width.
-        """
-        if self.places[i] is None:
-            ranks = self.ranks[:, i].flatten()                      # keys, then values: (2·K,)
-            offsets = self.offsets[:, i].flatten()
-            columns = torch.arange(self.head_dim)
-            is_kept = columns < self.ranks[0, i][:, None]           # (K, d)
-            kept = is_kept.flatten().nonzero()[:, 0]
-            step = ranks.repeat_interleave(ranks)
-            coordinate = torch.cat([columns[:r] for r in ranks])
-            sequence = torch.arange(self.batch)[:, None]
-            place = offsets.repeat_interleave(ranks) + coordinate
-            place = place + sequence * self.max_len * step
-            self.places[i] = [x.to(self.device) for x in (kept, place, step)]
-        return self.places[i]
-
-    def attend_on_gpu(self, i: int, q: Tensor, begin: int, end: int, scale: float):
+    def attend_on_gpu(self, i: int, q: Tensor, begin: int, end: int, places: "Places") -> Tensor:
         """One token's attention by the Triton kernel, all heads at once whatever their ranks."""
         from kernel import decode_attention  # here, so that a CPU needs no Triton
-        q = q[:, :, :, 0].contiguous()
-        table = self.table(i)
-        out = decode_attention(q, self.data, table, self.max_len, end, scale, begin)
-        heads = zip(out.unbind(1), self.ranks[1, i].tolist(), strict=True)
-        return torch.cat([head[..., :r].flatten(1) for head, r in heads], dim=-1)[:, None]
+        q = q[:, :, :, 0].transpose(0, 1).contiguous()              # (B, K, G, d)
+        out = decode_attention(q, self.rows, self.table(i), end, self.head_dim ** -0.5, begin)
+        return compact(out.flatten(1)[:, None], places)
 
-    def table(self, i: int) -> Tensor:
-        """Where the kernel finds layer i, (4, K) in units of d/8: offsets and ranks."""
-        if self.tables[i] is None:
-            table = torch.cat((self.offsets[:, i], self.ranks[:, i]))
-            self.tables[i] = table.to(self.device) // (self.head_dim // LEVELS)
-        return self.tables[i]
+    # --------------------------------------------------------------------------
+    # What nesting buys
+
+    def shrink(self, ranks: Tensor) -> None:
+        """Take a cache in use to a plan at or below its own; no layer runs again.
+
+        A smaller rank is the first rows of a block. A head at rank d is stored unturned, and is
+        turned now, a tile of tokens at a time. The memory of what is cut off is given back; for a
+        moment both tensors are there. ValueError for a rank above today's.
+        """
+        if ranks.shape != self.ranks.shape or (ranks.cpu() > self.ranks).any():
+            raise ValueError("a cache shrinks to a plan at or below its own")
+        before = copy.copy(self)
+        self.lay_out(ranks)
+        _, L, K = self.ranks.shape
+        for i in range(L):
+            for side, U in enumerate((self.projection.U_k[i], self.projection.U_v[i])):
+                is_turned = before.is_full(side, i) and not self.is_full(side, i)
+                for j in range(K):
+                    old = before.block(side, i, j)[..., :self.length]
+                    keep(old, self.block(side, i, j), U[j] if is_turned else None)
+            if before.folded[i] is not None:
+                self.folded[i] = self.cut_fold(i, before)
+
+    def block(self, side: int, i: int, j: int) -> Tensor:
+        """The rows of one head: (batch, r, max_len)."""
+        r, first = int(self.ranks[side, i, j]), int(self.first_rows[side, i, j])
+        return self.rows[first:first + self.batch * r].view(self.batch, r, self.max_len)
+
+    def cut_fold(self, i: int, before: "KVCache") -> "Folded":
+        """The folded weights of layer i, from those of a larger plan."""
+        W_qkv, b_qkv, W_o, bias = before.folded[i]
+        order = before.order[1, i].tolist()
+        widths = before.ranks[1, i, order].tolist()
+        G = W_o.shape[1] // sum(widths)
+        sizes = [len(W_qkv) - sum(widths), *widths]
+        W_qk, *W_v = W_qkv.split(sizes)
+        b_qk, *b_v = [None] * len(sizes) if b_qkv is None else b_qkv.split(sizes)
+        W_o = [W.unflatten(1, (G, -1)) for W in W_o.split([G * r for r in widths], dim=1)]
+        heads = dict(zip(order, zip(W_v, b_v, W_o, strict=True), strict=True))
+        U, means = self.projection.U_v[i], self.projection.mean_v[i]
+        if self.is_full(1, i):
+            U = None
+        elif not before.is_full(1, i):                  # turned already: a coordinate is itself
+            means = (means[:, None] @ U)[:, 0]
+            means = [mean[:r] for mean, r in zip(means, before.ranks[1, i].tolist(), strict=True)]
+            U = [torch.eye(len(mean), device=mean.device) for mean in means]
+        return self.fold_heads(i, W_qk, b_qk, heads, U, means, bias)
+
+
+def keep(old: Tensor, new: Tensor, U: Tensor | None) -> None:
+    """Copy the first coordinates of a head, (batch, r, length), turned by U where it is given."""
+    r, length = new.shape[1], old.shape[2]
+    if U is None:
+        new[..., :length] = old[:, :r]
+        return
+    U_r = U[:, :r].to(new)
+    for start in range(0, length, TILE):
+        tile = old[..., start:start + TILE]
+        new[..., start:start + tile.shape[2]] = U_r.T @ tile
 
 
 # ------------------------------------------------------------------------------
-# Attention on a CPU; on a GPU prefill takes attend_many, and decoding the kernel
+# Where things lie
 
-def attend_one(groups: list, q: Tensor, scale: float) -> Tensor:
-    """Attention of one new token, q (B, K, G, d), over a layer: (B, 1, Σ r over query heads).
+def heads_by_rank(ranks: list[int]) -> list[int]:
+    """Heads 0 … K − 1, those of the same rank side by side; as they are where all differ."""
+    return sorted(range(len(ranks)), key=lambda j: ranks.index(ranks[j]))
 
-    The G queries that share a key-value head form one matrix: each stored number is read once and
-    never repeated. Scores have one shape whatever the ranks: one softmax call for all heads.
-    """
-    q = (q * scale).transpose(0, 1)                                 # (K, B, G, d)
-    scores = []
-    for heads, keys, _ in groups:
-        coordinates = q[heads, :, :, :keys.shape[3]]
-        scores.append(product(coordinates, keys.mT))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    weights = join(scores, 0).softmax(-1, wide)                     # (K, B, G, tokens)
-    weights = weights.to(q.dtype)
-    outputs = []
-    for heads, _, values in groups:
-        output = product(weights[heads], values)                    # (J, B, G, r)
-        outputs.append(output.transpose(0, 1).flatten(1))
-    return join(outputs, 1)[:, None]
 
+class Places(NamedTuple):
+    """Index tensors of a layer; None where all is in its place already."""
+    by_key: Tensor | None       # (K,) heads as the blocks of their keys lie
+    by_value: Tensor | None     # (K,) as those of their values lie, among the former
+    written: Tensor | None      # the numbers of a token's rows, among K·B·d of keys, B·Σ r of values
+    padded: Tensor | None       # where the values' Σ r go among K·d
+    compact: Tensor | None      # which of attention's H·d outputs W_o' takes
+
+
+def find_places(order: Tensor, ranks: Tensor, B: int, G: int, d: int) -> Places:
+    """Of a layer with this order and these ranks, (2, K) each."""
+    by_key, values = order
+    by_value = by_key.argsort()[values]
+    K, column = len(values), torch.arange(d)
+    is_key = column < ranks[0, by_key][:, None]                     # (K, d)
+    is_value = column < ranks[1, values][:, None]
+
+    keys_written = is_key[:, None].expand(K, B, d).flatten().nonzero()[:, 0]
+    widths = ranks[1, values].tolist()
+    of_values = torch.arange(B * sum(widths)).view(B, -1).split(widths, dim=1)
+    values_written = K * B * d + torch.cat([part.flatten() for part in of_values])
+    written = torch.cat((keys_written, values_written))
+
+    padded = (d * by_value[:, None] + column)[is_value]
+    query = G * by_value[:, None] + torch.arange(G)                 # (K, G)
+    compact = d * query[..., None] + column                         # (K, G, d)
+    compact = compact[is_value[:, None].expand(K, G, d)]
+    sizes = K, K, K * B * d + B * sum(widths), K * d, K * G * d
+    found = by_key, by_value, written, padded, compact
+    return Places(*(None if torch.equal(index, torch.arange(size)) else index
+                    for index, size in zip(found, sizes, strict=True)))
+
+
+# ------------------------------------------------------------------------------
+# Attention
 
 def warn_of_no_kernel(error: Exception) -> None:
     """Where Triton or its C compiler is missing, PyTorch attends; any other error is an error."""
@@ -281,42 +380,79 @@ def warn_of_no_kernel(error: Exception) -> None:
     warnings.warn(f"decoding without the Triton kernel, slower: {error}", stacklevel=2)
 
 
-def attend_many(q: Tensor, group: Group, window: int, scale: float):
-    """Causal attention of q (B, K, G, T, d), the last T tokens, over a group: (B, T, J·G·r')."""
-    heads, keys, values = group
-    J, B, n, r = keys.shape
-    q = q[:, heads].transpose(0, 1)                                 # (J, B, G, T, d)
-    q = q[..., :r]
-    G, T = q.shape[2:4]
-    position = torch.arange(n, device=q.device)
-    rows = max(1, SCORES // (J * B * G * n))                        # a long prompt goes in pieces
-    pieces = []
-    for first in range(0, T, rows):
-        part = q.narrow(3, first, min(rows, T - first))
-        part = part.flatten(2, 3)                                   # (J, B, G·rows, r)
-        now = position[n - T:][first:first + rows]
-        age = now[:, None] - position
-        mask = (age >= 0) & (age < window)
-        mask = mask.repeat(G, 1)                                    # (G·rows, n)
-        a = F.scaled_dot_product_attention(part, keys, values, mask, scale=scale)
-        a = a.unflatten(2, (G, -1))                                 # (J, B, G, rows, r')
-        a = a.permute(1, 3, 0, 2, 4)                                # (B, rows, J, G, r')
-        pieces.append(a.flatten(2))
-    return torch.cat(pieces, dim=1)
+def attend_first(q: Tensor, k: Tensor, v: Tensor, places: Places, window) -> Tensor:
+    """Attention of the first T tokens, among themselves: (B, T, Σ r over query heads).
+
+    q (K, B, G, T, d), k (K, B, T, d), zero beyond each rank, and v (B, T, Σ r), padded to K·d: one
+    call for all heads whatever their ranks.
+    """
+    K, B, _, T, d = q.shape
+    if places.padded is not None:
+        wide = v.new_zeros(B, T, K * d)
+        wide[..., places.padded] = v
+        v = wide
+    v = v.view(B, T, K, d).transpose(1, 2)
+    q = q.transpose(0, 1).flatten(1, 2)                             # (B, H, T, d)
+    a = causal_attention(q, k.transpose(0, 1), v, window)
+    return compact(a.transpose(1, 2).flatten(2), places)
+
+
+def compact(a: Tensor, places: Places) -> Tensor:
+    """The numbers that W_o' takes, of attention's outputs (B, T, H·d)."""
+    return a if places.compact is None else a[..., places.compact]
+
+
+def attend_stored(groups: tuple, q: Tensor, begin: int, end: int, window, by_value) -> Tensor:
+    """Attention of the last T tokens, q (K, B, G, T, d), to tokens begin … end − 1 of a layer.
+
+    Returns (B, T, Σ r over query heads). A long chunk goes in pieces.
+    """
+    K, B, G, T, _ = q.shape
+    n = end - begin
+    token = torch.arange(begin, end, device=q.device)
+    outputs = []
+    for rows in torch.arange(T).split(max(1, SCORES // (K * B * G * n))):
+        hidden = None                                               # from one token nothing is
+        if T > 1:
+            now = end - T + rows.to(q.device)
+            age = now[:, None] - token
+            hidden = (age < 0) | (age >= (window or end))           # (rows, n)
+        part = q[:, :, :, rows[0]:rows[-1] + 1]
+        outputs.append(attend_rows(groups, part, begin, end, hidden, by_value))
+    return join(outputs, 1)
+
+
+def attend_rows(groups: tuple, q: Tensor, begin: int, end: int, hidden, by_value) -> Tensor:
+    """The same for as many queries as have their scores at a time.
+
+    The G queries that share a key-value head form one matrix: each stored number is read once and
+    never repeated. One product for all heads of a rank, and one softmax for all heads.
+    """
+    K, B, G, T, d = q.shape
+    q = q.flatten(2, 3).flatten(0, 1)                               # (K·B, G·T, d)
+    scores = q.new_empty(K * B, G * T, end - begin)
+    for heads, rows in groups[0]:
+        keys = rows[:, :, begin:end]                                # (J·B, r, tokens)
+        some = scores[heads]
+        torch.baddbmm(some, q[heads, :, :keys.shape[1]], keys, beta=0, alpha=d ** -0.5, out=some)
+    if hidden is not None:
+        scores.unflatten(1, (G, T)).masked_fill_(hidden, float("-inf"))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = scores.softmax(-1, wide).to(q.dtype)
+    if by_value is not None:
+        weights = weights.unflatten(0, (K, B))[by_value].flatten(0, 1)
+    outputs = []
+    for heads, rows in groups[1]:
+        values = rows[:, :, begin:end].mT                           # (J·B, tokens, r)
+        a = torch.bmm(weights[heads], values)                       # (J·B, G·T, r)
+        a = a.view(-1, B, G, T, values.shape[2])
+        outputs.append(a.permute(1, 3, 0, 2, 4).flatten(2))         # (B, T, J·G·r)
+    return join(outputs, 2)
 
 
 def join(parts: list[Tensor], dim: int) -> Tensor:
     """torch.cat, but without its copy where there is only one part."""
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (J, B, m, k) @ b (J, B, k, n). A single matrix goes through mm: faster on a CPU."""
-    J, B = a.shape[:2]
-    a, b = a.flatten(0, 1), b.flatten(0, 1)
-    if J * B == 1:
-        return torch.mm(a[0], b[0])[None, None]
-    return torch.bmm(a, b).unflatten(0, (J, B))
 
 
 # ------------------------------------------------------------------------------

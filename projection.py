@@ -145,36 +145,24 @@ def identity_like(U: Tensor) -> Tensor:
     return torch.eye(d, dtype=U.dtype, device=U.device)
 
 
-def fold_values(W_v: Tensor, W_o: Tensor, U: Tensor, mean: Tensor,
-                ranks: Tensor, b_v: Tensor | None = None):
-    """Fold the value side of a layer into its weights: the paper's "new linear layer" (Figure 2).
+def fold_head(W_v: Tensor, b_v: Tensor | None, W_o: Tensor, U_r: Tensor, mean: Tensor):
+    """Fold a head's value side into its weights: the paper's "new linear layer" (Figure 2).
 
     Values have no RoPE, so U_r and U_rᵀ fold into the weights (transposed, for vectors as rows):
 
-        W_v' = W_v U_r                          makes the coordinates v U_r that are cached
-        W_o' = U_rᵀ W_o                         takes weighted sums of them, for each query head
-        bias = Σ_h (μ (I − P) + b_v P) W_o      b_v: of Qwen2's values; weights sum to one
+        W_v' = W_v U_r, b_v' = b_v U_r      make the coordinates v U_r that are cached
+        W_o' = U_rᵀ W_o                     takes weighted sums of them, for each of G query heads
+        bias = Σ_h μ (I − P) W_o            what cut-off means add: attention weights sum to one
 
-    W_v (K·d, hidden), W_o (hidden, H·d), b_v (K·d) as stored, U (K, d, d), mean (K, d), ranks (K,).
-    Returns W_v' (Σ r, hidden), W_o' (hidden, Σ r over query heads), stored alike, bias (hidden).
+    As stored: W_v (d, hidden), b_v (d) or None, W_o (hidden, G, d); U_r (d, r), mean μ (d). Returns
+    W_v' (r, hidden), b_v' (r) or None, W_o' (hidden, G, r), and the bias (hidden), in U_r's dtype.
     """
-    K, d = mean.shape
-    v_heads = W_v.to(U).split(d)                                    # K of (d, hidden)
-    o_groups = W_o.to(U).chunk(K, dim=1)                            # K of (hidden, G·d)
-    b_v = torch.zeros_like(mean) if b_v is None else b_v.to(U)
-    unbiased = mean - b_v.view(K, d)
-    W_v_new, W_o_new, bias = [], [], 0
-    for j, r in enumerate(ranks.tolist()):
-        U_r = U[j, :, :r] if r < d else identity_like(U)            # a full head stays as it is
-        o_heads = o_groups[j].unflatten(1, (-1, d))                 # (hidden, G, d)
-        constant = mean[j] - unbiased[j] @ U_r @ U_r.T              # μ (I − P) + b_v P
-        W_v_new.append(U_r.T @ v_heads[j])
-        W_o_new.append((o_heads @ U_r).flatten(1))
-        bias = bias + o_heads.sum(1) @ constant
-    if (ranks < d).any():                                           # else there is nothing to copy
-        W_v = torch.cat(W_v_new).to(W_v)
-        W_o = torch.cat(W_o_new, dim=1).to(W_o)
-    return W_v, W_o, bias.to(W_o)
+    cut_off = mean - mean @ U_r @ U_r.T                             # μ (I − P)
+    W_o_wide = W_o.to(U_r)
+    W_v_new = U_r.T @ W_v.to(U_r)
+    b_v_new = None if b_v is None else (b_v.to(U_r) @ U_r).to(b_v)
+    W_o_new = W_o_wide @ U_r
+    return W_v_new.to(W_v), b_v_new, W_o_new.to(W_o), W_o_wide.sum(1) @ cut_off
 
 
 # ------------------------------------------------------------------------------
