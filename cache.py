@@ -43,7 +43,6 @@ from projection import (
     Projection,
     check_ranks,
     fold_head,
-    identity_like,
     plan_at,
     shape_of,
     uniform_ranks,
@@ -339,9 +338,9 @@ def heads_by_rank(ranks: list[int]) -> list[int]:
 
 class Places(NamedTuple):
     """Index tensors of a layer; None where all is in its place already."""
-    by_key: Tensor | None       # (K,) heads as the blocks of their keys lie
-    by_value: Tensor | None     # (K,) as those of their values lie, among the former
-    written: Tensor | None      # the numbers of a token's rows, among K·B·d of keys, B·Σ r of values
+    by_key: Tensor | None       # (K,) heads as their keys lie
+    by_value: Tensor | None     # (K,) heads as their values lie, among the former
+    written: Tensor | None      # a token's rows, among K·B·d numbers of keys and B·Σ r of values
     padded: Tensor | None       # where the values' Σ r go among K·d
     compact: Tensor | None      # which of attention's H·d outputs W_o' takes
 
@@ -408,17 +407,15 @@ def attend_stored(groups: tuple, q: Tensor, begin: int, end: int, window, by_val
     Returns (B, T, Σ r over query heads). A long chunk goes in pieces.
     """
     K, B, G, T, _ = q.shape
-    n = end - begin
+    if T == 1:
+        return attend_rows(groups, q, begin, end, None, by_value)
     token = torch.arange(begin, end, device=q.device)
+    now = token[-T:, None]
+    hidden = (token > now) | (token <= now - (window or end))       # (T, tokens)
     outputs = []
-    for rows in torch.arange(T).split(max(1, SCORES // (K * B * G * n))):
-        hidden = None                                               # from one token nothing is
-        if T > 1:
-            now = end - T + rows.to(q.device)
-            age = now[:, None] - token
-            hidden = (age < 0) | (age >= (window or end))           # (rows, n)
-        part = q[:, :, :, rows[0]:rows[-1] + 1]
-        outputs.append(attend_rows(groups, part, begin, end, hidden, by_value))
+    size = max(1, SCORES // (K * B * G * len(token)))
+    for part, hidden_part in zip(q.split(size, dim=3), hidden.split(size), strict=True):
+        outputs.append(attend_rows(groups, part, begin, end, hidden_part, by_value))
     return join(outputs, 1)
 
 
@@ -440,7 +437,7 @@ def attend_rows(groups: tuple, q: Tensor, begin: int, end: int, hidden, by_value
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.softmax(-1, wide).to(q.dtype)
     if by_value is not None:
-        weights = weights.unflatten(0, (K, B))[by_value].flatten(0, 1)
+        weights = weights.unflatten(0, (K, B)).index_select(0, by_value).flatten(0, 1)
     outputs = []
     for heads, rows in groups[1]:
         values = rows[:, :, begin:end].mT                           # (J·B, tokens, r)

@@ -17,6 +17,7 @@ Reads projections.safetensors in the --out folder, and where they are train.json
 ranks_pca.json (`search.py --pca`); writes evaluation.json and .png. A line of --tasks is
 {"context": text, "choices": [texts], "label": number of the right one, from 0}.
 """
+import itertools
 import json
 import math
 from functools import partial
@@ -222,10 +223,8 @@ def spread(cache: KVCache, batch: int, more: int) -> KVCache:
     wider = KVCache(cache.projection, cache.ranks, batch, n + more, cache.dtype, cache.device)
     wider.folded = cache.folded
     wider.length = n
-    for groups, copies in zip(cache.groups, wider.groups, strict=True):
-        for group, copy in zip(groups, copies, strict=True):
-            copy.keys[:, :, :n] = group.keys[:, :, :n]
-            copy.values[:, :, :n] = group.values[:, :, :n]
+    for place in itertools.product(*map(range, cache.ranks.shape)):     # side, layer, head
+        wider.block(*place)[..., :n] = cache.block(*place)[..., :n]
     return wider
 
 

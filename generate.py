@@ -3,20 +3,23 @@
     prefill     one pass over the prompt fills the cache, and gives the first new token
     decode      each further pass is of a single token, and reads the cache once
 
-The plan is known here and stays, so the folded weights W_v' and W_o' (projection.fold_values) take
-the place of the originals, which are dropped.
+The plan is known here, so the cache's folded weights (projection.fold_head) take the place of the
+originals, which are dropped. --shrink-to takes the cache to a smaller plan on the way: no layer
+runs again, and decoding goes on.
 
     python generate.py --prompt "Return the "                       # the base model's full cache
     python generate.py --budget 0.375 --prompt "Return the "        # the same rank everywhere
     python generate.py --ranks out/ranks.json --budget 0.25 --prompt "Return the "
+    python generate.py --ranks out/ranks.json --budget 1 --shrink-to 0.25 --at 50
 """
 import sys
 import time
 
 import torch
+from torch import Tensor
 
 import common
-from cache import KVCache, plan_arguments, plan_for
+from cache import KVCache, plan_arguments, plan_for, read_plan
 from evaluate import logits
 from model import Model, load, pick
 from projection import uniform_ranks
@@ -40,51 +43,87 @@ def decode(model: Model, cache: KVCache, tokens: list[int], count: int, temperat
 
 
 def fold(model: Model, cache: KVCache) -> int:
-    """Fold the values of every layer now, and drop the weights that this replaces; bytes made."""
+    """Fold every layer now, and drop the weights that this replaces. Returns the bytes made."""
     size = 0
     for i, layer in enumerate(model.layers):
         weights = cache.fold(i, layer.self_attn)
         size += sum(W.nbytes for W in weights if W is not None)
-        layer.self_attn.v_proj = layer.self_attn.o_proj = None
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, None)
     return size
 
 
-def main():
+def options():
     parser = common.arguments(__doc__)
     plan_arguments(parser)
     common.prompt_arguments(parser)
+    parser.add_argument("--shrink-to", type=common.within(0.125, 1.0),
+                        help="the budget that the cache shrinks to on the way")
+    parser.add_argument("--at", type=common.within(1, 10 ** 6),
+                        help="after how many new tokens it does [half of --tokens]")
     args = parser.parse_args()
+    if args.shrink_to is None and args.at:
+        common.fail("--at: says when the cache shrinks; add --shrink-to")
+    if args.shrink_to is None:
+        return args
+    if args.ranks is None and args.budget is None:
+        args.budget = 1.0
+    args.at = args.at or max(1, args.tokens // 2)
+    if args.at >= args.tokens:
+        common.fail(f"--at {args.at}: is not before the last of --tokens {args.tokens}")
+    return args
+
+
+def smaller_plan(args, model: Model, ranks: Tensor) -> Tensor:
+    """The plan of --shrink-to; fails unless it is at or below `ranks`, that of the cache."""
+    smaller = uniform_ranks(args.shrink_to, model.config)
+    if args.ranks is not None:
+        with common.blame("--ranks"):
+            _, smaller = read_plan(args.ranks, model.config, args.shrink_to)
+    if (smaller > ranks).any():
+        common.fail(f"--shrink-to {args.shrink_to}: is above the budget that the cache begins with")
+    return smaller
+
+
+def main():
+    args = options()
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
         tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
     projection, ranks = plan_for(args, model)
+    smaller = smaller_plan(args, model, ranks) if args.shrink_to else None
     with common.blame("--prompt"):
         prompt = common.encode_prompt(tokenizer, args.prompt)
-    cache = KVCache(projection, ranks, 1, len(prompt) + args.tokens, dtype, device)
-    is_full = bool((ranks == model.config.head_dim).all())
-    folded = 0 if is_full else fold(model, cache)
+    room = len(prompt) + args.tokens
+    room = (room + 15) // 16 * 16               # rows of 16-byte pieces, which a GPU loads whole
+    cache = KVCache(projection, ranks, 1, room, dtype, device)
+    folded = fold(model, cache)
+    full = uniform_ranks(1.0, model.config).sum().item() * cache.max_len * dtype.itemsize
 
-    times = [time.perf_counter()]
+    def size() -> str:
+        return f"{cache.data.nbytes:,} bytes, {cache.data.nbytes / full:.1%} of the full {full:,}"
 
-    def timed(tokens):
-        for token in tokens:
+    said, times = [f"cache for {room} tokens: {size()}"], [time.perf_counter()]
+
+    def watched(tokens):
+        for count, token in enumerate(tokens, 1):
             times.append(time.perf_counter())
             yield token
+            if smaller is not None and count == args.at:        # between two passes
+                cache.shrink(smaller)
+                said.append(f"after {count} new tokens {size()}")
 
-    new_tokens = timed(decode(model, cache, prompt, args.tokens, args.temperature))
+    new_tokens = watched(decode(model, cache, prompt, args.tokens, args.temperature))
     made = common.show(tokenizer, prompt, new_tokens)
     times.append(time.perf_counter())
 
-    full = uniform_ranks(1.0, model.config).sum().item() * cache.max_len * dtype.itemsize
-    said = [f"prefill {len(prompt)} tokens at {len(prompt) / (times[1] - times[0]):,.0f} tokens/s"]
+    speed = len(prompt) / (times[1] - times[0])
+    said.insert(0, f"prefill {len(prompt)} tokens at {speed:,.0f} tokens/s")
     if len(made) > 2:           # the second token is not timed: Triton compiles the kernel for it
         speed = (len(made) - 2) / (times[-1] - times[2])
-        said.append(f"decode {len(made) - 2} at {speed:,.0f} tokens/s")
-    said.append(f"cache {cache.data.nbytes:,} bytes for {cache.max_len} tokens, "
-                f"{cache.data.nbytes / full:.1%} of the full {full:,}")
-    if folded:
-        said.append(f"values folded into {folded:,} bytes of weights")
+        said.insert(1, f"decode {len(made) - 2} at {speed:,.0f} tokens/s")
+    said.append(f"attention's weights folded into {folded:,} bytes")
     print("; ".join(said), file=sys.stderr)
 
 

@@ -2,10 +2,10 @@
 
 Decoding adds one new token per sequence. On a GPU such a step does few operations for each number
 of the cache that it reads, so its time is the bytes of the cache over the memory's bandwidth: a
-compressed cache pays only if the kernel reads its bytes, and each of them once. Every head has
-ranks of its own: its keys are a block (batch, max_len, r) somewhere in one flat tensor (cache.py),
-its values another, and a table says where and how wide. Loads beyond a head's rank are masked: a
-head costs its own bytes, though arithmetic runs over d columns.
+compressed cache pays only if the kernel reads its bytes, and each of them once. The cache is a
+matrix of rows (cache.py): a row is one coordinate of one sequence, max_len numbers. Every head has
+ranks of its own: r rows of keys for each sequence, r' of values, and a table says where and how
+many. Loads beyond a head's rank are masked: it costs its own bytes, though arithmetic runs over d.
 
     program (b, j, z) owns sequence b, key-value head j, and the z-th of Z stretches of the context:
 
@@ -62,31 +62,27 @@ def decode_kernel(
 ):
     """Attention of the G queries of each of K heads to tokens begin … end − 1, in Z stretches.
 
-    q (B, K, G, D); cache flat, of q's dtype; table (4, K) int64 in units of D/8 numbers: where the
-    keys of a head begin, where its values begin, its key rank, its value rank. Writes float32
-    acc_out (B, K, Z, G, D) and stats_out (B, K, Z, G, 2): m and l. ROWS and COLUMNS are G and D
-    rounded up to what tl.dot takes.
+    q (B, K, G, D); cache (rows, max_len) of q's dtype; table (4, K) int64: the first row of a
+    head's keys, of its values, its key rank, its value rank. `stretch` counts tiles, and the first
+    begins with the tile of `begin`. Writes float32 acc_out (B, K, Z, G, D) and stats_out
+    (B, K, Z, G, 2): m and l. ROWS and COLUMNS are G and D rounded up to what tl.dot takes.
     """
-    b = tl.program_id(0).to(tl.int64)           # a cache may have more than 2³¹ numbers
+    b = tl.program_id(0)
     j = tl.program_id(1)
     z = tl.program_id(2)
     pair = b * K + j                            # a sequence and a key-value head
-
-    # Multiplying by D/8 here, not in the table, tells the compiler that rows begin at multiples of
-    # it: 16-byte loads where D/8 numbers are a multiple of 16 bytes (bfloat16, D = 64 or 128).
-    key_offset = tl.load(table + j) * (D // 8)
-    value_offset = tl.load(table + K + j) * (D // 8)
-    ranks = table + 2 * K + j
-    key_rank = tl.load(ranks) * (D // 8)
-    value_rank = tl.load(ranks + K) * (D // 8)
-    keys = cache + key_offset + b * max_len * key_rank
-    values = cache + value_offset + b * max_len * value_rank
+    key_rank = tl.load(table + 2 * K + j)
+    value_rank = tl.load(table + 3 * K + j)
+    key_row = tl.load(table + j) + b * key_rank         # 64 bits: a cache may have 2³¹ numbers
+    value_row = tl.load(table + K + j) + b * value_rank
 
     g = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     is_row = (g < G)[:, None]
     is_key = column < key_rank
     is_value = column < value_rank
+    keys = cache + (key_row + column)[:, None] * max_len
+    values = cache + (value_row + column)[:, None] * max_len
 
     row = pair * G + g                         # of q, among the B·K·G queries
     q_at = q + row[:, None] * D + column
@@ -95,18 +91,20 @@ def decode_kernel(
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
 
-    first = begin + z * stretch
-    last = tl.minimum(first + stretch, end)
+    # Tiles begin at multiples of their size and are loaded up to a multiple of 16 tokens: where
+    # max_len is one too, a thread then loads 16 bytes at a time. What is not seen is masked after.
+    first = (begin // TILE + z * stretch) * TILE
+    last = tl.minimum(first + stretch * TILE, end)
+    loaded = tl.minimum((last + 15) // 16 * 16, max_len)
     for start in range(first, last, TILE):
         token = start + tl.arange(0, TILE)
-        inside = token < last
-        token = token.to(tl.int64)
+        is_there = (token < loaded)[None, :]
+        is_seen = (token >= begin) & (token < last)
 
-        k_at = keys + token * key_rank + column[:, None]
-        k_mask = is_key[:, None] & inside
-        k = tl.load(k_at, mask=k_mask, other=0.0)                   # kᵀ, (COLUMNS, TILE)
+        k_mask = is_key[:, None] & is_there
+        k = tl.load(keys + token, mask=k_mask, other=0.0)           # (COLUMNS, TILE)
         s = tl.dot(queries, k, input_precision="ieee")              # no TF32
-        s = tl.where(inside, s * scale, float("-inf"))                # (ROWS, TILE)
+        s = tl.where(is_seen, s * scale, float("-inf"))               # (ROWS, TILE)
 
         m_new = tl.maximum(m, tl.max(s, axis=1))
         p = tl.exp(s - m_new[:, None])
@@ -114,10 +112,10 @@ def decode_kernel(
         l = l * rescale + tl.sum(p, axis=1)
         m = m_new
 
-        v_at = values + token[:, None] * value_rank + column
-        v_mask = inside[:, None] & is_value
-        v = tl.load(v_at, mask=v_mask, other=0.0)                   # (TILE, COLUMNS)
-        pv = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        v_mask = is_value[:, None] & is_there
+        v = tl.load(values + token, mask=v_mask, other=0.0)         # (COLUMNS, TILE)
+        v = tl.where(is_seen, v, 0.0)           # beyond the last token anything may lie, NaN too
+        pv = tl.dot(p.to(v.dtype), tl.trans(v), input_precision="ieee")
         acc = acc * rescale[:, None] + pv
 
     share = (pair * tl.num_programs(2) + z) * G + g        # this program's rows of what it writes
@@ -132,40 +130,41 @@ def decode_kernel(
 # Its wrapper
 
 def decode_attention(
-    q: Tensor, data: Tensor, table: Tensor,
-    max_len: int, length: int, scale: float,
+    q: Tensor, rows: Tensor, table: Tensor,
+    length: int, scale: float,
     begin: int = 0, stretches: int | None = None,
 ) -> Tensor:
     """Attention of one new token's queries over a layer of the cache: (B, K, G, d), in q's dtype.
 
-    q (B, K, G, d) is q U_k; data, the flat cache tensor, of q's dtype; table (4, K) int64 in
-    units of d/8: key offsets, value offsets, key ranks, value ranks. Attends to tokens begin …
-    length − 1, in at most `stretches`. The result is in the coordinates of the values, zero beyond
-    each head's value rank. ValueError for shapes or dtypes that do not fit.
+    q (B, K, G, d) is q U_k; rows (n, max_len) is the cache, of q's dtype; table (4, K) int64: first
+    rows of keys and of values, key ranks, value ranks. Attends to tokens begin … length − 1, in at
+    most `stretches`. The result is in the coordinates of the values, zero beyond each head's value
+    rank. ValueError for shapes or dtypes that do not fit.
     """
     B, K, G, d = q.shape
+    max_len = rows.shape[1]
     if not 0 <= begin < length <= max_len:
         raise ValueError(f"tokens {begin} … {length - 1} of a cache of {max_len}")
-    if d % 8 or q.dtype != data.dtype or table.shape != (4, K):
-        raise ValueError(f"q {list(q.shape)} {q.dtype}, data {data.dtype}, table "
+    if d % 8 or q.dtype != rows.dtype or table.shape != (4, K):
+        raise ValueError(f"q {list(q.shape)} {q.dtype}, rows {rows.dtype}, table "
                          f"{list(table.shape)}; expected a head_dim that is a multiple of 8, one "
                          f"dtype, and a table of shape {[4, K]}")
     dtype = q.dtype
     if not q.is_cuda and dtype == torch.bfloat16:       # the interpreter's tl.dot cannot do it
-        q, data = q.float(), data.float()
+        q, rows = q.float(), rows.float()
 
     sizes = shapes(K, G, d, q.dtype)
-    tokens, tile = length - begin, sizes["TILE"]
+    tiles = triton.cdiv(length, sizes["TILE"]) - begin // sizes["TILE"]
     if stretches is None:
-        stretches = enough_stretches(B * K, tokens, q.device)
-    stretch = triton.cdiv(tokens, stretches * tile) * tile      # whole tiles
-    Z = triton.cdiv(tokens, stretch)                            # each has at least one token
+        stretches = enough_stretches(B * K, length - begin, q.device)
+    stretch = triton.cdiv(tiles, stretches)                     # tiles of each
+    Z = triton.cdiv(tiles, stretch)                             # each has at least one token
 
     acc = q.new_empty(B, K, Z, G, d, dtype=torch.float32)
     stats = q.new_empty(B, K, Z, G, 2, dtype=torch.float32)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         decode_kernel[(B, K, Z)](
-            q.contiguous(), data, table, acc, stats,
+            q.contiguous(), rows, table, acc, stats,
             max_len, begin, length, stretch, scale, **sizes)
     return merge(acc, stats).to(dtype)
 
@@ -199,23 +198,21 @@ def shapes(K: int, G: int, d: int, dtype):
 # ------------------------------------------------------------------------------
 # The reference
 
-def reference(q, data, table, max_len, length, scale, begin=0) -> Tensor:
+def reference(q, rows, table, length, scale, begin=0) -> Tensor:
     """The same in plain PyTorch and float64, head by head."""
     B, K, G, d = q.shape
     out = torch.zeros_like(q, dtype=torch.float64)
 
-    def block(offset: int, r: int) -> Tensor:
-        whole = data[offset:offset + B * max_len * r]
-        whole = whole.view(B, max_len, r).double()
-        return whole[:, begin:length]
+    def block(first: int, r: int) -> Tensor:
+        return rows[first:first + B * r, begin:length].view(B, r, -1).double()
 
-    for j, numbers in enumerate(table.T * (d // 8)):
-        k_offset, v_offset, r_k, r_v = numbers.tolist()
-        keys = block(k_offset, r_k)                             # (B, tokens, r)
-        values = block(v_offset, r_v)
+    for j, numbers in enumerate(table.T.tolist()):
+        first_key, first_value, r_k, r_v = numbers
+        keys = block(first_key, r_k)                            # (B, r, tokens)
+        values = block(first_value, r_v)
         queries = q[:, j, :, :r_k].double()                     # (B, G, r)
-        weights = (queries @ keys.mT * scale).softmax(-1)
-        out[:, j, :, :r_v] = weights @ values
+        weights = (queries @ keys * scale).softmax(-1)
+        out[:, j, :, :r_v] = weights @ values.mT
     return out
 
 
@@ -227,21 +224,17 @@ def example(
     max_len: int, length: int, begin: int,
     dtype: torch.dtype, device="cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries, a cache of random ranks with NaN wherever nothing may be read, its table."""
-    eighth = d // 8
-    gap = torch.full((3 * eighth,), torch.nan)
-    ranks = torch.randint(1, 9, (2, K)) * eighth
-    data, offsets = [gap], []
-    for r in ranks.flatten().tolist():          # a layer's blocks, with gaps between them
-        block = torch.full((B, max_len, r), torch.nan)
-        block[:, begin:length].normal_()
-        offsets.append(sum(len(part) for part in data))
-        data += [block.flatten(), gap]
-    offsets = torch.tensor(offsets).view(2, K)
-    table = torch.cat((offsets, ranks)) // eighth
+    """Random queries, a cache of random ranks with NaN wherever nothing may be seen, its table."""
+    ranks = torch.randint(1, 9, (2, K)) * (d // 8)
+    gap = 3                                     # a layer's blocks, with rows between them
+    sizes = B * ranks.flatten() + gap
+    firsts = sizes.cumsum(0) - sizes + gap
+    rows = torch.full((int(sizes.sum()) + gap, max_len), torch.nan)
+    for first, r in zip(firsts.tolist(), ranks.flatten().tolist(), strict=True):
+        rows[first:first + B * r, begin:length].normal_()
+    table = torch.cat((firsts.view(2, K), ranks))
     q = torch.randn(B, K, G, d)
-    data = torch.cat(data)
-    return q.to(device, dtype), data.to(device, dtype), table.to(device)
+    return q.to(device, dtype), rows.to(device, dtype), table.to(device)
 
 
 BOUNDS = {
@@ -260,9 +253,8 @@ def worst_error(G: int, d: int, dtype, device) -> float:
     """The largest error over CASES, as a share of the largest value; infinite if NaN leaked in."""
     worst = 0.0
     for B, length, begin, stretches in CASES:
-        max_len = length + 7
-        q, data, table = example(B, 2, G, d, max_len, length, begin, dtype, device)
-        inputs = q, data, table, max_len, length, d ** -0.5, begin
+        drawn = example(B, 2, G, d, length + 7, length, begin, dtype, device)
+        inputs = *drawn, length, d ** -0.5, begin
         expected = reference(*inputs)
         error = decode_attention(*inputs, stretches) - expected
         error = (error.abs().max() / expected.abs().max()).item()

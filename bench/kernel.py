@@ -111,7 +111,7 @@ def compile_for(capability: int, dtype: str, d: int, G: int):
     signature["scale"] = "fp32"
     place = {name: (index,) for index, name in enumerate(names)}
     values = {place[name]: value for name, value in constants.items()}
-    aligned = {place[name]: [["tt.divisibility", 16]] for name in pointers}
+    aligned = {place[name]: [["tt.divisibility", 16]] for name in (*pointers, "max_len")}
     source = ASTSource(kernel.decode_kernel, signature, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
@@ -169,15 +169,14 @@ def copy_speed(device) -> float:
 
 
 def one_layer(q: Tensor, length: int, budget: float) -> tuple[Tensor, Tensor]:
-    """A layer of a cache of random numbers for q, and its table (4, K) in units of d/8."""
+    """A layer of a cache of random numbers for q, and its table (4, K)."""
     _, K, _, d = q.shape
     ranks = ragged_ranks(1, K, d, budget)[:, 0]                     # (2, K)
-    sizes = ranks.flatten() * length
-    offsets = (sizes.cumsum(0) - sizes).view(2, K)
-    table = torch.cat((offsets, ranks)) // (d // 8)
-    total = int(sizes.sum())
-    data = q.new_empty(total).normal_()
-    return data, table.to(q.device)
+    sizes = ranks.flatten()
+    firsts = (sizes.cumsum(0) - sizes).view(2, K)
+    table = torch.cat((firsts, ranks))
+    rows = q.new_empty(int(sizes.sum()), length).normal_()
+    return rows, table.to(q.device)
 
 
 def time_pytorch(q: Tensor, length: int) -> float:
@@ -197,10 +196,10 @@ def time_layer(name: str, length: int, copy: float, dtype, device) -> dict:
     full = time_pytorch(q, length)
     ratios = {}
     for budget in BUDGETS:
-        data, table = one_layer(q, length, budget)
-        inputs = q, data, table, length, length, d ** -0.5
+        rows, table = one_layer(q, length, budget)
+        inputs = q, rows, table, length, d ** -0.5
         times = milliseconds(partial(kernel.decode_attention, *inputs))
-        speed = data.nbytes / times[0] / 1e6
+        speed = rows.nbytes / times[0] / 1e6
         middle, low, high = (ms / full for ms in times)
         ratios[budget] = middle
         print(f"  {name:16s} {length:9,}   {budget:6.1%}   {times[0]:10.3f}  {speed:6,.0f}   "

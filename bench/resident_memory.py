@@ -32,10 +32,7 @@ def fill(ckpt: Path, budget: float, tokens: int) -> tuple[int, int]:
 
     before = process_memory("VmRSS")
     cache = KVCache(projection, ranks, 1, tokens)
-    for groups in cache.groups:
-        for group in groups:
-            group.keys.normal_()
-            group.values.normal_()
+    cache.data.normal_()
     return cache.data.nbytes, process_memory("VmRSS") - before
 
 

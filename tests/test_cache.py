@@ -1,4 +1,5 @@
 """The cache: the projected model's logits to rounding, from exactly the bytes that ranks say."""
+import itertools
 import json
 from unittest.mock import Mock
 
@@ -134,9 +135,9 @@ def test_a_length_that_is_set_is_the_position_of_the_next_key(model, length):
     turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat((turned.real, turned.imag), dim=-1)
 
-    heads, keys, _ = cache.groups[0][0]
-    assert keys[:, 0, length].shape == expected[heads].shape == key.shape
-    assert relative(keys[:, 0, length], expected) < 1e-5
+    heads, rows = cache.groups[0][0][0]
+    assert rows[:, :, length].shape == expected[heads].shape == key.shape
+    assert relative(rows[:, :, length], expected) < 1e-5
 
 
 # ------------------------------------------------------------------------------
@@ -149,33 +150,98 @@ def test_blocks_lie_end_to_end_without_padding(model):
         end = 0
         for layer in range(L):
             for side in range(2):
-                for head in range(K):
+                order = cache.order[side, layer].tolist()
+                assert sorted(order) == list(range(K))
+                for head in order:
                     assert cache.offsets[side, layer, head] == end
                     end += 2 * 5 * ranks[side, layer, head]
         assert end == cache.data.numel()
 
 
-def test_groups_are_views_of_the_blocks_of_neighbours_with_the_same_ranks(model):
+def test_a_group_is_all_heads_of_a_rank_as_one_view(model):
     L, K, _ = shape(model)
     for ranks in (random_ranks(model), uniform_ranks(0.5, model.config)):
         cache = KVCache(random_projection(model), ranks, batch=2, max_len=5)
-        for layer in range(L):
-            members = [j for heads, *_ in cache.groups[layer] for j in range(K)[heads]]
-            assert members == list(range(K))
-            for heads, *views in cache.groups[layer]:
-                for side, view in enumerate(views):
-                    r = ranks[side, layer, heads.start]
-                    assert (ranks[side, layer, heads] == r).all()
-                    assert view.shape == (heads.stop - heads.start, 2, 5, r)
-                    assert view.is_contiguous()
-                    assert view.storage_offset() == cache.offsets[side, layer, heads.start]
-                    assert view.untyped_storage().data_ptr() == cache.data.data_ptr()
+        for side, layer in itertools.product(range(2), range(L)):
+            groups = cache.groups[side][layer]
+            assert len(groups) == len(ranks[side, layer].unique())
+            cache.data.zero_()
+            for number, (_, rows) in enumerate(groups, 1):
+                rows += number
+            for heads, rows in groups:
+                members = cache.order[side, layer].repeat_interleave(2)[heads]
+                assert (ranks[side, layer, members] == rows.shape[1]).all()
+                blocks = [cache.block(side, layer, j) for j in members[::2]]
+                assert torch.equal(torch.cat(blocks), rows)
 
 
-def test_uniform_ranks_make_one_group_of_a_layer(model):
-    ranks = uniform_ranks(0.5, model.config)
-    cache = KVCache(random_projection(model), ranks, batch=2, max_len=5)
-    assert [len(groups) for groups in cache.groups] == [1] * model.config.num_hidden_layers
+def test_a_row_is_one_coordinate_of_one_sequence_over_the_tokens(model, tokens):
+    """Keys U_kᵀ k and values U_vᵀ v, read from the cache, against the model's own hooks."""
+    p, ranks = random_projection(model), random_ranks(model)
+    cache = KVCache(p, ranks, batch=3, max_len=25)
+    model(tokens, cache=cache)
+    seen = {}
+    model.hidden(tokens, project=p.at(ranks), observe=lambda i, q, k, v: seen.update({i: (k, v)}))
+    for i, sides in seen.items():
+        for side, (x, U) in enumerate(zip(sides, (p.U_k, p.U_v), strict=True)):
+            d = x.shape[-1]
+            for j, r in enumerate(ranks[side, i].tolist()):
+                basis = torch.eye(d) if (ranks[side, i] == d).all() else U[i, j]
+                stored = cache.block(side, i, j)[..., :21]
+                assert relative(stored, (x[:, j] @ basis[:, :r]).mT) < 1e-4
+
+
+# ------------------------------------------------------------------------------
+# Shrinking
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("before, after", [("full", "ragged"), ("ragged", "ragged"),
+                                           ("full", "full"), ("one head full", "uniform")])
+def test_a_shrunk_cache_is_one_whose_coordinates_were_cut_by_hand(model, batch, before, after):
+    """And what follows has the logits of the smaller plan over the tokens' larger one."""
+    p, large = random_projection(model), plan_called(before, model)
+    small = torch.minimum(plan_called(after, model), large)
+    tokens = torch.randint(3, 96, (batch, 21))
+    cache = KVCache(p, large, batch=batch, max_len=24)
+    model(tokens[:, :18], cache=cache)
+    by_hand = KVCache(p, small, batch=batch, max_len=24)
+    for side, i, j in itertools.product(*map(range, large.shape)):
+        block = cache.block(side, i, j)
+        d = model.config.head_dim
+        if (large[side, i] == d).all() and (small[side, i] < d).any():
+            block = (p.U_k, p.U_v)[side][i, j].T @ block
+        by_hand.block(side, i, j)[:] = block[:, :small[side, i, j]]
+    by_hand.length = 18
+    cache.shrink(small)
+    assert cache.data.numel() == batch * 24 * small.sum()
+    for part in tokens[:, 18:].split([1, 2], dim=1):
+        assert relative(model(part, cache=cache), model(part, cache=by_hand)) < 1e-4
+
+
+@pytest.mark.parametrize("before", ["full", "ragged"])
+def test_shrinking_needs_no_weights_of_the_model(model, before):
+    """The folds that are there are cut: twice, and their bias follows."""
+    p, large = random_projection(model), plan_called(before, model)
+    cache = KVCache(p, large, batch=1, max_len=24)
+    for i, layer in enumerate(model.layers):
+        cache.fold(i, layer.self_attn)
+    least = torch.full_like(large, model.config.head_dim // 8)
+    for small in (torch.minimum(random_ranks(model), large), least):
+        cache.shrink(small)
+        fresh = KVCache(p, small, batch=1, max_len=24)
+        for i, layer in enumerate(model.layers):
+            for mine, expected in zip(cache.folded[i], fresh.fold(i, layer.self_attn), strict=True):
+                assert (mine is None) == (expected is None)
+                if mine is not None:
+                    assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_never_grows_by_shrinking(model):
+    d = model.config.head_dim
+    cache = KVCache(random_projection(model), uniform_ranks(0.5, model.config), batch=1, max_len=5)
+    with pytest.raises(ValueError, match="at or below"):
+        cache.shrink(torch.full_like(cache.ranks, d))
+    assert (cache.ranks == d // 2).all()
 
 
 # ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ if torch.cuda.is_available():
 
 from triton.runtime.interpreter import InterpreterBuilder
 
-from kernel import BOUNDS, decode_attention, example, reference
+from kernel import BOUNDS, decode_attention, example, reference, shapes
 
 SIZES = [       # B, K, G, d, length, begin, stretches
     (1, 1, 1, 64, 1, 0, 1),
@@ -29,65 +29,65 @@ SIZES = [       # B, K, G, d, length, begin, stretches
 @pytest.mark.parametrize("B, K, G, d, length, begin, stretches", SIZES)
 def test_the_kernel_is_the_reference(dtype, bound, B, K, G, d, length, begin, stretches):
     """`example` puts NaN beyond the length, before the first token and between the blocks."""
-    q, data, table = example(B, K, G, d, length + 7, length, begin, dtype)
-    inputs = q, data, table, length + 7, length, d ** -0.5, begin
+    inputs = *example(B, K, G, d, length + 7, length, begin, dtype), length, d ** -0.5, begin
     out = decode_attention(*inputs, stretches=stretches)
     assert out.dtype == dtype
     assert relative(out, reference(*inputs)) < bound
 
 
-@pytest.mark.parametrize("begin, stretches", [(0, 1), (5, 3)])
+@pytest.mark.parametrize("begin, stretches", [(0, 1), (5, 3), (75, 2)])
 def test_it_reads_the_plan_and_no_more(monkeypatch, begin, stretches):
-    """Tokens begin … length − 1 of every block, each number once, and nothing else of the data."""
-    B, K, G, d, length = 2, 3, 2, 64, 70
-    q, data, table = example(B, K, G, d, length + 9, length, begin, torch.float32)
-    reads = np.zeros(data.numel(), dtype=int)
+    """Each number of every block at most once, from the tile of `begin` to the next 16 tokens."""
+    B, K, G, d, length = 2, 3, 2, 64, 140
+    q, rows, table = example(B, K, G, d, length + 9, length, begin, torch.float32)
+    reads = np.zeros(rows.numel(), dtype=int)
     plain = InterpreterBuilder.create_masked_load
 
     def counting(self, ptrs, mask, *rest):
         addresses = ptrs.data[mask.data].astype(np.int64)
-        places = (addresses - data.data_ptr()) // data.itemsize
+        places = (addresses - rows.data_ptr()) // rows.itemsize
         within = (places >= 0) & (places < len(reads))
         np.add.at(reads, places[within], 1)
         return plain(self, ptrs, mask, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting)
-    decode_attention(q, data, table, length + 9, length, 1.0, begin, stretches)
-    planned = ~data.isnan()                     # example fills the plan's numbers alone
-    assert planned.sum() == B * (length - begin) * table[2:].sum() * (d // 8)
-    assert np.array_equal(reads, planned.int().numpy())
+    decode_attention(q, rows, table, length, 1.0, begin, stretches)
+    in_plan = ~rows[:, begin:length].isnan().all(1, keepdim=True)       # example fills those alone
+    assert in_plan.sum() == B * table[2:].sum()
+    token = torch.arange(length + 9)
+    tile = shapes(K, G, d, q.dtype)["TILE"]
+    in_reach = (token >= begin // tile * tile) & (token < 144)
+    assert np.array_equal(reads, (in_plan & in_reach).flatten().int().numpy())
 
 
 def test_it_attends_as_the_cache_does_on_a_cpu(model, tokens):
-    d = model.config.head_dim
     for ranks in (random_ranks(model), uniform_ranks(1.0, model.config)):
         cache = KVCache(random_projection(model), ranks, batch=3, max_len=30)
         model(tokens, cache=cache)
         plain, seen = cache.attend, {}
 
         def attend(i, q, k, v, window=None, plain=plain, seen=seen):
-            seen[i] = q, k.shape[1], plain(i, q, k, v, window)
+            seen[i] = q, k, plain(i, q, k, v, window)
             return seen[i][2]
 
         cache.attend = attend
         model(tokens[:, :1], cache=cache)
         assert len(seen) == model.config.num_hidden_layers
-        for i, (q, K, expected) in seen.items():
-            q = q.unflatten(1, (K, -1))
-            if cache.key_bases[i] is not None:
-                q = q @ cache.key_bases[i][:, None]
-            assert relative(cache.attend_on_gpu(i, q, 0, 22, d ** -0.5), expected) < 1e-5
+        for i, (q, k, expected) in seen.items():
+            places = cache.places(i, q.shape[1] // k.shape[1])
+            q, _ = cache.turn(i, q, k, places.by_key)
+            assert relative(cache.attend_on_gpu(i, q, 0, 22, places), expected) < 1e-5
 
 
 def test_lengths_that_make_no_sense_are_refused():
-    q, data, table = example(1, 1, 1, 64, 10, 5, 0, torch.float32)
+    q, rows, table = example(1, 1, 1, 64, 10, 5, 0, torch.float32)
     for length, begin in ((11, 0), (0, 0), (5, 5), (5, -1)):
         with pytest.raises(ValueError, match="tokens"):
-            decode_attention(q, data, table, 10, length, 1.0, begin)
+            decode_attention(q, rows, table, length, 1.0, begin)
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    q, data, table = example(1, 2, 1, 64, 10, 5, 0, torch.float32)
-    for wrong in ((q[..., :60], data, table), (q.half(), data, table), (q, data, table[:, :1])):
+    q, rows, table = example(1, 2, 1, 64, 10, 5, 0, torch.float32)
+    for wrong in ((q[..., :60], rows, table), (q.half(), rows, table), (q, rows, table[:, :1])):
         with pytest.raises(ValueError, match="expected a head_dim"):
-            decode_attention(*wrong, 10, 5, 1.0)
+            decode_attention(*wrong, 5, 1.0)

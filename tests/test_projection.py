@@ -1,14 +1,16 @@
 """Projections: orthogonal, nested, harmless at full rank, and free on the value side."""
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_projection, random_ranks, relative, shape
 
+from model import causal_attention
 from projection import (
     Moments,
     Projection,
     Rotation,
     check_ranks,
-    fold_values,
+    fold_head,
     plan_at,
     projector,
     uniform_ranks,
@@ -133,18 +135,22 @@ def test_folding_values_into_the_weights_changes_nothing(model, tokens):
         x = torch.randn(*tokens.shape, model.config.hidden_size)
         v = model.split_heads(weights.v_proj(x))
         _, v_hat = p.at(ranks)(i, k, v)
-        expected = weights.o_proj(model.attend(q, k, v_hat).transpose(1, 2).flatten(2))
+        expected = weights.o_proj(causal_attention(q, k, v_hat, None).transpose(1, 2).flatten(2))
 
-        r = ranks[1, i]
-        W_v, W_o, bias = fold_values(
-            weights.v_proj.weight, weights.o_proj.weight, p.U_v[i], p.mean_v[i], r,
-            weights.v_proj.bias)
-        assert W_v.shape[0] == r.sum()
-        assert W_o.shape[1] == G * r.sum()
-        coordinates = (x @ W_v.T).split(r.tolist(), dim=-1)         # K of (B, T, r)
         attention = causal_weights(q, k.repeat_interleave(G, 1))
-        sums = [attention[:, h] @ coordinates[h // G] for h in range(q.shape[1])]
-        assert relative(torch.cat(sums, -1) @ W_o.T + bias, expected) < 1e-5
+        K, d = k.shape[1], k.shape[3]
+        W_v, W_o = weights.v_proj.weight.split(d), weights.o_proj.weight.unflatten(1, (K, G, d))
+        b_v = [None] * K if weights.v_proj.bias is None else weights.v_proj.bias.split(d)
+        total = 0
+        for j, r in enumerate(ranks[1, i].tolist()):
+            U_r = p.U_v[i, j, :, :r]
+            W, b, W_out, bias = fold_head(W_v[j], b_v[j], W_o[:, j], U_r, p.mean_v[i, j])
+            assert (W.shape[0], W_out.shape[1:]) == (r, (G, r))
+            coordinates = F.linear(x, W, b)                         # (B, T, r)
+            for g in range(G):
+                total = total + attention[:, j * G + g] @ coordinates @ W_out[:, g].T
+            total = total + bias
+        assert relative(total, expected) < 1e-5
 
 
 def causal_weights(q, k):
