@@ -154,8 +154,8 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
     with common.written_whole(target) as file:
         for ids in token_stream(tokenizer, texts, one_document=is_one):
             if len(ids) and ids.max() >= vocab_size:
-                raise ValueError(f"{ckpt}: its tokenizer makes the token id {ids.max()}, outside "
-                                 f"the model's vocabulary of {vocab_size}")
+                raise ValueError(f"{ckpt}: its tokenizer.model or .json makes the token id "
+                                 f"{ids.max()}, outside the model's vocabulary of {vocab_size}")
             file.write(ids.astype(dtype).tobytes())
             if time.time() - shown > 10:
                 shown = time.time()
