@@ -331,8 +331,7 @@ def main():
     start = Run.resume if args.resume else begin
     with common.blame("--resume" if args.resume else "--ckpt"):
         run = start(args, model, tokens, order)
-    floor = 1e-3
-    draw, plan = draw_levels, partial(uniform_ranks, config=config)
+    draw, plan, floor = draw_levels, partial(uniform_ranks, config=config), 1e-3
     if args.recipe == "paper":
         draw, floor = draw_independent, None
     elif run.order is not None:

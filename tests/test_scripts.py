@@ -381,7 +381,7 @@ CASES = [       # the script and its options; the words that the line must hold
     # The tokenizer
     ("train --data text.txt", "--data tokenizer.model"),
     ("train --data text.txt --ckpt empty_tokenizer", "--data tokenizer.model SentencePiece"),
-    ("train --data text.txt --ckpt large_tokenizer", "--data tokenizer.model vocabulary"),
+    ("train --data text.txt --ckpt large_tokenizer", "--data tokenizer vocabulary"),
     ("data --data text.txt --ckpt empty_tokenizer", "--data tokenizer.model SentencePiece"),
     ("model --ckpt empty_tokenizer", "--ckpt tokenizer.model SentencePiece"),
     ("generate --ckpt empty_tokenizer", "--ckpt tokenizer.model SentencePiece"),
