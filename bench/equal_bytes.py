@@ -100,7 +100,8 @@ class Kivi:
     def fold(self, i: int, weights):
         parts = weights.q_proj, weights.k_proj, weights.v_proj
         W = torch.cat([part.weight for part in parts])
-        return W, None, weights.o_proj.weight, None
+        b = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        return W, b, weights.o_proj.weight, None
 
     def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, window=None) -> Tensor:
         B, K, T, d = k.shape
