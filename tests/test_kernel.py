@@ -15,21 +15,22 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from kernel import BOUNDS, decode_attention, example, reference, shapes
 
-SIZES = [       # B, K, G, d, length, begin, stretches
-    (1, 1, 1, 64, 1, 0, 1),
-    (3, 2, 2, 64, 33, 0, 2),
-    (1, 2, 8, 128, 65, 0, 1),
-    (2, 3, 4, 64, 300, 171, 2),
-    (1, 1, 1, 8, 40, 3, None),
-    (1, 2, 2, 256, 45, 3, 1),
+SIZES = [       # B, K, G, d, begin, end, stretches: some more than have a token
+    (1, 1, 1, 64, 0, 1, 1),
+    (3, 2, 2, 64, 0, 33, 2),
+    (1, 2, 8, 128, 0, 65, 1),
+    (2, 3, 4, 64, 171, 300, 2),
+    (1, 1, 1, 8, 3, 40, None),
+    (1, 2, 2, 256, 3, 45, 1),
+    (1, 2, 2, 64, 3, 40, 40),
 ]
 
 
 @pytest.mark.parametrize("dtype, bound", BOUNDS.items())
-@pytest.mark.parametrize("B, K, G, d, length, begin, stretches", SIZES)
-def test_the_kernel_is_the_reference(dtype, bound, B, K, G, d, length, begin, stretches):
-    """`example` puts NaN beyond the length, before the first token and between the blocks."""
-    inputs = *example(B, K, G, d, length + 7, length, begin, dtype), length, d ** -0.5, begin
+@pytest.mark.parametrize("B, K, G, d, begin, end, stretches", SIZES)
+def test_the_kernels_are_the_reference(dtype, bound, B, K, G, d, begin, end, stretches):
+    """`example` puts NaN beyond the end, before the first token and between the blocks."""
+    inputs = example(B, K, G, d, end + 7, begin, end, dtype)
     out = decode_attention(*inputs, stretches=stretches)
     assert out.dtype == dtype
     assert relative(out, reference(*inputs)) < bound
@@ -38,8 +39,9 @@ def test_the_kernel_is_the_reference(dtype, bound, B, K, G, d, length, begin, st
 @pytest.mark.parametrize("begin, stretches", [(0, 1), (5, 3), (75, 2)])
 def test_it_reads_the_plan_and_no_more(monkeypatch, begin, stretches):
     """Each number of every block at most once, from the tile of `begin` to the next 16 tokens."""
-    B, K, G, d, length = 2, 3, 2, 64, 140
-    q, rows, table = example(B, K, G, d, length + 9, length, begin, torch.float32)
+    B, K, G, d, end = 2, 3, 2, 64, 140
+    inputs = example(B, K, G, d, end + 9, begin, end, torch.float32)
+    q, rows, table = inputs[:3]
     reads = np.zeros(rows.numel(), dtype=int)
     plain = InterpreterBuilder.create_masked_load
 
@@ -51,10 +53,10 @@ def test_it_reads_the_plan_and_no_more(monkeypatch, begin, stretches):
         return plain(self, ptrs, mask, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting)
-    decode_attention(q, rows, table, length, 1.0, begin, stretches)
-    in_plan = ~rows[:, begin:length].isnan().all(1, keepdim=True)       # example fills those alone
-    assert in_plan.sum() == B * table[2:].sum()
-    token = torch.arange(length + 9)
+    decode_attention(*inputs, stretches=stretches)
+    in_plan = ~rows[:, begin:end].isnan().all(1, keepdim=True)          # example fills those alone
+    assert in_plan.sum() == B * table[2:4].sum()
+    token = torch.arange(end + 9)
     tile = shapes(K, G, d, q.dtype)["TILE"]
     in_reach = (token >= begin // tile * tile) & (token < 144)
     assert np.array_equal(reads, (in_plan & in_reach).flatten().int().numpy())
@@ -79,15 +81,8 @@ def test_it_attends_as_the_cache_does_on_a_cpu(model, tokens):
             assert relative(cache.attend_on_gpu(i, q, 0, 22, places), expected) < 1e-5
 
 
-def test_lengths_that_make_no_sense_are_refused():
-    q, rows, table = example(1, 1, 1, 64, 10, 5, 0, torch.float32)
-    for length, begin in ((11, 0), (0, 0), (5, 5), (5, -1)):
-        with pytest.raises(ValueError, match="tokens"):
-            decode_attention(q, rows, table, length, 1.0, begin)
-
-
 def test_sizes_that_do_not_fit_are_refused():
-    q, rows, table = example(1, 2, 1, 64, 10, 5, 0, torch.float32)
+    q, rows, table, *others = example(1, 2, 1, 64, 10, 0, 5, torch.float32)
     for wrong in ((q[..., :60], rows, table), (q.half(), rows, table), (q, rows, table[:, :1])):
         with pytest.raises(ValueError, match="expected a head_dim"):
-            decode_attention(*wrong, 5, 1.0)
+            decode_attention(*wrong, *others)
