@@ -190,7 +190,7 @@ class KVCache:
         if self.by_kernel and T == 1:
             self.span[0].fill_(max(0, self.length + 1 - window))
             self.span[1].fill_(self.length + 1)
-        return model.rope.rows(self.length, T, self.dtype, self.device)
+        return model.rope.rows(self.length, T, self.dtype, self.data.device)
 
     def advance(self, T: int) -> None:
         self.length += T
@@ -214,14 +214,16 @@ class KVCache:
             _, K, d = self.projection.mean_v.shape
             q, k, v = weights.q_proj, weights.k_proj, weights.v_proj
             W_o = weights.o_proj.weight.unflatten(1, (K, -1, d))    # (hidden, K, G, d)
-            W_qk = [torch.cat(parts) for parts in zip(*(W.chunk(K) for W in (q.weight, k.weight)))]
+            W_qk = side_by_side(q.weight, k.weight, K)
             b_qk = b_v = [None] * K
             if q.bias is not None:
-                b_qk = [torch.cat(parts) for parts in zip(q.bias.chunk(K), k.bias.chunk(K))]
-                b_v = v.bias.chunk(K)
+                b_qk, b_v = side_by_side(q.bias, k.bias, K), v.bias.chunk(K)
             heads = list(zip(W_qk, b_qk, v.weight.chunk(K), b_v, W_o.unbind(1), strict=True))
             bases = None if self.is_full(1, i) else self.projection.U_v[i]
-            self.folded[i] = self.fold_heads(i, heads, bases, self.projection.mean_v[i])
+            folded = self.fold_heads(i, heads, bases, self.projection.mean_v[i])
+            if bases is None:                           # W_o as it is: no second copy
+                folded = folded._replace(W_o=stored_for_rows(weights.o_proj.weight))
+            self.folded[i] = folded
         return self.folded[i]
 
     def fold_heads(self, i: int, heads: list, bases, means, bias=None) -> "Folded":
@@ -320,7 +322,7 @@ class KVCache:
         """
         self.position = torch.full((1,), self.length, device=self.device)
         self.rows[:, self.length:] = 0
-        model.rope.rows(0, self.max_len, self.dtype, self.device)   # the whole table, now
+        model.rope.rows(0, self.max_len, self.dtype, self.data.device)      # the whole table, now
 
     # --------------------------------------------------------------------------
     # What nesting buys
@@ -361,8 +363,8 @@ class KVCache:
         W = W_qkv.split(sizes)
         b = [None] * len(sizes) if b_qkv is None else b_qkv.split(sizes)
         W_o = [W.unflatten(1, (G, -1)) for W in W_o.split([G * r for r in widths], dim=1)]
-        keys = dict(zip(by_key, zip(W, b)))
-        values = dict(zip(by_value, zip(W[K:], b[K:], W_o, strict=True)))
+        keys = dict(zip(by_key, zip(W[:K], b[:K], strict=True), strict=True))
+        values = dict(zip(by_value, zip(W[K:], b[K:], W_o, strict=True), strict=True))
         heads = [keys[j] + values[j] for j in range(K)]
         U, means = self.projection.U_v[i], self.projection.mean_v[i]
         if self.is_full(1, i):
@@ -372,6 +374,11 @@ class KVCache:
             means = [mean[:r] for mean, r in zip(means, before.ranks[1, i].tolist(), strict=True)]
             U = [torch.eye(len(mean), device=mean.device) for mean in means]
         return self.fold_heads(i, heads, U, means, bias)
+
+
+def side_by_side(q: Tensor, k: Tensor, K: int) -> list[Tensor]:
+    """The rows of K heads: those that make its G queries, then those that make its key."""
+    return [torch.cat(parts) for parts in zip(q.chunk(K), k.chunk(K), strict=True)]
 
 
 def keep(old: Tensor, new: Tensor, U: Tensor | None) -> None:

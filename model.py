@@ -257,11 +257,8 @@ class Model(nn.Module):
         layer = self.widened(self.layers[i], x.dtype)
         weights = layer.self_attn
         h = layer.input_layernorm(x)
-        window = self.config.sliding_window
         if cache is not None:
-            W_qkv, b_qkv, W_o, bias = cache.fold(i, weights)        # values as the cache wants them
-            both, v = self.split(F.linear(h, W_qkv, b_qkv), weights, turns)
-            a = F.linear(cache.attend(i, both, v, window), W_o, bias)
+            a = self.attend_by_cache(i, h, cache, turns)
         else:
             q, k, v = (self.split_heads(part(h))
                        for part in (weights.q_proj, weights.k_proj, weights.v_proj))
@@ -273,25 +270,32 @@ class Model(nn.Module):
                 observe(i, q, k, v)
             if project is not None:
                 k, v = project(i, k, v)
-            a = causal_attention(q, k, v, window)                   # (B, H, T, d)
+            a = causal_attention(q, k, v, self.config.sliding_window)       # (B, H, T, d)
             a = weights.o_proj(a.transpose(1, 2).flatten(2))
         x = x + a
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
-    def split(self, qkv: Tensor, weights: Attention, turns) -> tuple[Tensor, Tensor]:
-        """What a cache's W_qkv' made, (B, T, ·): queries and keys after RoPE, and the values.
+    def attend_by_cache(self, i: int, h: Tensor, cache, turns) -> Tensor:
+        """Layer i's attention to what the cache keeps: (B, T, hidden), from normed states h.
 
-        Of each key-value head its G queries and then its key, (B, K, G + 1, T, d): decoding a token
-        is many small operations, and here one rotation serves all. Values as they come, (B, T, ·).
+        One product makes queries, keys and values, and one rotation serves all of the former: for
+        each key-value head its G queries, then its key. Decoding a token is many small operations,
+        and each one counts.
         """
-        c, width = self.config, qkv.shape[2]
-        K, turned = c.num_key_value_heads, (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
-        both, v = qkv.split((turned, width - turned), dim=-1)
+        c, weights = self.config, self.layers[i].self_attn
+        W_qkv, b_qkv, W_o, bias = cache.fold(i, weights)
+        K = c.num_key_value_heads
+        turned = (c.num_attention_heads + K) * c.head_dim
+        qkv = F.linear(h, W_qkv, b_qkv)
+        both, v = qkv.tensor_split((turned,), dim=-1)
         both = self.split_heads(both)                               # (B, H + K, T, d)
         if weights.q_norm is not None:
-            q, k = both.unflatten(1, (K, -1)).split((c.num_attention_heads // K, 1), dim=2)
+            of_heads = both.unflatten(1, (K, -1))
+            q, k = of_heads[:, :, :-1], of_heads[:, :, -1:]
             both = torch.cat((weights.q_norm(q), weights.k_norm(k)), dim=2).flatten(1, 2)
-        return rotate(both, *turns).unflatten(1, (K, -1)), v
+        both = rotate(both, *turns).unflatten(1, (K, -1))           # (B, K, G + 1, T, d)
+        a = cache.attend(i, both, v, c.sliding_window)
+        return F.linear(a, W_o, bias)
 
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, _ = x.shape

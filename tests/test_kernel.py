@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_projection, random_ranks, relative
+from conftest import GOLDEN, random_projection, random_ranks, relative
 
 from cache import KVCache
+from model import load
 from projection import uniform_ranks
 
 pytest.importorskip("triton")
@@ -62,23 +63,32 @@ def test_it_reads_the_plan_and_no_more(monkeypatch, begin, stretches):
     assert np.array_equal(reads, (in_plan & in_reach).flatten().int().numpy())
 
 
-def test_it_attends_as_the_cache_does_on_a_cpu(model, tokens):
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_a_token_by_the_kernels_is_a_token_without_them(model, tokens, is_fixed):
     for ranks in (random_ranks(model), uniform_ranks(1.0, model.config)):
-        cache = KVCache(random_projection(model), ranks, batch=3, max_len=30)
-        model(tokens, cache=cache)
-        plain, seen = cache.attend, {}
+        p, logits = random_projection(model), []
+        for by_kernel in (False, True):
+            cache = KVCache(p, ranks, batch=3, max_len=30)
+            model(tokens[:, :19], cache=cache)
+            cache.by_kernel = by_kernel
+            if by_kernel and is_fixed:
+                cache.fix_launches(model)
+            parts = tokens[:, 19:].split(1, dim=1)
+            logits.append(torch.cat([model(part, cache=cache) for part in parts], dim=1))
+            assert cache.by_kernel == by_kernel
+        assert relative(*logits) < 1e-5
 
-        def attend(i, q, k, v, window=None, plain=plain, seen=seen):
-            seen[i] = q, k, plain(i, q, k, v, window)
-            return seen[i][2]
 
-        cache.attend = attend
-        model(tokens[:, :1], cache=cache)
-        assert len(seen) == model.config.num_hidden_layers
-        for i, (q, k, expected) in seen.items():
-            places = cache.places(i, q.shape[1] // k.shape[1])
-            q, _ = cache.turn(i, q, k, places.by_key)
-            assert relative(cache.attend_on_gpu(i, q, 0, 22, places), expected) < 1e-5
+def test_the_kernels_keep_to_a_sliding_window():
+    model = load(GOLDEN / "mistral_window")
+    p, ranks, logits = random_projection(model), random_ranks(model), []
+    tokens = torch.randint(3, 96, (2, 22))
+    for by_kernel in (False, True):
+        cache = KVCache(p, ranks, batch=2, max_len=30)
+        model(tokens[:, :21], cache=cache)
+        cache.by_kernel = by_kernel
+        logits.append(model(tokens[:, 21:], cache=cache))
+    assert relative(*logits) < 1e-5
 
 
 def test_sizes_that_do_not_fit_are_refused():
