@@ -182,14 +182,14 @@ class KVCache:
         ValueError unless the cache suits the model and has room for them.
         """
         self.check_room(model, B, T)
-        window = model.config.sliding_window or self.max_len
         if self.position is not None:
-            torch.add(self.position, 1 - window, out=self.span[:1]).clamp_(min=0)
             torch.add(self.position, 1, out=self.span[1:])
-            return model.rope.row(self.position)
-        if self.by_kernel and T == 1:
-            self.span[0].fill_(max(0, self.length + 1 - window))
+        elif self.by_kernel and T == 1:
             self.span[1].fill_(self.length + 1)
+        if window := model.config.sliding_window:
+            torch.sub(self.span[1:], window, out=self.span[:1]).clamp_(min=0)
+        if self.position is not None:
+            return model.rope.row(self.position)
         return model.rope.rows(self.length, T, self.dtype, self.data.device)
 
     def advance(self, T: int) -> None:
