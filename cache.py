@@ -61,7 +61,8 @@ class Group(NamedTuple):
 class Folded(NamedTuple):
     """A layer's weights for a plan. One product makes queries, keys and coordinates of values:
     decoding a token is many small operations, and each one counts."""
-    W_qkv: Tensor                       # (H·d + K·d + Σ r, hidden), values as their blocks lie
+    W_qkv: Tensor           # (H·d + K·d + Σ r, hidden): in the order of the key blocks G queries
+                            # and a key of each head, then values as their blocks lie
     b_qkv: Tensor | None                # Qwen2 has one
     W_o: Tensor                                                     # (hidden, Σ r over query heads)
     bias: Tensor | None                 # (hidden): what cut-off means add; None where nothing is
@@ -73,8 +74,11 @@ class KVCache:
     `data` is the one flat tensor, `length` the number of tokens in it, `offsets` (2, L, K) where
     each block begins, `order` (2, L, K) the heads of a layer as their blocks lie. dtype and device
     are the model's; since the folded weights stay with it, one cache serves one model. A forward
-    pass calls `check_room`; for every layer `fold` and `attend`; then adds T to `length`.
-    ValueError for ranks or sizes that make no sense, and when it is full.
+    pass calls `begin`; for every layer `fold` and `attend`; then `advance`. ValueError for ranks or
+    sizes that make no sense, and when it is full.
+
+    On a GPU `span` holds begin and end of what a token attends to. After `fix_launches` the place
+    of the next token is there too, `position`, and decoding it is the same launches at any length.
     """
 
     def __init__(
@@ -92,7 +96,9 @@ class KVCache:
         self.head_dim = projection.mean_v.shape[-1]
         self.batch, self.max_len = batch, max_len
         self.length = 0
+        self.position = None                                        # or (1,) int64 on the device
         self.dtype, self.device = dtype, torch.device(device)
+        self.span = torch.zeros(2, dtype=torch.int64, device=device)
         self.lay_out(ranks)
 
     # --------------------------------------------------------------------------
@@ -122,8 +128,8 @@ class KVCache:
         self.groups = [[self.group_heads(side, i) for i in range(L)] for side in (0, 1)]
         self.layer_rows = [self.rows[starts[0, i, 0]:ends[i, 1, -1]] for i in range(L)]
         self.key_bases = [self.key_basis(i) for i in range(L)]
-        # Made for a layer when first needed: see `fold`, `places`, `table`.
-        self.folded, self.found_places, self.tables = [None] * L, [None] * L, [None] * L
+        # Made for a layer when first needed: see `fold`, `places`.
+        self.folded, self.found_places = [None] * L, [None] * L
 
     def group_heads(self, side: int, i: int) -> list[Group]:
         """The groups of keys (0) or values (1) of layer i: one where ranks are uniform."""
@@ -153,25 +159,45 @@ class KVCache:
     def places(self, i: int, G: int) -> "Places":
         """The index tensors of layer i."""
         if self.found_places[i] is None:
-            found = find_places(self.order[:, i], self.ranks[:, i], self.batch, G, self.head_dim)
-            self.found_places[i] = Places(*(x if x is None else x.to(self.device) for x in found))
+            by_key, by_value = self.order[:, i]
+            ranks, rows = self.ranks[:, i], self.first_rows[:, i]
+            ends = G * ranks[1, by_value].cumsum(0)
+            firsts = torch.empty_like(ends)
+            firsts[by_value] = ends - G * ranks[1, by_value]
+            table = torch.cat((rows, ranks, firsts[None]))[:, by_key]
+            written = find_written(self.order[:, i], ranks, self.batch, G, self.head_dim)
+            moved = by_key.argsort()[by_value]
+            is_moved = (moved.diff() < 0).any()
+            self.found_places[i] = Places(
+                moved.to(self.device) if is_moved else None,
+                written.to(self.device), table.to(self.device), int(ends[-1]))
         return self.found_places[i]
-
-    def table(self, i: int) -> Tensor:
-        """Where the kernel finds the heads of layer i, in the order of the key blocks: (4, K).
-
-        The first rows of a head's keys and of its values, and its two ranks.
-        """
-        if self.tables[i] is None:
-            table = torch.cat((self.first_rows[:, i], self.ranks[:, i]))
-            self.tables[i] = table[:, self.order[0, i]].to(self.device)
-        return self.tables[i]
 
     # --------------------------------------------------------------------------
     # What a pass calls
 
-    def check_room(self, model: Model, B: int, T: int):
-        """ValueError unless it suits the model and has room for T more tokens of B sequences."""
+    def begin(self, model: Model, B: int, T: int) -> tuple[Tensor, Tensor]:
+        """Get ready for T more tokens of B sequences: RoPE's cosines and sines of their positions.
+
+        ValueError unless the cache suits the model and has room for them.
+        """
+        self.check_room(model, B, T)
+        if self.position is not None:
+            torch.add(self.position, 1, out=self.span[1:])
+        elif self.by_kernel and T == 1:
+            self.span[1].fill_(self.length + 1)
+        if window := model.config.sliding_window:
+            torch.sub(self.span[1:], window, out=self.span[:1]).clamp_(min=0)
+        if self.position is not None:
+            return model.rope.row(self.position)
+        return model.rope.rows(self.length, T, self.dtype, self.data.device)
+
+    def advance(self, T: int) -> None:
+        self.length += T
+        if self.position is not None:
+            self.position += T
+
+    def check_room(self, model: Model, B: int, T: int) -> None:
         self.projection.check_fits(model.config)
         if (self.dtype, self.data.device) != (model.dtype, model.device):
             raise ValueError(f"a cache of {self.dtype} on {self.data.device} for a model in "
@@ -187,84 +213,116 @@ class KVCache:
         if self.folded[i] is None:
             _, K, d = self.projection.mean_v.shape
             q, k, v = weights.q_proj, weights.k_proj, weights.v_proj
-            W_qk = torch.cat((q.weight, k.weight))
-            b_qk = None if q.bias is None else torch.cat((q.bias, k.bias))
-            b_v = [None] * K if v.bias is None else v.bias.split(d)
             W_o = weights.o_proj.weight.unflatten(1, (K, -1, d))    # (hidden, K, G, d)
-            heads = list(zip(v.weight.split(d), b_v, W_o.unbind(1), strict=True))
+            W_qk = side_by_side(q.weight, k.weight, K)
+            b_qk = b_v = [None] * K
+            if q.bias is not None:
+                b_qk, b_v = side_by_side(q.bias, k.bias, K), v.bias.chunk(K)
+            heads = list(zip(W_qk, b_qk, v.weight.chunk(K), b_v, W_o.unbind(1), strict=True))
             bases = None if self.is_full(1, i) else self.projection.U_v[i]
-            self.folded[i] = self.fold_heads(i, W_qk, b_qk, heads, bases, self.projection.mean_v[i])
+            folded = self.fold_heads(i, heads, bases, self.projection.mean_v[i])
+            if bases is None:                           # W_o as it is: no second copy
+                folded = folded._replace(W_o=stored_for_rows(weights.o_proj.weight))
+            self.folded[i] = folded
         return self.folded[i]
 
-    def fold_heads(self, i, W_qk, b_qk, heads: list, bases, means, bias=None) -> "Folded":
-        """Fold the heads of layer i, (W_v, b_v, W_o) each, to the plan's ranks.
+    def fold_heads(self, i: int, heads: list, bases, means, bias=None) -> "Folded":
+        """Fold the heads of layer i, (W_qk, b_qk, W_v, b_v, W_o) each, to the plan's ranks.
 
         bases: of each head a matrix (n, n) of which U_r is the first columns, n the coordinates it
         has; None leaves all as it is. means: what its cut-off coordinates stand for, (n).
         """
-        W_v, b_v, W_o = [], [], []
+        W_qkv, b_qkv = ([heads[j][part] for j in self.order[0, i].tolist()] for part in (0, 1))
+        W_o = []
         for j in self.order[1, i].tolist():
-            folded = heads[j]
+            folded = heads[j][2:]
             if bases is not None:
                 U_r = bases[j][:, :self.ranks[1, i, j]].to(self.device)
-                *folded, constant = fold_head(*heads[j], U_r, means[j].to(self.device))
+                *folded, constant = fold_head(*folded, U_r, means[j].to(self.device))
                 bias = constant if bias is None else bias + constant
-            for parts, part in zip((W_v, b_v, W_o), folded, strict=True):
+            for parts, part in zip((W_qkv, b_qkv, W_o), folded, strict=True):
                 parts.append(part)
-        W_qkv = stored_for_rows(torch.cat((W_qk, *W_v)))
-        b_qkv = None if b_qk is None else torch.cat((b_qk, *b_v))
+        W_qkv = stored_for_rows(torch.cat(W_qkv))
+        b_qkv = None if b_qkv[0] is None else torch.cat(b_qkv)
         W_o = stored_for_rows(torch.cat([W.flatten(1) for W in W_o], dim=1))
         return Folded(W_qkv, b_qkv, W_o, bias if bias is None else bias.to(W_o))
 
-    def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, window=None) -> Tensor:
+    def attend(self, i: int, both: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
-        q (B, H, T, d) and k (B, K, T, d) after RoPE; v (B, T, Σ r) coordinates, from W_qkv'.
-        Returns (B, T, Σ r over query heads), for W_o'.
+        both (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, Σ r); all as W_qkv' makes
+        them. Returns (B, T, Σ r over query heads), for W_o'.
         """
-        T, G = q.shape[2], q.shape[1] // k.shape[1]
-        places = self.places(i, G)
-        q, k = self.turn(i, q, k, places.by_key)
-        self.append(k, v, places, self.layer_rows[i])
+        G, T = both.shape[2] - 1, both.shape[3]
+        places, groups = self.places(i, G), (self.groups[0][i], self.groups[1][i])
+        both = self.turn(i, both)                                   # (K, B, G + 1, T, d)
+        q, k = both[:, :, :-1], both[:, :, -1]
+        if T > 1:
+            self.append(groups, k, v)
+        else:
+            self.append_one(i, both, v, places)
         if self.length == 0 and T > 1:
-            return attend_first(q, k, v, places, window)
-        end = self.length + T
-        begin = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
+            return attend_first(groups, q, k, places, window)
         if T == 1 and self.by_kernel:
             try:
-                return self.attend_on_gpu(i, q, begin, end, places)
+                return self.attend_on_gpu(i, q, window, places)
             except (ImportError, OSError, subprocess.SubprocessError, RuntimeError) as error:
                 warn_of_no_kernel(error)
                 self.by_kernel = False
-        groups = self.groups[0][i], self.groups[1][i]
+        if self.position is not None:
+            token = torch.arange(self.max_len, device=self.device)
+            unseen = (token < self.span[0]) | (token >= self.span[1])
+            return attend_rows(groups, q, 0, self.max_len, unseen, places.by_value)
+        end = self.length + T
+        begin = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
         return attend_stored(groups, q, begin, end, window, places.by_value)
 
-    def turn(self, i: int, q: Tensor, k: Tensor, by_key) -> tuple[Tensor, Tensor]:
-        """q U_r (K, B, G, T, d), k U_r (K, B, T, d), zero beyond r, in the order of key blocks."""
-        k = k.transpose(0, 1)
-        q = q.unflatten(1, (len(k), -1)).transpose(0, 1)
+    def turn(self, i: int, both: Tensor) -> Tensor:
+        """q U_r and k U_r, zero beyond r, of (B, K, G + 1, T, d): (K, B, G + 1, T, d)."""
+        both = both.transpose(0, 1)
         basis = self.key_bases[i]
-        if basis is None:
-            return q, k
-        both = torch.cat((q, k[:, :, None]), dim=2)                 # (K, B, G + 1, T, d)
-        if by_key is not None:
-            both = both[by_key]
-        turned = torch.bmm(both.flatten(1, 3), basis).view_as(both)
-        return turned[:, :, :-1], turned[:, :, -1]
+        return both if basis is None else torch.bmm(both.flatten(1, 3), basis).view(both.shape)
 
-    def append(self, k: Tensor, v: Tensor, places: "Places", rows: Tensor) -> None:
-        """Write keys (K, B, T, d) and value coordinates (B, T, Σ r) in a layer's rows."""
-        numbers = torch.cat((k.mT.flatten(0, 2), v.mT.flatten(0, 1)))
-        if places.written is not None:
-            numbers = numbers[places.written]
-        rows[:, self.length:self.length + numbers.shape[1]] = numbers
+    def append(self, groups: tuple, k: Tensor, v: Tensor) -> None:
+        """Write keys (K, B, T, d) and value coordinates (B, T, Σ r), a group of heads at a time."""
+        (B, T, _), new = v.shape, slice(self.length, self.length + v.shape[1])
+        k = k.flatten(0, 1).mT
+        for heads, rows in groups[0]:
+            rows[:, :, new] = k[heads, :rows.shape[1]]
+        sizes = [rows.shape[0] * rows.shape[1] // B for _, rows in groups[1]]
+        for (_, rows), part in zip(groups[1], v.split(sizes, dim=2), strict=True):
+            part = part.view(B, T, -1, rows.shape[1])               # (B, T, J, r)
+            rows.unflatten(0, (-1, B))[..., new] = part.permute(2, 0, 3, 1)
 
-    def attend_on_gpu(self, i: int, q: Tensor, begin: int, end: int, places: "Places") -> Tensor:
-        """One token's attention by the Triton kernel, all heads at once whatever their ranks."""
+    def append_one(self, i: int, both: Tensor, v: Tensor, places: "Places") -> None:
+        """The same for one token, in three operations whatever the ranks."""
+        numbers = torch.cat((both.flatten(), v.flatten()))
+        numbers = numbers.index_select(0, places.written)[:, None]
+        if self.position is None:
+            self.layer_rows[i][:, self.length:self.length + 1] = numbers
+        else:
+            self.layer_rows[i].index_copy_(1, self.position, numbers)
+
+    def attend_on_gpu(self, i: int, q: Tensor, window, places: "Places") -> Tensor:
+        """One token's attention by the Triton kernels, all heads at once whatever their ranks."""
         from kernel import decode_attention  # here, so that a CPU needs no Triton
-        q = q[:, :, :, 0].transpose(0, 1).contiguous()              # (B, K, G, d)
-        out = decode_attention(q, self.rows, self.table(i), end, self.head_dim ** -0.5, begin)
-        return compact(out.flatten(1)[:, None], places)
+        q = q[:, :, :, 0].transpose(0, 1)                           # (B, K, G, d)
+        tokens = self.length + 1 if self.position is None else self.max_len
+        tokens = min(tokens, window or tokens)
+        out = decode_attention(q, self.rows, places.table, self.span, tokens,
+                               places.width, self.head_dim ** -0.5)
+        return out[:, None]
+
+    def fix_launches(self, model: Model) -> None:
+        """From now on decode single tokens at `position`, by what does not depend on the length.
+
+        So that CUDA can capture a step (generate.py). PyTorch's attention reads all of the rows
+        and hides what is not there, which must be numbers; the kernel takes as many stretches as
+        max_len asks for.
+        """
+        self.position = torch.full((1,), self.length, device=self.device)
+        self.rows[:, self.length:] = 0
+        model.rope.rows(0, self.max_len, self.dtype, self.data.device)      # the whole table, now
 
     # --------------------------------------------------------------------------
     # What nesting buys
@@ -298,14 +356,16 @@ class KVCache:
     def cut_fold(self, i: int, before: "KVCache") -> "Folded":
         """The folded weights of layer i, from those of a larger plan."""
         W_qkv, b_qkv, W_o, bias = before.folded[i]
-        order = before.order[1, i].tolist()
-        widths = before.ranks[1, i, order].tolist()
+        by_key, by_value = before.order[:, i].tolist()
+        K, widths = len(by_key), before.ranks[1, i, by_value].tolist()
         G = W_o.shape[1] // sum(widths)
-        sizes = [len(W_qkv) - sum(widths), *widths]
-        W_qk, *W_v = W_qkv.split(sizes)
-        b_qk, *b_v = [None] * len(sizes) if b_qkv is None else b_qkv.split(sizes)
+        sizes = [(G + 1) * self.head_dim] * K + widths
+        W = W_qkv.split(sizes)
+        b = [None] * len(sizes) if b_qkv is None else b_qkv.split(sizes)
         W_o = [W.unflatten(1, (G, -1)) for W in W_o.split([G * r for r in widths], dim=1)]
-        heads = dict(zip(order, zip(W_v, b_v, W_o, strict=True), strict=True))
+        keys = dict(zip(by_key, zip(W[:K], b[:K], strict=True), strict=True))
+        values = dict(zip(by_value, zip(W[K:], b[K:], W_o, strict=True), strict=True))
+        heads = [keys[j] + values[j] for j in range(K)]
         U, means = self.projection.U_v[i], self.projection.mean_v[i]
         if self.is_full(1, i):
             U = None
@@ -313,7 +373,12 @@ class KVCache:
             means = (means[:, None] @ U)[:, 0]
             means = [mean[:r] for mean, r in zip(means, before.ranks[1, i].tolist(), strict=True)]
             U = [torch.eye(len(mean), device=mean.device) for mean in means]
-        return self.fold_heads(i, W_qk, b_qk, heads, U, means, bias)
+        return self.fold_heads(i, heads, U, means, bias)
+
+
+def side_by_side(q: Tensor, k: Tensor, K: int) -> list[Tensor]:
+    """The rows of K heads: those that make its G queries, then those that make its key."""
+    return [torch.cat(parts) for parts in zip(q.chunk(K), k.chunk(K), strict=True)]
 
 
 def keep(old: Tensor, new: Tensor, U: Tensor | None) -> None:
@@ -337,36 +402,24 @@ def heads_by_rank(ranks: list[int]) -> list[int]:
 
 
 class Places(NamedTuple):
-    """Index tensors of a layer; None where all is in its place already."""
-    by_key: Tensor | None       # (K,) heads as their keys lie
-    by_value: Tensor | None     # (K,) heads as their values lie, among the former
-    written: Tensor | None      # a token's rows, among K·B·d numbers of keys and B·Σ r of values
-    padded: Tensor | None       # where the values' Σ r go among K·d
-    compact: Tensor | None      # which of attention's H·d outputs W_o' takes
+    """Where things of a layer lie, on the device."""
+    by_value: Tensor | None     # (K,) heads as their values lie, among those as their keys lie
+    written: Tensor             # a token's rows, among K·B·(G + 1)·d numbers and B·Σ r of values
+    table: Tensor               # for the kernel: (5, K), heads as their keys lie
+    width: int                  # of the rows that W_o' takes
 
 
-def find_places(order: Tensor, ranks: Tensor, B: int, G: int, d: int) -> Places:
-    """Of a layer with this order and these ranks, (2, K) each."""
-    by_key, values = order
-    by_value = by_key.argsort()[values]
-    K, column = len(values), torch.arange(d)
-    is_key = column < ranks[0, by_key][:, None]                     # (K, d)
-    is_value = column < ranks[1, values][:, None]
-
-    keys_written = is_key[:, None].expand(K, B, d).flatten().nonzero()[:, 0]
-    widths = ranks[1, values].tolist()
+def find_written(order: Tensor, ranks: Tensor, B: int, G: int, d: int) -> Tensor:
+    """Places.written of a layer with this order and these ranks, (2, K) each."""
+    by_key, by_value = order
+    K = len(by_key)
+    places = torch.arange(K * B * (G + 1) * d).view(K, B, G + 1, d)[:, :, -1]
+    is_kept = torch.arange(d) < ranks[0, by_key][:, None, None]     # (K, 1, d)
+    of_keys = places[is_kept.expand(K, B, d)]
+    widths = ranks[1, by_value].tolist()
     of_values = torch.arange(B * sum(widths)).view(B, -1).split(widths, dim=1)
-    values_written = K * B * d + torch.cat([part.flatten() for part in of_values])
-    written = torch.cat((keys_written, values_written))
-
-    padded = (d * by_value[:, None] + column)[is_value]
-    query = G * by_value[:, None] + torch.arange(G)                 # (K, G)
-    compact = d * query[..., None] + column                         # (K, G, d)
-    compact = compact[is_value[:, None].expand(K, G, d)]
-    sizes = K, K, K * B * d + B * sum(widths), K * d, K * G * d
-    found = by_key, by_value, written, padded, compact
-    return Places(*(None if torch.equal(index, torch.arange(size)) else index
-                    for index, size in zip(found, sizes, strict=True)))
+    of_values = torch.cat([part.flatten() for part in of_values])
+    return torch.cat((of_keys, K * B * (G + 1) * d + of_values))
 
 
 # ------------------------------------------------------------------------------
@@ -379,26 +432,28 @@ def warn_of_no_kernel(error: Exception) -> None:
     warnings.warn(f"decoding without the Triton kernel, slower: {error}", stacklevel=2)
 
 
-def attend_first(q: Tensor, k: Tensor, v: Tensor, places: Places, window) -> Tensor:
+def attend_first(groups: tuple, q: Tensor, k: Tensor, places: Places, window) -> Tensor:
     """Attention of the first T tokens, among themselves: (B, T, Σ r over query heads).
 
-    q (K, B, G, T, d), k (K, B, T, d), zero beyond each rank, and v (B, T, Σ r), padded to K·d: one
-    call for all heads whatever their ranks.
+    q (K, B, G, T, d), k (K, B, T, d), zero beyond each rank; values are in the cache by now. Padded
+    to d, so that one call serves all heads whatever their ranks.
     """
     K, B, _, T, d = q.shape
-    if places.padded is not None:
-        wide = v.new_zeros(B, T, K * d)
-        wide[..., places.padded] = v
-        v = wide
-    v = v.view(B, T, K, d).transpose(1, 2)
-    q = q.transpose(0, 1).flatten(1, 2)                             # (B, H, T, d)
-    a = causal_attention(q, k.transpose(0, 1), v, window)
-    return compact(a.transpose(1, 2).flatten(2), places)
+    v = k.new_zeros(K * B, T, d)
+    for heads, rows in groups[1]:
+        v[heads, :, :rows.shape[1]] = rows[:, :, :T].mT
+    if places.by_value is not None:
+        v = v.unflatten(0, (K, B))[places.by_value.argsort()].flatten(0, 1)
+    a = causal_attention(q.flatten(0, 1), k.flatten(0, 1)[:, None], v[:, None], window)
+    if places.by_value is not None:
+        a = a.unflatten(0, (K, B)).index_select(0, places.by_value).flatten(0, 1)
+    outputs = [for_row(a[heads, :, :, :rows.shape[1]], B) for heads, rows in groups[1]]
+    return join(outputs, 2)
 
 
-def compact(a: Tensor, places: Places) -> Tensor:
-    """The numbers that W_o' takes, of attention's outputs (B, T, H·d)."""
-    return a if places.compact is None else a[..., places.compact]
+def for_row(a: Tensor, B: int) -> Tensor:
+    """Attention's (J·B, G, T, r) of J heads as W_o' takes it, (B, T, J·G·r)."""
+    return a.unflatten(0, (-1, B)).permute(1, 3, 0, 2, 4).flatten(2)
 
 
 def attend_stored(groups: tuple, q: Tensor, begin: int, end: int, window, by_value) -> Tensor:
@@ -442,8 +497,7 @@ def attend_rows(groups: tuple, q: Tensor, begin: int, end: int, hidden, by_value
     for heads, rows in groups[1]:
         values = rows[:, :, begin:end].mT                           # (J·B, tokens, r)
         a = torch.bmm(weights[heads], values)                       # (J·B, G·T, r)
-        a = a.view(-1, B, G, T, values.shape[2])
-        outputs.append(a.permute(1, 3, 0, 2, 4).flatten(2))         # (B, T, J·G·r)
+        outputs.append(for_row(a.unflatten(1, (G, T)), B))
     return join(outputs, 2)
 
 

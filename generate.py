@@ -26,20 +26,64 @@ from projection import uniform_ranks
 
 
 @torch.inference_mode()
-def decode(model: Model, cache: KVCache, tokens: list[int], count: int, temperature: float = 0.0):
+def decode(model: Model, cache: KVCache, tokens: list[int], count: int, temperature: float = 0.0,
+           graph: bool = False):
     """Yields up to `count` tokens that follow `tokens`, or those up to the end of the sequence.
 
-    The cache, of one sequence, must have room for len(tokens) + count − 1.
+    The cache, of one sequence, must have room for len(tokens) + count − 1. `graph` is --graph.
     """
     new = torch.tensor([tokens], device=model.device)               # the prompt: prefill
-    for _ in range(count):
-        states = model.hidden(new, cache=cache)
-        scores = logits(model.norm(states[:, -1]), model.lm_head.weight)
-        new = pick(scores, temperature)                             # (1, 1)
+    step = None
+    for n in range(count):
+        if graph and n == 1:
+            step = fixed_step(model, cache, new, temperature)
+        if graph and n == 2 and model.device.type == "cuda":        # the kernels are compiled
+            step = recorded(step, model, cache)
+        if step is None:
+            new = following(model, cache, new, temperature)         # (1, 1)
+        else:
+            step()
         token = new.item()
         if token in model.config.eos_token_id:
             return
         yield token
+
+
+def following(model: Model, cache: KVCache, tokens: Tensor, temperature: float) -> Tensor:
+    """The token after `tokens` (1, T), (1, 1), which the cache takes up."""
+    states = model.hidden(tokens, cache=cache)
+    scores = logits(model.norm(states[:, -1]), model.lm_head.weight)
+    return pick(scores, temperature)
+
+
+# ------------------------------------------------------------------------------
+# --graph. A GPU runs the kernels of a token faster than they are launched one by one; a CUDA graph
+# is a recording of launches, which is launched whole. It has the same kernels work on the same
+# memory again, so what changes from token to token lies on the GPU, and changes there.
+
+def fixed_step(model: Model, cache: KVCache, token: Tensor, temperature: float):
+    """A function that replaces `token` (1, 1) by its successor, in the same launches each time."""
+    cache.fix_launches(model)
+
+    def step() -> None:
+        token.copy_(following(model, cache, token, temperature))
+
+    return step
+
+
+def recorded(step, model: Model, cache: KVCache):
+    graph = torch.cuda.CUDAGraph()
+    length = cache.length
+    with torch.cuda.graph(graph):
+        step()                                  # only recorded: on the GPU nothing changes
+    cache.length = length
+
+    def replay() -> None:
+        cache.check_room(model, 1, 1)
+        graph.replay()
+        cache.length += 1
+
+    return replay
 
 
 def fold(model: Model, cache: KVCache) -> int:
@@ -61,7 +105,11 @@ def options():
                         help="the budget that the cache shrinks to on the way")
     parser.add_argument("--at", type=common.within(1, 10 ** 6),
                         help="after how many new tokens it does [half of --tokens]")
+    parser.add_argument("--graph", action="store_true",
+                        help="decode by a CUDA graph; not yet timed on a GPU")
     args = parser.parse_args()
+    if args.graph and args.shrink_to is not None:
+        common.fail("--graph: is recorded for one layout of the cache; not with --shrink-to")
     if args.shrink_to is None and args.at:
         common.fail("--at: says when the cache shrinks; add --shrink-to")
     if args.shrink_to is None:
@@ -114,7 +162,8 @@ def main():
                 cache.shrink(smaller)
                 said.append(f"after {count} new tokens {size()}")
 
-    new_tokens = watched(decode(model, cache, prompt, args.tokens, args.temperature))
+    tokens = decode(model, cache, prompt, args.tokens, args.temperature, args.graph)
+    new_tokens = watched(tokens)
     made = common.show(tokenizer, prompt, new_tokens)
     times.append(time.perf_counter())
 

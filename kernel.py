@@ -1,4 +1,4 @@
-"""One Triton kernel: decoding attention over the compressed, ragged cache.
+"""Two Triton kernels: decoding attention over the compressed, ragged cache.
 
 Decoding adds one new token per sequence. On a GPU such a step does few operations for each number
 of the cache that it reads, so its time is the bytes of the cache over the memory's bandwidth: a
@@ -20,9 +20,11 @@ q, k and v are coordinates: the cache holds the first r columns of k U_k and of 
 passes q U_k, and what comes out is in the values' coordinates: W_o' takes it (fold_values).
 
 Why stretches: one sequence of Mistral-7B has 8 key-value heads, and a GPU has a hundred
-multiprocessors; the context is cut so that all have work. The shares are merged after the kernel.
-Why the running maximum: exp overflows without one; each stretch has its own, and `merge` sets them
-against one another. Why float32 for scores, l and acc: a sum of 100,000 terms in bfloat16 stands
+multiprocessors; the context is cut so that all have work. A second, small kernel merges the shares
+and writes them as W_o' takes them: on a GPU a decoded token is some 20 launches a layer, which take
+longer than what they launch, so each one counts.
+Why the running maximum: exp overflows without one; each stretch has its own, and `merge_kernel`
+sets them against one another. Why float32 for scores, l and acc: a sum of 100,000 terms in bfloat16 stands
 still after the first few hundred. Only exp(scores − m_new) is rounded, to multiply v.
 
     python kernel.py            # checks it against a float64 reference, on the GPU if there is one
@@ -51,30 +53,33 @@ except ImportError:
 
 
 # ------------------------------------------------------------------------------
-# The kernel
+# The kernels
 
-@triton.jit(do_not_specialize=["begin", "end", "stretch"])      # else recompiled for 1 and 16·n
+@triton.jit
 def decode_kernel(
-    q, cache, table, acc_out, stats_out,
-    max_len, begin, end, stretch, scale,
+    q, cache, table, span, acc_out, stats_out,
+    q_sequence, q_head, max_len, scale,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):
-    """Attention of the G queries of each of K heads to tokens begin … end − 1, in Z stretches.
+    """Attention of the G queries of each of K heads to the tokens of `span`, in Z stretches.
 
-    q (B, K, G, D); cache (rows, max_len) of q's dtype; table (4, K) int64: the first row of a
-    head's keys, of its values, its key rank, its value rank. `stretch` counts tiles, and the first
-    begins with the tile of `begin`. Writes float32 acc_out (B, K, Z, G, D) and stats_out
-    (B, K, Z, G, 2): m and l. ROWS and COLUMNS are G and D rounded up to what tl.dot takes.
+    q (B, K, G, D), its first two strides given; cache (rows, max_len) of q's dtype; table (5, K)
+    int64: the first row of a head's keys, of its values, its key rank, its value rank; span (2,)
+    int64: begin and end, on the device, where a captured launch finds new ones. Writes float32
+    acc_out (B, K, Z, G, D) and stats_out (B, K, Z, G, 2): m and l; a stretch beyond the end writes
+    0, −inf and 0. ROWS and COLUMNS are G and D rounded up to what tl.dot takes.
     """
     b = tl.program_id(0)
     j = tl.program_id(1)
     z = tl.program_id(2)
-    pair = b * K + j                            # a sequence and a key-value head
+    Z = tl.num_programs(2)
     key_rank = tl.load(table + 2 * K + j)
     value_rank = tl.load(table + 3 * K + j)
     key_row = tl.load(table + j) + b * key_rank         # 64 bits: a cache may have 2³¹ numbers
     value_row = tl.load(table + K + j) + b * value_rank
+    begin = tl.load(span).to(tl.int32)
+    end = tl.load(span + 1).to(tl.int32)
 
     g = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -84,8 +89,7 @@ def decode_kernel(
     keys = cache + (key_row + column)[:, None] * max_len
     values = cache + (value_row + column)[:, None] * max_len
 
-    row = pair * G + g                         # of q, among the B·K·G queries
-    q_at = q + row[:, None] * D + column
+    q_at = q + b * q_sequence + j * q_head + g[:, None] * D + column
     queries = tl.load(q_at, mask=is_row & is_key, other=0.0)        # (ROWS, COLUMNS)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
@@ -93,6 +97,8 @@ def decode_kernel(
 
     # Tiles begin at multiples of their size and are loaded up to a multiple of 16 tokens: where
     # max_len is one too, a thread then loads 16 bytes at a time. What is not seen is masked after.
+    tiles = tl.cdiv(end, TILE) - begin // TILE
+    stretch = tl.cdiv(tiles, Z)                 # tiles of each
     first = (begin // TILE + z * stretch) * TILE
     last = tl.minimum(first + stretch * TILE, end)
     loaded = tl.minimum((last + 15) // 16 * 16, max_len)
@@ -104,7 +110,7 @@ def decode_kernel(
         k_mask = is_key[:, None] & is_there
         k = tl.load(keys + token, mask=k_mask, other=0.0)           # (COLUMNS, TILE)
         s = tl.dot(queries, k, input_precision="ieee")              # no TF32
-        s = tl.where(is_seen, s * scale, float("-inf"))               # (ROWS, TILE)
+        s = tl.where(is_seen, s * scale, float("-inf"))             # (ROWS, TILE)
 
         m_new = tl.maximum(m, tl.max(s, axis=1))
         p = tl.exp(s - m_new[:, None])
@@ -118,7 +124,7 @@ def decode_kernel(
         pv = tl.dot(p.to(v.dtype), tl.trans(v), input_precision="ieee")
         acc = acc * rescale[:, None] + pv
 
-    share = (pair * tl.num_programs(2) + z) * G + g        # this program's rows of what it writes
+    share = ((b * K + j) * Z + z) * G + g       # this program's rows of what it writes
     acc_at = acc_out + share[:, None] * D + column
     tl.store(acc_at, acc, mask=is_row & (column < D))
     stats_at = stats_out + share * 2
@@ -126,55 +132,83 @@ def decode_kernel(
     tl.store(stats_at + 1, l, mask=g < G)
 
 
+@triton.jit(do_not_specialize=["Z"])            # else recompiled for 1 and 16·n
+def merge_kernel(
+    acc_in, stats_in, table, out, Z, width,
+    K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr,
+):
+    """Sets the Z shares of each query against one another, and writes the row that W_o' takes.
+
+    out (B, width), in the cache's dtype, without gaps: of each head G times its value rank, from
+    where row 4 of the table says. Program (b, j, g) owns one query; the first share has a token.
+    """
+    b = tl.program_id(0)
+    j = tl.program_id(1)
+    g = tl.program_id(2)
+    value_rank = tl.load(table + 3 * K + j)
+    first = tl.load(table + 4 * K + j)
+    column = tl.arange(0, COLUMNS)
+    is_value = column < value_rank
+
+    m = float("-inf")
+    l = 0.0
+    acc = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, Z, SHARES):
+        z = start + tl.arange(0, SHARES)
+        is_there = z < Z
+        share = ((b * K + j) * Z + z) * G + g
+        m_z = tl.load(stats_in + share * 2, mask=is_there, other=float("-inf"))
+        l_z = tl.load(stats_in + share * 2 + 1, mask=is_there, other=0.0)
+        acc_mask = is_there[:, None] & is_value
+        acc_z = tl.load(acc_in + share[:, None] * D + column, mask=acc_mask, other=0.0)
+
+        m_new = tl.maximum(m, tl.max(m_z, axis=0))
+        weight = tl.exp(m_z - m_new)
+        rescale = tl.exp(m - m_new)
+        l = l * rescale + tl.sum(l_z * weight, axis=0)
+        acc = acc * rescale + tl.sum(acc_z * weight[:, None], axis=0)
+        m = m_new
+
+    out_at = out + b * width + first + g * value_rank + column
+    tl.store(out_at, acc / l, mask=is_value)
+
+
 # ------------------------------------------------------------------------------
-# Its wrapper
+# Their wrapper
 
 def decode_attention(
-    q: Tensor, rows: Tensor, table: Tensor,
-    length: int, scale: float,
-    begin: int = 0, stretches: int | None = None,
+    q: Tensor, rows: Tensor, table: Tensor, span: Tensor,
+    tokens: int, width: int, scale: float, stretches: int | None = None,
 ) -> Tensor:
-    """Attention of one new token's queries over a layer of the cache: (B, K, G, d), in q's dtype.
+    """Attention of one new token's queries over a layer of the cache: (B, width), in q's dtype.
 
-    q (B, K, G, d) is q U_k; rows (n, max_len) is the cache, of q's dtype; table (4, K) int64: first
-    rows of keys and of values, key ranks, value ranks. Attends to tokens begin … length − 1, in at
-    most `stretches`. The result is in the coordinates of the values, zero beyond each head's value
-    rank. ValueError for shapes or dtypes that do not fit.
+    q (B, K, G, d) is q U_k, its last two dimensions contiguous; rows (n, max_len) is the cache, of
+    q's dtype; table (5, K) int64: first rows of keys and of values, key ranks, value ranks, where
+    a head's numbers begin among the `width` of the result; span (2,) int64: attends to tokens begin
+    … end − 1, about `tokens` in number, which decides into how many stretches they are cut. All on
+    one device, where nobody waits for span. ValueError for shapes or dtypes that do not fit.
     """
     B, K, G, d = q.shape
-    max_len = rows.shape[1]
-    if not 0 <= begin < length <= max_len:
-        raise ValueError(f"tokens {begin} … {length - 1} of a cache of {max_len}")
-    if d % 8 or q.dtype != rows.dtype or table.shape != (4, K):
+    if d % 8 or q.dtype != rows.dtype or table.shape != (5, K):
         raise ValueError(f"q {list(q.shape)} {q.dtype}, rows {rows.dtype}, table "
                          f"{list(table.shape)}; expected a head_dim that is a multiple of 8, one "
-                         f"dtype, and a table of shape {[4, K]}")
+                         f"dtype, and a table of shape {[5, K]}")
     dtype = q.dtype
     if not q.is_cuda and dtype == torch.bfloat16:       # the interpreter's tl.dot cannot do it
         q, rows = q.float(), rows.float()
 
     sizes = shapes(K, G, d, q.dtype)
-    tiles = triton.cdiv(length, sizes["TILE"]) - begin // sizes["TILE"]
-    if stretches is None:
-        stretches = enough_stretches(B * K, length - begin, q.device)
-    stretch = triton.cdiv(tiles, stretches)                     # tiles of each
-    Z = triton.cdiv(tiles, stretch)                             # each has at least one token
-
+    Z = stretches or enough_stretches(B * K, tokens, q.device)
     acc = q.new_empty(B, K, Z, G, d, dtype=torch.float32)
     stats = q.new_empty(B, K, Z, G, 2, dtype=torch.float32)
+    out = q.new_empty(B, width)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         decode_kernel[(B, K, Z)](
-            q.contiguous(), rows, table, acc, stats,
-            max_len, begin, length, stretch, scale, **sizes)
-    return merge(acc, stats).to(dtype)
-
-
-def merge(acc: Tensor, stats: Tensor) -> Tensor:
-    """Attention from the shares (B, K, Z, G, d): each rescaled to the largest m, over Σ l."""
-    m, l = stats.split(1, dim=-1)                               # (B, K, Z, G, 1)
-    weight = torch.exp(m - m.amax(2, keepdim=True))
-    total = (acc * weight).sum(2)
-    return total / (l * weight).sum(2)
+            q, rows, table, span, acc, stats,
+            q.stride(0), q.stride(1), rows.shape[1], scale, **sizes)
+        merge_kernel[(B, K, G)](acc, stats, table, out, Z, width, **merging(sizes))
+    return out.to(dtype)
 
 
 def enough_stretches(groups: int, tokens: int, device) -> int:
@@ -195,24 +229,31 @@ def shapes(K: int, G: int, d: int, dtype):
     return sizes
 
 
+def merging(sizes: dict) -> dict:
+    """The constants of merge_kernel: 16 shares at a time."""
+    return {name: sizes[name] for name in ("K", "G", "D", "COLUMNS")} | {"SHARES": 16}
+
+
 # ------------------------------------------------------------------------------
 # The reference
 
-def reference(q, rows, table, length, scale, begin=0) -> Tensor:
+def reference(q, rows, table, span, tokens, width, scale) -> Tensor:
     """The same in plain PyTorch and float64, head by head."""
-    B, K, G, d = q.shape
-    out = torch.zeros_like(q, dtype=torch.float64)
+    B, _, G, _ = q.shape
+    out = torch.zeros(B, width, dtype=torch.float64, device=q.device)
+    begin, end = span.tolist()
 
     def block(first: int, r: int) -> Tensor:
-        return rows[first:first + B * r, begin:length].view(B, r, -1).double()
+        return rows[first:first + B * r, begin:end].view(B, r, -1).double()
 
     for j, numbers in enumerate(table.T.tolist()):
-        first_key, first_value, r_k, r_v = numbers
+        first_key, first_value, r_k, r_v, first_out = numbers
         keys = block(first_key, r_k)                            # (B, r, tokens)
         values = block(first_value, r_v)
         queries = q[:, j, :, :r_k].double()                     # (B, G, r)
         weights = (queries @ keys * scale).softmax(-1)
-        out[:, j, :, :r_v] = weights @ values.mT
+        of_head = weights @ values.mT                           # (B, G, r')
+        out[:, first_out:first_out + G * r_v] = of_head.flatten(1)
     return out
 
 
@@ -221,20 +262,23 @@ def reference(q, rows, table, length, scale, begin=0) -> Tensor:
 
 def example(
     B: int, K: int, G: int, d: int,
-    max_len: int, length: int, begin: int,
+    max_len: int, begin: int, end: int,
     dtype: torch.dtype, device="cpu",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries, a cache of random ranks with NaN wherever nothing may be seen, its table."""
+) -> tuple:
+    """Random arguments of decode_attention: ranks that differ, NaN wherever nothing may be seen."""
     ranks = torch.randint(1, 9, (2, K)) * (d // 8)
     gap = 3                                     # a layer's blocks, with rows between them
     sizes = B * ranks.flatten() + gap
     firsts = sizes.cumsum(0) - sizes + gap
     rows = torch.full((int(sizes.sum()) + gap, max_len), torch.nan)
     for first, r in zip(firsts.tolist(), ranks.flatten().tolist(), strict=True):
-        rows[first:first + B * r, begin:length].normal_()
-    table = torch.cat((firsts.view(2, K), ranks))
-    q = torch.randn(B, K, G, d)
-    return q.to(device, dtype), rows.to(device, dtype), table.to(device)
+        rows[first:first + B * r, begin:end].normal_()
+    ends = G * ranks[1].cumsum(0)
+    table = torch.cat((firsts.view(2, K), ranks, (ends - G * ranks[1])[None]))
+    q = torch.randn(B, K, G + 1, d)[:, :, :G]
+    span = torch.tensor([begin, end])
+    placed = q.to(device, dtype), rows.to(device, dtype), table.to(device), span.to(device)
+    return *placed, end - begin, int(ends[-1]), d ** -0.5
 
 
 BOUNDS = {
@@ -243,18 +287,17 @@ BOUNDS = {
     torch.bfloat16: 1e-2,
 }
 GRID = list(itertools.product((64, 128, 256), (1, 2, 4, 8)))        # d, G
-CASES = (       # B, length, begin, stretches: never whole tiles
-    (1, 1, 0, 1), (3, 2, 0, 1), (1, 31, 0, 1), (3, 33, 0, 2), (1, 63, 5, 1), (3, 65, 0, 3),
-    (1, 4097, 0, 7), (1, 300, 171, 2), (1, 700, 0, None),
+CASES = (       # B, begin, end, stretches: never whole tiles, and with stretches that stay empty
+    (1, 0, 1, 1), (3, 0, 2, 1), (1, 0, 31, 20), (3, 0, 33, 2), (1, 5, 63, 1), (3, 0, 65, 3),
+    (1, 0, 4097, 7), (1, 171, 300, 2), (1, 0, 700, None),
 )
 
 
 def worst_error(G: int, d: int, dtype, device) -> float:
     """The largest error over CASES, as a share of the largest value; infinite if NaN leaked in."""
     worst = 0.0
-    for B, length, begin, stretches in CASES:
-        drawn = example(B, 2, G, d, length + 7, length, begin, dtype, device)
-        inputs = *drawn, length, d ** -0.5, begin
+    for B, begin, end, stretches in CASES:
+        inputs = example(B, 2, G, d, end + 7, begin, end, dtype, device)
         expected = reference(*inputs)
         error = decode_attention(*inputs, stretches) - expected
         error = (error.abs().max() / expected.abs().max()).item()

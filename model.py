@@ -14,7 +14,7 @@ past token. So `forward` has three hooks on that spot, one at a time, and knows 
     project(layer, k, v) -> (k̂, v̂)     replaces them by their projections (projection.py)
     observe(layer, q, k, v)             is shown them: calibration
     cache                               keeps them, in few coordinates, and attends to what it kept
-                                        (cache.py: check_room, fold, attend), by a Wv and Wo of its
+                                        (cache.py: begin, fold, attend), by a Wv and Wo of its
                                         own; the other two are then not called
 
 Letters: B batch, T tokens, L layers, H query heads, K key-value heads, G = H / K (grouped-query
@@ -227,16 +227,15 @@ class Model(nn.Module):
         With `recompute` a layer's inner states are made again in the backward pass (activation
         checkpointing): one more forward pass, for one layer's memory instead of all layers'.
         """
-        if cache is not None:
-            cache.check_room(self, *tokens.shape)
         x = self.embed(tokens)
+        turns = None if cache is None else cache.begin(self, *tokens.shape)
         for i in range(self.config.num_hidden_layers):
             if recompute:
                 x = checkpoint(self.layer, i, x, project, use_reentrant=False)
             else:
-                x = self.layer(i, x, project, observe, cache)
+                x = self.layer(i, x, project, observe, cache, turns)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -250,45 +249,53 @@ class Model(nn.Module):
         """A part as it is, or a copy for states wider than the weights: float32 over bfloat16."""
         return module if dtype == self.dtype else copy.deepcopy(module).to(dtype)
 
-    def layer(self, i: int, x: Tensor, project=None, observe=None, cache=None) -> Tensor:
-        """Layer i over states x (B, T, hidden): of positions 0 … T−1, or behind the cache."""
+    def layer(self, i: int, x: Tensor, project=None, observe=None, cache=None, turns=None):
+        """Layer i over states x (B, T, hidden): of positions 0 … T−1, or behind the cache.
+
+        turns: the cosines and sines of those positions (Rope.rows), which a cache knows.
+        """
         layer = self.widened(self.layers[i], x.dtype)
         weights = layer.self_attn
         h = layer.input_layernorm(x)
-        window = self.config.sliding_window
         if cache is not None:
-            W_qkv, b_qkv, W_o, bias = cache.fold(i, weights)        # values as the cache wants them
-            q, k, v = self.split(F.linear(h, W_qkv, b_qkv), weights, start=cache.length)
-            a = cache.attend(i, q, k, v, window)
-            a = F.linear(a, W_o, bias)
+            a = self.attend_by_cache(i, h, cache, turns)
         else:
-            qkv = weights.q_proj(h), weights.k_proj(h), weights.v_proj(h)
-            q, k, v = self.split(torch.cat(qkv, dim=-1), weights, start=0)
-            v = self.split_heads(v)                                 # (B, K, T, d)
+            q, k, v = (self.split_heads(part(h))
+                       for part in (weights.q_proj, weights.k_proj, weights.v_proj))
+            if weights.q_norm is not None:
+                q, k = weights.q_norm(q), weights.k_norm(k)
+            turns = self.rope.rows(0, x.shape[1], x.dtype, x.device)
+            q, k = rotate(q, *turns), rotate(k, *turns)
             if observe is not None:
                 observe(i, q, k, v)
             if project is not None:
                 k, v = project(i, k, v)
-            a = causal_attention(q, k, v, window)                   # (B, H, T, d)
+            a = causal_attention(q, k, v, self.config.sliding_window)       # (B, H, T, d)
             a = weights.o_proj(a.transpose(1, 2).flatten(2))
         x = x + a
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
-    def split(self, qkv: Tensor, weights: Attention, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """RoPE(q) (B, H, T, d) and RoPE(k) (B, K, T, d), of positions from `start` on; v (B, T, ·).
+    def attend_by_cache(self, i: int, h: Tensor, cache, turns) -> Tensor:
+        """Layer i's attention to what the cache keeps: (B, T, hidden), from normed states h.
 
-        qkv is the three end to end, (B, T, ·). One rotation for q and k: each operation counts.
+        One product makes queries, keys and values, and one rotation serves all of the former: for
+        each key-value head its G queries, then its key. Decoding a token is many small operations,
+        and each one counts.
         """
-        c, (_, T, width) = self.config, qkv.shape
-        heads = c.num_attention_heads, c.num_key_value_heads
-        turned = sum(heads) * c.head_dim
-        both, v = qkv.split((turned, width - turned), dim=-1)
+        c, weights = self.config, self.layers[i].self_attn
+        W_qkv, b_qkv, W_o, bias = cache.fold(i, weights)
+        K = c.num_key_value_heads
+        turned = (c.num_attention_heads + K) * c.head_dim
+        qkv = F.linear(h, W_qkv, b_qkv)
+        both, v = qkv.tensor_split((turned,), dim=-1)
         both = self.split_heads(both)                               # (B, H + K, T, d)
         if weights.q_norm is not None:
-            q, k = both.split(heads, dim=1)
-            both = torch.cat((weights.q_norm(q), weights.k_norm(k)), dim=1)
-        both = rotate(both, *self.rope.rows(start, T, qkv.dtype, qkv.device))
-        return *both.split(heads, dim=1), v
+            of_heads = both.unflatten(1, (K, -1))
+            q, k = of_heads[:, :, :-1], of_heads[:, :, -1:]
+            both = torch.cat((weights.q_norm(q), weights.k_norm(k)), dim=2).flatten(1, 2)
+        both = rotate(both, *turns).unflatten(1, (K, -1))           # (B, K, G + 1, T, d)
+        a = cache.attend(i, both, v, c.sliding_window)
+        return F.linear(a, W_o, bias)
 
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, _ = x.shape
@@ -335,6 +342,10 @@ class Rope:
         if there is None or end > len(there) or (there.dtype, there.device) != (dtype, device):
             self.grow(max(512, 2 ** (end - 1).bit_length()), dtype, device)
         return self.cos[start:end], self.sin[start:end]
+
+    def row(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for one position that is on the device, (1,) int64, and in the table."""
+        return self.cos.index_select(0, position), self.sin.index_select(0, position)
 
     @torch.inference_mode(False)    # the table outlives a generation, and training may use it next
     def grow(self, positions: int, dtype, device) -> None:
@@ -429,7 +440,9 @@ def pick(logits: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits - logits.amax(-1, keepdim=True)     # so that no temperature overflows
-    return torch.multinomial((logits / temperature).softmax(-1), 1)
+    likely = (logits / temperature).softmax(-1)
+    # torch.multinomial's own way for one draw, without its checks, which wait for a GPU.
+    return (likely / torch.empty_like(likely).exponential_()).argmax(-1, keepdim=True)
 
 
 @torch.inference_mode()

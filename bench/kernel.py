@@ -1,8 +1,9 @@
-"""What compilers make of the kernel, and how fast a GPU runs it.
+"""What compilers make of the kernels, and how fast a GPU runs them.
 
 For each kind of GPU (no GPU is needed): the registers of a thread and what is spilled from them,
 the shared memory of a program and what a program may have there, and how many bytes a load from the
-cache takes at a time: 16 is the most. One line for each dtype and shape.
+cache takes at a time: 16 is the most. Then registers and spills of the kernel that merges. One line
+for each dtype and shape.
 
 With a GPU also the time of a whole call, merging the stretches included, over lengths of context at
 the layer of two 7B models, for a full cache and for made-up plans in which all heads differ: bytes
@@ -50,6 +51,14 @@ SHAPES = (                                  # dtype, d, G
     ("fp16", 128, 4),
     ("fp32", 128, 4),
 )
+POINTERS = {                                # those of one dtype whatever the cache's
+    "table": "i64",
+    "span": "i64",
+    "acc_out": "fp32",
+    "stats_out": "fp32",
+    "acc_in": "fp32",
+    "stats_in": "fp32",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -74,16 +83,18 @@ def lines_on(capability: int) -> list[str]:
 def line_on(capability: int, dtype: str, d: int, G: int) -> str:
     what = f"  sm_{capability}  {dtype}  d = {d:<3d}  G = {G}   "
     try:
-        compiled = compile_for(capability, dtype, d, G)
-        registers, spills = assemble(compiled.asm["ptx"])
+        decode, merge = (compile_for(capability, each, dtype, d, G)
+                         for each in (kernel.decode_kernel, kernel.merge_kernel))
+        registers, spills = assemble(decode.asm["ptx"])
+        of_merge, spills_of_merge = assemble(merge.asm["ptx"])
     except Exception as error:              # Triton, LLVM and ptxas each have their own
         return f"{what}does not compile: {gist(error)}"
-    shared = f"{compiled.metadata.shared / 1024:.0f}"
+    shared = f"{decode.metadata.shared / 1024:.0f}"
     if capability in GPUS:
         shared += f" of {GPUS[capability]}"
-    widths = load_widths(compiled.asm["ptx"])
+    widths = load_widths(decode.asm["ptx"])
     return (f"{what}{registers:3d} registers, {spills} bytes spilled, {shared} KB shared, "
-            f"{' and '.join(widths)}-byte loads")
+            f"{' and '.join(widths)}-byte loads; merging {of_merge}, {spills_of_merge}")
 
 
 def gist(error: Exception) -> str:
@@ -94,25 +105,24 @@ def gist(error: Exception) -> str:
     return " ".join(line.split())
 
 
-def compile_for(capability: int, dtype: str, d: int, G: int):
-    """Triton's result for 8 key-value heads, of which G query heads read each."""
-    names = kernel.decode_kernel.arg_names
+def compile_for(capability: int, function, dtype: str, d: int, G: int):
+    """Triton's result for a kernel and 8 key-value heads, of which G query heads read each."""
+    names = function.arg_names
     constants = kernel.shapes(8, G, d, DTYPES[dtype])
-    pointers = {
-        "q": dtype,
-        "cache": dtype,
-        "table": "i64",
-        "acc_out": "fp32",
-        "stats_out": "fp32",
-    }
+    if function is kernel.merge_kernel:
+        constants = kernel.merging(constants)
+    pointers = {name: kind for name, kind in POINTERS.items() if name in names}
+    pointers |= {name: dtype for name in ("q", "cache", "out") if name in names}
     signature = dict.fromkeys(names, "i32")
     signature |= {name: f"*{kind}" for name, kind in pointers.items()}
     signature |= dict.fromkeys(constants, "constexpr")
-    signature["scale"] = "fp32"
+    if "scale" in names:
+        signature["scale"] = "fp32"
     place = {name: (index,) for index, name in enumerate(names)}
     values = {place[name]: value for name, value in constants.items()}
-    aligned = {place[name]: [["tt.divisibility", 16]] for name in (*pointers, "max_len")}
-    source = ASTSource(kernel.decode_kernel, signature, values, aligned)
+    multiples = [*pointers, *(name for name in ("max_len", "q_head", "width") if name in names)]
+    aligned = {place[name]: [["tt.divisibility", 16]] for name in multiples}
+    source = ASTSource(function, signature, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
 
@@ -168,15 +178,17 @@ def copy_speed(device) -> float:
     return 2 * block.nbytes / milliseconds(block.clone)[0] / 1e6
 
 
-def one_layer(q: Tensor, length: int, budget: float) -> tuple[Tensor, Tensor]:
-    """A layer of a cache of random numbers for q, and its table (4, K)."""
-    _, K, _, d = q.shape
+def one_layer(q: Tensor, length: int, budget: float) -> tuple:
+    """Arguments of decode_attention: q and a layer of a cache of random numbers."""
+    _, K, G, d = q.shape
     ranks = ragged_ranks(1, K, d, budget)[:, 0]                     # (2, K)
     sizes = ranks.flatten()
     firsts = (sizes.cumsum(0) - sizes).view(2, K)
-    table = torch.cat((firsts, ranks))
+    ends = G * ranks[1].cumsum(0)
+    table = torch.cat((firsts, ranks, (ends - G * ranks[1])[None]))
     rows = q.new_empty(int(sizes.sum()), length).normal_()
-    return rows, table.to(q.device)
+    span = torch.tensor([0, length]).to(q.device)
+    return q, rows, table.to(q.device), span, length, int(ends[-1]), d ** -0.5
 
 
 def time_pytorch(q: Tensor, length: int) -> float:
@@ -196,8 +208,8 @@ def time_layer(name: str, length: int, copy: float, dtype, device) -> dict:
     full = time_pytorch(q, length)
     ratios = {}
     for budget in BUDGETS:
-        rows, table = one_layer(q, length, budget)
-        inputs = q, rows, table, length, d ** -0.5
+        inputs = one_layer(q, length, budget)
+        rows = inputs[1]
         times = milliseconds(partial(kernel.decode_attention, *inputs))
         speed = rows.nbytes / times[0] / 1e6
         middle, low, high = (ms / full for ms in times)

@@ -245,6 +245,42 @@ def test_a_cache_never_grows_by_shrinking(model):
 
 
 # ------------------------------------------------------------------------------
+# The same launches at any length
+
+def doubled(model):
+    """The same weights in float64."""
+    return load_again(model).double()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("plan", ["uniform", "ragged", "full"])
+def test_fixed_launches_decode_what_others_do(model, batch, plan):
+    model = doubled(model)
+    p, ranks = random_projection(model), plan_called(plan, model)
+    tokens = torch.randint(3, 96, (batch, 64))
+    plain, fixed = (KVCache(p, ranks, batch, max_len=70, dtype=torch.float64) for _ in range(2))
+    fixed.data.fill_(torch.nan)
+    for cache in (plain, fixed):
+        model(tokens[:, :14], cache=cache)
+    fixed.fix_launches(model)
+    expected, logits = (through(c, model, tokens[:, 14:], [1] * 50) for c in (plain, fixed))
+    assert relative(logits, expected) < 1e-12
+    assert fixed.length == fixed.position.item() == 64
+
+
+def test_fixed_launches_keep_to_a_sliding_window():
+    model = doubled(load(GOLDEN / "mistral_window"))
+    p, ranks = random_projection(model), random_ranks(model)
+    tokens = torch.randint(3, 96, (2, 25))
+    plain, fixed = (KVCache(p, ranks, 2, max_len=30, dtype=torch.float64) for _ in range(2))
+    for cache in (plain, fixed):
+        model(tokens[:, :3], cache=cache)
+    fixed.fix_launches(model)
+    expected, logits = (through(c, model, tokens[:, 3:], [1] * 22) for c in (plain, fixed))
+    assert relative(logits, expected) < 1e-12
+
+
+# ------------------------------------------------------------------------------
 # What is refused
 
 def test_a_cache_that_makes_no_sense_is_refused(model):

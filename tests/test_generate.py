@@ -49,6 +49,18 @@ def test_the_cache_needs_no_room_for_the_last_token(endless):
         list(decode(endless, full_cache(endless, batch=1, max_len=n + 3), PROMPT, 5))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_fixed_step_continues_as_others_do(endless, temperature):
+    p, ranks = random_projection(endless), random_ranks(endless)
+    made = []
+    for graph in (False, True):
+        cache = KVCache(p, ranks, batch=1, max_len=20)
+        torch.manual_seed(1)
+        made.append(list(decode(endless, cache, PROMPT, 12, temperature, graph)))
+    assert made[0] == made[1]
+    assert cache.position.item() == cache.length == len(PROMPT) + 11
+
+
 def test_the_end_of_the_sequence_is_not_yielded(endless):
     made = list(decode(endless, full_cache(endless, batch=1, max_len=20), PROMPT, 8))
     endless.config = dataclasses.replace(endless.config, eos_token_id=(made[3],))
@@ -103,6 +115,14 @@ def test_a_budget_alone_is_uniform_ranks(run, demo, tmp_path):
     said = run("--proj", tmp_path / "p.safetensors", "--budget", 0.3)
     assert "25.0% of the full" in said.err
     assert "folded" in said.err
+
+
+def test_a_graph_changes_no_token(run):
+    assert run("--graph").out == run().out
+
+
+def test_a_graph_is_of_one_layout(refusal):
+    assert "--graph" in refusal("generate", *OPTIONS, "--graph", "--shrink-to", 0.5)
 
 
 def test_the_tokens_of_a_seed_are_its_own(run):

@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_projection, random_ranks, relative
+from conftest import GOLDEN, random_projection, random_ranks, relative
 
 from cache import KVCache
+from model import load
 from projection import uniform_ranks
 
 pytest.importorskip("triton")
@@ -15,21 +16,22 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from kernel import BOUNDS, decode_attention, example, reference, shapes
 
-SIZES = [       # B, K, G, d, length, begin, stretches
-    (1, 1, 1, 64, 1, 0, 1),
-    (3, 2, 2, 64, 33, 0, 2),
-    (1, 2, 8, 128, 65, 0, 1),
-    (2, 3, 4, 64, 300, 171, 2),
-    (1, 1, 1, 8, 40, 3, None),
-    (1, 2, 2, 256, 45, 3, 1),
+SIZES = [       # B, K, G, d, begin, end, stretches: some more than have a token
+    (1, 1, 1, 64, 0, 1, 1),
+    (3, 2, 2, 64, 0, 33, 2),
+    (1, 2, 8, 128, 0, 65, 1),
+    (2, 3, 4, 64, 171, 300, 2),
+    (1, 1, 1, 8, 3, 40, None),
+    (1, 2, 2, 256, 3, 45, 1),
+    (1, 2, 2, 64, 3, 40, 40),
 ]
 
 
 @pytest.mark.parametrize("dtype, bound", BOUNDS.items())
-@pytest.mark.parametrize("B, K, G, d, length, begin, stretches", SIZES)
-def test_the_kernel_is_the_reference(dtype, bound, B, K, G, d, length, begin, stretches):
-    """`example` puts NaN beyond the length, before the first token and between the blocks."""
-    inputs = *example(B, K, G, d, length + 7, length, begin, dtype), length, d ** -0.5, begin
+@pytest.mark.parametrize("B, K, G, d, begin, end, stretches", SIZES)
+def test_the_kernels_are_the_reference(dtype, bound, B, K, G, d, begin, end, stretches):
+    """`example` puts NaN beyond the end, before the first token and between the blocks."""
+    inputs = example(B, K, G, d, end + 7, begin, end, dtype)
     out = decode_attention(*inputs, stretches=stretches)
     assert out.dtype == dtype
     assert relative(out, reference(*inputs)) < bound
@@ -38,8 +40,9 @@ def test_the_kernel_is_the_reference(dtype, bound, B, K, G, d, length, begin, st
 @pytest.mark.parametrize("begin, stretches", [(0, 1), (5, 3), (75, 2)])
 def test_it_reads_the_plan_and_no_more(monkeypatch, begin, stretches):
     """Each number of every block at most once, from the tile of `begin` to the next 16 tokens."""
-    B, K, G, d, length = 2, 3, 2, 64, 140
-    q, rows, table = example(B, K, G, d, length + 9, length, begin, torch.float32)
+    B, K, G, d, end = 2, 3, 2, 64, 140
+    inputs = example(B, K, G, d, end + 9, begin, end, torch.float32)
+    q, rows, table = inputs[:3]
     reads = np.zeros(rows.numel(), dtype=int)
     plain = InterpreterBuilder.create_masked_load
 
@@ -51,43 +54,45 @@ def test_it_reads_the_plan_and_no_more(monkeypatch, begin, stretches):
         return plain(self, ptrs, mask, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting)
-    decode_attention(q, rows, table, length, 1.0, begin, stretches)
-    in_plan = ~rows[:, begin:length].isnan().all(1, keepdim=True)       # example fills those alone
-    assert in_plan.sum() == B * table[2:].sum()
-    token = torch.arange(length + 9)
+    decode_attention(*inputs, stretches=stretches)
+    in_plan = ~rows[:, begin:end].isnan().all(1, keepdim=True)          # example fills those alone
+    assert in_plan.sum() == B * table[2:4].sum()
+    token = torch.arange(end + 9)
     tile = shapes(K, G, d, q.dtype)["TILE"]
     in_reach = (token >= begin // tile * tile) & (token < 144)
     assert np.array_equal(reads, (in_plan & in_reach).flatten().int().numpy())
 
 
-def test_it_attends_as_the_cache_does_on_a_cpu(model, tokens):
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_a_token_by_the_kernels_is_a_token_without_them(model, tokens, is_fixed):
     for ranks in (random_ranks(model), uniform_ranks(1.0, model.config)):
-        cache = KVCache(random_projection(model), ranks, batch=3, max_len=30)
-        model(tokens, cache=cache)
-        plain, seen = cache.attend, {}
-
-        def attend(i, q, k, v, window=None, plain=plain, seen=seen):
-            seen[i] = q, k, plain(i, q, k, v, window)
-            return seen[i][2]
-
-        cache.attend = attend
-        model(tokens[:, :1], cache=cache)
-        assert len(seen) == model.config.num_hidden_layers
-        for i, (q, k, expected) in seen.items():
-            places = cache.places(i, q.shape[1] // k.shape[1])
-            q, _ = cache.turn(i, q, k, places.by_key)
-            assert relative(cache.attend_on_gpu(i, q, 0, 22, places), expected) < 1e-5
+        p, logits = random_projection(model), []
+        for by_kernel in (False, True):
+            cache = KVCache(p, ranks, batch=3, max_len=30)
+            model(tokens[:, :19], cache=cache)
+            cache.by_kernel = by_kernel
+            if by_kernel and is_fixed:
+                cache.fix_launches(model)
+            parts = tokens[:, 19:].split(1, dim=1)
+            logits.append(torch.cat([model(part, cache=cache) for part in parts], dim=1))
+            assert cache.by_kernel == by_kernel
+        assert relative(*logits) < 1e-5
 
 
-def test_lengths_that_make_no_sense_are_refused():
-    q, rows, table = example(1, 1, 1, 64, 10, 5, 0, torch.float32)
-    for length, begin in ((11, 0), (0, 0), (5, 5), (5, -1)):
-        with pytest.raises(ValueError, match="tokens"):
-            decode_attention(q, rows, table, length, 1.0, begin)
+def test_the_kernels_keep_to_a_sliding_window():
+    model = load(GOLDEN / "mistral_window")
+    p, ranks, logits = random_projection(model), random_ranks(model), []
+    tokens = torch.randint(3, 96, (2, 22))
+    for by_kernel in (False, True):
+        cache = KVCache(p, ranks, batch=2, max_len=30)
+        model(tokens[:, :21], cache=cache)
+        cache.by_kernel = by_kernel
+        logits.append(model(tokens[:, 21:], cache=cache))
+    assert relative(*logits) < 1e-5
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    q, rows, table = example(1, 2, 1, 64, 10, 5, 0, torch.float32)
+    q, rows, table, *others = example(1, 2, 1, 64, 10, 0, 5, torch.float32)
     for wrong in ((q[..., :60], rows, table), (q.half(), rows, table), (q, rows, table[:, :1])):
         with pytest.raises(ValueError, match="expected a head_dim"):
-            decode_attention(*wrong, 5, 1.0)
+            decode_attention(*wrong, *others)
