@@ -219,19 +219,48 @@ class Moments:
         at keys, W_o at values. The two are added with equal weight: the eigenvectors of
 
             keys      cov(k) / tr cov(k) + E[qᵀq] / tr E[qᵀq]
-            values    cov(v) / tr cov(v) + M / tr M,     M = Σ W_o[h]ᵀ W_o[h] over the group's h
+            values    cov(v) / tr cov(v) + M / tr M,     M as in `readers`
 
         A heuristic, not in the paper; docs/results.md compares it with PCA.
         """
-        _, K, d = self.v.shape
         cov_k, cov_v = self.covariances()
-        M = torch.empty_like(cov_v)
-        for i, W in enumerate(W_o):
-            W = W.to(M).view(-1, K, self.G, d)                      # (hidden, K, G, d)
-            M[i] = torch.einsum("xkgd,xkge->kde", W, W)
         U_k = leading(unit_trace(cov_k) + unit_trace(self.qq))
-        U_v = leading(unit_trace(cov_v) + unit_trace(M))
+        U_v = leading(unit_trace(cov_v) + unit_trace(self.readers(W_o)))
         return Projection(U_k, U_v, self.mean_v())
+
+    def readers(self, W_o: list[Tensor]) -> Tensor:
+        """M = Σ W_o[h]ᵀ W_o[h] over the query heads h of a group: (L, K, d, d)."""
+        M = torch.empty_like(self.vv)
+        for i, W in enumerate(W_o):
+            W = W.to(M).unflatten(1, (-1, self.G, M.shape[-1]))     # (hidden, K, G, d)
+            M[i] = torch.einsum("xkgd,xkge->kde", W, W)
+        return M
+
+    def errors(self, p: Projection, W_o: list[Tensor]) -> Tensor:
+        """How far off a head's scores, and outputs, are at each level 0 … 8: (2, L, K, 9).
+
+        The mean square of what is cut off, as if keys knew nothing of queries. In coordinates x of
+        what is cached and y of who reads it, Σ xᵢ yᵢ over the columns cut off has the mean square
+        Σ E[xᵢxⱼ] E[yᵢyⱼ] over pairs of them.
+        """
+        cached = torch.stack(self.covariances())                    # (2, L, K, d, d)
+        read = torch.stack((self.qq, self.readers(W_o)))
+        U = torch.stack((p.U_k, p.U_v)).to(cached)
+        pairs = (U.mT @ cached @ U) * (U.mT @ read @ U)
+        eighth = U.shape[-1] // LEVELS
+        starts = range(0, U.shape[-1] + 1, eighth)
+        return torch.stack([pairs[..., r:, r:].sum((-1, -2)) for r in starts], dim=-1)
+
+    def order(self, p: Projection, W_o: list[Tensor], kl: Tensor, level: int) -> Tensor:
+        """Reverse water-filling: an order (n,) of lowerings, always of the cheapest next eighth.
+
+        A rank costs in proportion to the errors it makes; kl (2LK,) is what each costs at `level`.
+        """
+        errors = self.errors(p, W_o).flatten(0, 2).cpu()            # (2LK, 9)
+        costs = errors * (kl / errors[:, level])[:, None]
+        steps = costs[:, 1:-1] - costs[:, 2:]                       # to levels 1, …, 7
+        steps = steps.flip(-1).cummax(-1).values                    # a cheap one behind a dear one
+        return steps.flatten().argsort(stable=True) // (LEVELS - 1)
 
 
 def covariance(n: Tensor, total: Tensor, squares: Tensor) -> Tensor:

@@ -11,24 +11,22 @@ The ranks are drawn anew for every sequence. So each leading group of columns mu
 can without those that follow, like nested dolls, and one U serves every rank.
 
 `--recipe paper` is the paper's as its authors' code has it: it starts from PCA, draws every rank
-independently, and minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at 0.001. It gains
-where little of the cache is left and loses to plain PCA where most of it is. The default must not
-lose anywhere, and differs in four places:
+independently, and minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at 0.001, 400 steps.
+It gains where little of the cache is left and loses to PCA elsewhere. The default differs in
 
   start      PCA plus what queries and W_o read (query_aware): better before any training.
-  ranks      one level for a sequence, each head at most one off (draw_levels). Independent ranks
-             always average to about half of the cache, so the paper's recipe never sees a nearly
-             full one, nor a quarter of it. With --ranks FILE a random plan of the order that
-             search.py found (draw_along): the columns learn for the plans that will be used.
+  ranks      plans of any size along an order of lowerings (draw_along), as search.py makes them:
+             one for the start (find_order), or --ranks FILE. --uniform: one level for a sequence,
+             each head at most one off (draw_levels). The paper's average to about half.
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
-             counts about the same at every budget, down to 0.001. No cross-entropy: it pulls
-             towards the text, away from the model.
-  rate       0.5 / d. Adam steps every angle alike; a column is turned by nearly d of them.
+             counts about the same at every budget. No cross-entropy: it pulls towards the text.
+  steps      200 at 1 / d, second moments over some 20 steps (β₂ = 0.95). Adam steps every angle
+             alike; a column is turned by nearly d of them.
 
     python train.py                                             # the demo on Python's documentation
     python train.py --recipe paper --out out_paper              # the paper's recipe, to compare
-    python train.py --ranks out/ranks.json --out out_order      # along the order of search.py
+    python train.py --uniform --out out_uniform                 # for the same rank everywhere
     torchrun --nproc_per_node=8 train.py --ckpt DIR --data FILE     # several GPUs (docs/seven_b.md)
 """
 import argparse
@@ -87,15 +85,35 @@ def nudged(levels: Tensor, config, generator: Generator) -> Tensor:
     return levels * (config.head_dim // LEVELS)
 
 
+@torch.no_grad()
+def find_order(model: Model, start: Projection, moments, W_o: list, tokens, args) -> Tensor:
+    """An order of lowerings for the untrained start, in 2LK passes over training text.
+
+    Measured is what each rank costs alone, cut to a quarter of d; the rest follows from moments.
+    """
+    full = uniform_ranks(1.0, model.config)
+    kl = torch.zeros(full.numel(), dtype=torch.float64)
+    hooks = {}
+    for place in range(common.RANK, len(kl), common.WORLD):
+        plan = full.clone()
+        plan.view(-1)[place] //= 4
+        hooks[place] = start.at(plan)
+    _, results = measure(model, tokens, hooks, args.batch, args.seq, ORDER_WINDOWS)
+    for place, result in results.items():
+        kl[place] = result["kl"]
+    common.sum_over_processes(kl)
+    return moments.order(start, W_o, kl, LEVELS // 4)
+
+
 # ------------------------------------------------------------------------------
 # Training
 
 def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> None:
     """Rotate the projections so that the model with the small cache says what the model says.
 
-    draw(B, config, generator) gives random plans. hook(rotation, plans) gives the student's hook
-    `project=`, and which entries of A_k and A_v it can see, (2, …), or None for all. The objective
-    is the mean of log(loss + floor) over sequences, or of the loss, where floor is None.
+    draw(B, config, generator) gives random plans; hook(rotation, plans) the student's `project=`,
+    and which entries of A_k and A_v it sees, (2, …), or None for all. The objective is the mean of
+    log(loss + floor) over sequences, or of the loss, where floor is None.
     """
     args, rotation = run.args, run.rotation
     parameters = list(rotation.parameters())
@@ -124,8 +142,7 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
             common.sum_over_processes(gradient).div_(scale * args.accumulate * common.WORLD)
         if not all(gradient.isfinite().all() for gradient in gradients):
             common.fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a "
-                        f"number; {args.out}/projections.safetensors is as it was. Start again "
-                        "with a smaller --lr or another --dtype")
+                        "number. Start again with a smaller --lr or another --dtype")
         if visible is not None:                         # drop the others: visible_entries
             rotation.A_k.grad.mul_(visible[0])
             rotation.A_v.grad.mul_(visible[1])
@@ -171,24 +188,23 @@ class Run:
     """The rotation and its start, plain PCA, the order, Adam's moments, the KL of every step."""
 
     # What must be as it was for a resumed training to end where the undisturbed one would have.
-    NUMBERS = (
-        "recipe", "ce", "steps", "batch", "seq", "lr",
-        "accumulate", "seed", "dtype", "amp", "train_tokens", "processes")
-    FILES = ("ckpt", "data", "ranks")
+    SETTINGS = (
+        "recipe", "uniform", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype",
+        "amp", "train_tokens", "processes", "ckpt", "data", "ranks")
     START, STATE = "train.start.safetensors", "train.state.safetensors"
 
     def __init__(self, args, start: Projection, pca: Projection, order):
         args.processes = common.WORLD
-        config = {name: getattr(args, name) for name in self.NUMBERS}
-        config |= {name: str(getattr(args, name) or "") for name in self.FILES}
-        self.args = args
+        self.args, self.start, self.pca, self.order = args, start, pca, order
         self.start_file = args.out / self.START
         self.file = args.out / self.STATE
-        self.start, self.pca, self.order = start, pca, order
         self.rotation = Rotation(start)
         for parameter in self.rotation.parameters():    # a step where all are full has no gradient
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer = torch.optim.Adam(self.rotation.parameters())
+        betas = (0.9, 0.999 if args.recipe == "paper" else 0.95)
+        self.optimizer = torch.optim.Adam(self.rotation.parameters(), betas=betas)
+        files = {name: str(getattr(args, name) or "") for name in ("ckpt", "data", "ranks")}
+        config = {name: getattr(args, name) for name in self.SETTINGS} | files
         self.said = {"step": 0, "loss": [], "checks": [], "config": config}
         self.saved_step, self.save_at = 0, 0.0          # when to save: the first step at once
 
@@ -197,19 +213,16 @@ class Run:
         with torch.no_grad():
             return self.rotation(torch.float64).to(None, torch.float32)
 
-    def save_start(self) -> None:
-        """What does not change, written once. A state that goes with another start is removed."""
-        self.file.unlink(missing_ok=True)
-        tensors = self.start.tensors("start.") | self.pca.tensors("pca.")
-        if self.order is not None:      # the file may be another search's by the time of --resume
-            tensors["order"] = self.order
-        with common.blame("--out"):
-            common.write_tensors(self.start_file, tensors)
-
     def save(self) -> None:
+        """The state; at first what never changes too. A state of another start is removed."""
         began = time.time()
         if not self.saved_step:
-            self.save_start()
+            self.file.unlink(missing_ok=True)
+            tensors = self.start.tensors("start.") | self.pca.tensors("pca.")
+            if self.order is not None:
+                tensors["order"] = self.order
+            with common.blame("--out"):
+                common.write_tensors(self.start_file, tensors)
         common.save_state(self.file, self.rotation, self.optimizer, {}, self.said)
         self.saved_step = self.said["step"]
         if self.args.save_every:                        # all processes wait: at most 2% of the time
@@ -227,30 +240,31 @@ class Run:
         run = Run(args, start, pca, fixed.get("order"))
         common.check_same(file, said["config"], run.said["config"])
         common.restore_state(run.rotation, run.optimizer, tensors)
-        run.said = said
-        run.saved_step = said["step"]
+        run.said, run.saved_step = said, said["step"]
         return run
 
 
 # ------------------------------------------------------------------------------
 # The script
 
-VALID = 8       # windows of validation text, the end of the training text
+VALID = 8               # windows of validation text, the end of the training text
+ORDER_WINDOWS = 4       # windows of training text that a head's weight in the order is measured on
 
 
 def options() -> argparse.Namespace:
     """The command line, checked as far as it can be before any file is opened."""
     parser = common.arguments(__doc__, several=True)
     data_arguments(parser)
-    report_arguments(parser)
+    report_arguments(parser, windows=32)
     add = parser.add_argument
     count = common.within(1, 10 ** 7)
     positive = common.within(0.0, 1e6)
     add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
-    add("--steps", type=count, default=400, help="[400]")
+    add("--uniform", action="store_true", help="train for the same rank everywhere")
+    add("--steps", type=count, help="[200; paper: 400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
-    add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
+    add("--lr", type=positive, help="Adam's peak rate [1 / head_dim; paper: 0.001]")
     add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
     add("--amp", action="store_true", help="matrix products in bfloat16 over float32 weights")
     add("--checkpoint", action=argparse.BooleanOptionalAction,
@@ -260,11 +274,14 @@ def options() -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the training that stopped in --out")
     common.moved(parser, "--eval", "--tasks", to="python evaluate.py")
     args = parser.parse_args()
-    if args.ranks and args.recipe == "paper":
-        common.fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave "
-                    "out --recipe paper or --ranks")
+    paper = args.recipe == "paper"
+    args.uniform |= paper
+    if args.ranks and args.uniform:
+        common.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
+                    "ranks along no order")
+    args.steps = args.steps or (400 if paper else 200)
     if args.ce is None:
-        args.ce = 0.75 if args.recipe == "paper" else 0.0
+        args.ce = 0.75 if paper else 0.0
     return args
 
 
@@ -272,10 +289,12 @@ def begin(args, model: Model, tokens, order) -> Run:
     """A new training: its start is an eigenbasis over a calibration text."""
     moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
     start = pca = moments.pca()                         # pca waits on the CPU for the report
+    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
     if args.recipe == "ours":
-        W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
         start = moments.query_aware(W_o)
     start = start.to(model.device, wide(model.dtype))
+    if order is None and not args.uniform:
+        order = find_order(model, start, moments, W_o, tokens, args)
     return Run(args, start, pca.to("cpu"), order)
 
 
@@ -312,7 +331,7 @@ def main():
         config = read_config(args.ckpt / "config.json")
     device, dtype = common.prepare_training(args, config, LEVELS)
     if args.lr is None:
-        args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
+        args.lr = 0.001 if args.recipe == "paper" else 1 / config.head_dim
     order = None
     if args.ranks and not args.resume:
         with common.blame("--ranks"):
