@@ -28,34 +28,18 @@ import copy
 import itertools
 import subprocess
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import common
-from model import Model, causal_attention, load, stored_for_rows
-from projection import (
-    BUDGETS,
-    LEVELS,
-    SIDES,
-    Projection,
-    check_ranks,
-    fold_head,
-    plan_at,
-    shape_of,
-    uniform_ranks,
-)
+from attention import Group, attend_first, attend_rows, attend_stored
+from model import Model, load, stored_for_rows
+from plans import plan_arguments, plan_for
+from projection import BUDGETS, LEVELS, SIDES, Projection, check_ranks, fold_head, uniform_ranks
 
-SCORES = 2 ** 24        # scores computed at a time for a long chunk: 64 MB in float32
 TILE = 4096             # tokens turned at a time when a full head shrinks
-
-
-class Group(NamedTuple):
-    """J heads of a layer with the same rank, neighbours in `order`: their blocks as one view."""
-    heads: slice                        # of J · batch matrices, in the order of the blocks
-    rows: Tensor                                                    # (J·batch, r, max_len)
 
 
 class Folded(NamedTuple):
@@ -262,7 +246,7 @@ class KVCache:
         else:
             self.append_one(i, both, v, places)
         if self.length == 0 and T > 1:
-            return attend_first(groups, q, k, places, window)
+            return attend_first(groups, q, k, places.by_value, window)
         if T == 1 and self.by_kernel:
             try:
                 return self.attend_on_gpu(i, q, window, places)
@@ -422,151 +406,11 @@ def find_written(order: Tensor, ranks: Tensor, B: int, G: int, d: int) -> Tensor
     return torch.cat((of_keys, K * B * (G + 1) * d + of_values))
 
 
-# ------------------------------------------------------------------------------
-# Attention
-
 def warn_of_no_kernel(error: Exception) -> None:
     """Where Triton or its C compiler is missing, PyTorch attends; any other error is an error."""
     if isinstance(error, RuntimeError) and "C compiler" not in str(error):
         raise error
     warnings.warn(f"decoding without the Triton kernel, slower: {error}", stacklevel=2)
-
-
-def attend_first(groups: tuple, q: Tensor, k: Tensor, places: Places, window) -> Tensor:
-    """Attention of the first T tokens, among themselves: (B, T, Σ r over query heads).
-
-    q (K, B, G, T, d), k (K, B, T, d), zero beyond each rank; values are in the cache by now. Padded
-    to d, so that one call serves all heads whatever their ranks.
-    """
-    K, B, _, T, d = q.shape
-    v = k.new_zeros(K * B, T, d)
-    for heads, rows in groups[1]:
-        v[heads, :, :rows.shape[1]] = rows[:, :, :T].mT
-    if places.by_value is not None:
-        v = v.unflatten(0, (K, B))[places.by_value.argsort()].flatten(0, 1)
-    a = causal_attention(q.flatten(0, 1), k.flatten(0, 1)[:, None], v[:, None], window)
-    if places.by_value is not None:
-        a = a.unflatten(0, (K, B)).index_select(0, places.by_value).flatten(0, 1)
-    outputs = [for_row(a[heads, :, :, :rows.shape[1]], B) for heads, rows in groups[1]]
-    return join(outputs, 2)
-
-
-def for_row(a: Tensor, B: int) -> Tensor:
-    """Attention's (J·B, G, T, r) of J heads as W_o' takes it, (B, T, J·G·r)."""
-    return a.unflatten(0, (-1, B)).permute(1, 3, 0, 2, 4).flatten(2)
-
-
-def attend_stored(groups: tuple, q: Tensor, begin: int, end: int, window, by_value) -> Tensor:
-    """Attention of the last T tokens, q (K, B, G, T, d), to tokens begin … end − 1 of a layer.
-
-    Returns (B, T, Σ r over query heads). A long chunk goes in pieces.
-    """
-    K, B, G, T, _ = q.shape
-    if T == 1:
-        return attend_rows(groups, q, begin, end, None, by_value)
-    token = torch.arange(begin, end, device=q.device)
-    now = token[-T:, None]
-    hidden = (token > now) | (token <= now - (window or end))       # (T, tokens)
-    outputs = []
-    size = max(1, SCORES // (K * B * G * len(token)))
-    for part, hidden_part in zip(q.split(size, dim=3), hidden.split(size), strict=True):
-        outputs.append(attend_rows(groups, part, begin, end, hidden_part, by_value))
-    return join(outputs, 1)
-
-
-def attend_rows(groups: tuple, q: Tensor, begin: int, end: int, hidden, by_value) -> Tensor:
-    """The same for as many queries as have their scores at a time.
-
-    The G queries that share a key-value head form one matrix: each stored number is read once and
-    never repeated. One product for all heads of a rank, and one softmax for all heads.
-    """
-    K, B, G, T, d = q.shape
-    q = q.flatten(2, 3).flatten(0, 1)                               # (K·B, G·T, d)
-    scores = q.new_empty(K * B, G * T, end - begin)
-    for heads, rows in groups[0]:
-        keys = rows[:, :, begin:end]                                # (J·B, r, tokens)
-        some = scores[heads]
-        torch.baddbmm(some, q[heads, :, :keys.shape[1]], keys, beta=0, alpha=d ** -0.5, out=some)
-    if hidden is not None:
-        scores.unflatten(1, (G, T)).masked_fill_(hidden, float("-inf"))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    weights = scores.softmax(-1, wide).to(q.dtype)
-    if by_value is not None:
-        weights = weights.unflatten(0, (K, B)).index_select(0, by_value).flatten(0, 1)
-    outputs = []
-    for heads, rows in groups[1]:
-        values = rows[:, :, begin:end].mT                           # (J·B, tokens, r)
-        a = torch.bmm(weights[heads], values)                       # (J·B, G·T, r)
-        outputs.append(for_row(a.unflatten(1, (G, T)), B))
-    return join(outputs, 2)
-
-
-def join(parts: list[Tensor], dim: int) -> Tensor:
-    """torch.cat, but without its copy where there is only one part."""
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
-
-
-# ------------------------------------------------------------------------------
-# Which plan a user asks for: --proj, --ranks and --budget
-
-def plan_arguments(parser) -> None:
-    add = parser.add_argument
-    add("--proj", type=Path, default=Path("out/projections.safetensors"),
-        help="projections, for --ranks and --budget [out/projections.safetensors]")
-    add("--ranks", type=Path, help="a file of search.py, such as out/ranks.json")
-    add("--budget", type=common.within(0.125, 1.0),
-        help="share of the cache to keep: a prefix of --ranks, or without it uniform ranks")
-
-
-def plan_for(args, model: Model) -> tuple[Projection, Tensor]:
-    """The projections and the plan asked for; by default identity and full ranks."""
-    ranks = uniform_ranks(args.budget or 1.0, model.config)
-    if args.ranks is None and args.budget is None:
-        return Projection.identity(model.config).to(model.device), ranks
-    with common.blame("--proj"):
-        projection = Projection.load(args.proj)
-        projection.check_fits(model.config)
-    if args.ranks is not None:
-        with common.blame("--ranks"):
-            _, ranks = read_plan(args.ranks, model.config, args.budget)
-    return projection.to(model.device), ranks
-
-
-def order_of(path: list, config) -> Tensor:
-    """A file's path, entries [side, layer, head, KL after it], as an order (n,) for `plan_at`."""
-    L, K, _ = shape_of(config)
-    places = []
-    try:
-        for side, layer, head, _ in path:
-            row = SIDES.index(side) * L + range(L).index(layer)
-            places.append(row * K + range(K).index(head))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"not a path of ranks for this model ({error})") from None
-    order = torch.tensor(places, dtype=torch.long)
-    if (order.bincount(minlength=1) >= LEVELS).any():
-        raise ValueError("a path that takes a rank below an eighth of head_dim")
-    return order
-
-
-def read_plan(path: Path, config, budget=None) -> tuple[Tensor, Tensor]:
-    """The order of lowerings (n,) in a file of the search, and a plan (2, L, K).
-
-    The plan is the largest one of the order within `budget`; without one, that which the file was
-    written for. ValueError names the file.
-    """
-    plan = common.read_json(path)
-    try:
-        if plan["head_dim"] != config.head_dim:
-            raise ValueError(f"head_dim {plan['head_dim']}, but the model has {config.head_dim}")
-        order = order_of(plan["path"], config)
-        if budget is None:
-            ranks = torch.tensor([plan["keys"], plan["values"]])
-        else:
-            ranks = plan_at(order, config, budget)
-        check_ranks(ranks, *shape_of(config))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a plan of ranks for this model ({error})") from None
-    return order, ranks
 
 
 # ------------------------------------------------------------------------------

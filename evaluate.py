@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 import common
-from cache import KVCache, read_plan
+from cache import KVCache
 from data import data_arguments, text_for, windows
 from model import Model, load
+from plans import read_plan
 from projection import BUDGETS, LEVELS, SIDES, Projection, uniform_ranks
 
 # ------------------------------------------------------------------------------

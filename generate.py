@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 import common
-from cache import KVCache, plan_arguments, plan_for, read_plan
+from cache import KVCache
 from evaluate import logits
 from model import Model, load, pick
+from plans import plan_arguments, plan_for, read_plan
 from projection import uniform_ranks
 
 

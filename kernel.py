@@ -24,8 +24,8 @@ multiprocessors; the context is cut so that all have work. A second, small kerne
 and writes them as W_o' takes them: on a GPU a decoded token is some 20 launches a layer, which take
 longer than what they launch, so each one counts.
 Why the running maximum: exp overflows without one; each stretch has its own, and `merge_kernel`
-sets them against one another. Why float32 for scores, l and acc: a sum of 100,000 terms in bfloat16 stands
-still after the first few hundred. Only exp(scores − m_new) is rounded, to multiply v.
+sets them against one another. Why float32 for scores, l and acc: a sum of 100,000 terms in bfloat16
+stands still after the first few hundred. Only exp(scores − m_new) is rounded, to multiply v.
 
     python kernel.py            # checks it against a float64 reference, on the GPU if there is one
     python bench/kernel.py      # times it, or compiles it for GPUs that are not here

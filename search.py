@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 
 import common
-from cache import order_of
 from data import data_arguments, random_windows, text_for
 from evaluate import describe, draw_plan, log_probabilities, report, report_arguments, wide
 from model import Model, load
+from plans import order_of
 from projection import BUDGETS, LEVELS, SIDES, Projection, plan_at, shape_of, uniform_ranks
 
 NEARLY = 0.4        # how far above the least an increase may be, as a share of it

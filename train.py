@@ -41,10 +41,10 @@ import torch
 from torch import Generator, Tensor
 
 import common
-from cache import read_plan
 from data import data_arguments, random_windows, text_for
 from evaluate import Distill, describe, measure, report_arguments, wide, write_report
 from model import Model, load, read_config
+from plans import read_plan
 from projection import LEVELS, Projection, Rotation, calibrate, plan_at, shape_of, uniform_ranks
 
 # ------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import GOLDEN, full_cache, random_projection, random_ranks, relative, shape
 
-from cache import KVCache, order_of, read_plan
+from cache import KVCache
 from model import frequencies, load
+from plans import order_of, read_plan
 from projection import uniform_ranks
 
 
@@ -83,7 +84,7 @@ def test_bfloat16_agrees_within_its_rounding():
 def test_a_long_prompt_in_pieces_is_the_prompt_in_one(model, tokens, monkeypatch):
     p, ranks = random_projection(model), random_ranks(model)
     whole = model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21))
-    monkeypatch.setattr("cache.SCORES", 3 * 5 * 21)
+    monkeypatch.setattr("attention.SCORES", 3 * 5 * 21)
     pieces = model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21))
     assert relative(pieces, whole) < 1e-5
 

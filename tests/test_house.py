@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 ORDER = (
-    "common", "model", "data", "projection", "kernel", "cache",
+    "common", "model", "data", "projection", "plans", "kernel", "attention", "cache",
     "evaluate", "train", "search", "bits", "generate",
 )
 LESSON = ("projection", "cache", "kernel", "train", "search")

@@ -10,10 +10,11 @@ import torch
 from conftest import CKPT, DEMO, GOLDEN, call, random_projection, relative, script
 from safetensors.torch import load_file, save_file
 
-from cache import KVCache, order_of, read_plan
+from cache import KVCache
 from evaluate import measure
 from generate import decode
 from model import load, read_config
+from plans import order_of, read_plan
 from projection import Projection, calibrate
 from train import draw_along, draw_independent, draw_levels
 

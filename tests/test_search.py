@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import CKPT, GOLDEN, call, mean_kl, random_projection, shape
 
-from cache import read_plan
 from model import load
+from plans import read_plan
 from projection import Projection
 from search import Cost, exact, lazy
 

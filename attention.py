@@ -1,0 +1,107 @@
+"""Attention over the rows of the cache in plain PyTorch: everywhere but for a GPU's single tokens.
+
+Heads of the same rank lie side by side, as one view (J·B, r, max_len), so that one product serves
+them all; and one softmax serves all heads of a layer, whatever their ranks:
+
+    scores = (q U_r)(k U_r)ᵀ / sqrt(d)      for each group of keys
+    output = softmax(scores) (v U_r)        for each group of values
+
+`attend_stored` reads the cache. `attend_first` is for its first tokens, which attend to nothing but
+themselves: there PyTorch's own causal attention is the faster one, in one call for all heads.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import causal_attention
+
+SCORES = 2 ** 24        # scores computed at a time for a long chunk: 64 MB in float32
+
+
+class Group(NamedTuple):
+    """J heads of a layer with the same rank, neighbours in the cache: their blocks as one view."""
+    heads: slice                        # of J · batch matrices, in the order of the blocks
+    rows: Tensor                                                    # (J·batch, r, max_len)
+
+
+def attend_first(groups: tuple, q: Tensor, k: Tensor, by_value, window) -> Tensor:
+    """Attention of the first T tokens, among themselves: (B, T, Σ r over query heads).
+
+    q (K, B, G, T, d), k (K, B, T, d), zero beyond each rank, in the order of the key blocks; values
+    are in the cache by now. They are padded to d: one call serves all heads whatever their ranks.
+    """
+    K, B, _, T, d = q.shape
+    v = k.new_zeros(K * B, T, d)
+    for heads, rows in groups[1]:
+        v[heads, :, :rows.shape[1]] = rows[:, :, :T].mT
+    if by_value is not None:
+        v = moved(v, by_value.argsort(), B)
+    q = q.flatten(0, 1)                                             # (K·B, G, T, d)
+    k = k.flatten(0, 1)
+    a = causal_attention(q, k[:, None], v[:, None], window)
+    if by_value is not None:
+        a = moved(a, by_value, B)
+    outputs = [for_row(a[heads, :, :, :rows.shape[1]], B) for heads, rows in groups[1]]
+    return join(outputs, 2)
+
+
+def moved(x: Tensor, heads: Tensor, B: int) -> Tensor:
+    """x (K·B, …) with its heads in another order."""
+    x = x.unflatten(0, (-1, B)).index_select(0, heads)
+    return x.flatten(0, 1)
+
+
+def for_row(a: Tensor, B: int) -> Tensor:
+    """Attention's (J·B, G, T, r) of J heads as W_o' takes it, (B, T, J·G·r)."""
+    return a.unflatten(0, (-1, B)).permute(1, 3, 0, 2, 4).flatten(2)
+
+
+def attend_stored(groups: tuple, q: Tensor, begin: int, end: int, window, by_value) -> Tensor:
+    """Attention of the last T tokens, q (K, B, G, T, d), to tokens begin … end − 1 of a layer.
+
+    Returns (B, T, Σ r over query heads). A long chunk goes in pieces.
+    """
+    K, B, G, T, _ = q.shape
+    if T == 1:
+        return attend_rows(groups, q, begin, end, None, by_value)
+    token = torch.arange(begin, end, device=q.device)
+    now = token[-T:, None]
+    hidden = (token > now) | (token <= now - (window or end))       # (T, tokens)
+    outputs = []
+    size = max(1, SCORES // (K * B * G * len(token)))
+    for part, hidden_part in zip(q.split(size, dim=3), hidden.split(size), strict=True):
+        outputs.append(attend_rows(groups, part, begin, end, hidden_part, by_value))
+    return join(outputs, 1)
+
+
+def attend_rows(groups: tuple, q: Tensor, begin: int, end: int, hidden, by_value) -> Tensor:
+    """The same for as many queries as have their scores at a time.
+
+    The G queries that share a key-value head form one matrix: each stored number is read once and
+    never repeated. One product for all heads of a rank, and one softmax for all heads.
+    """
+    K, B, G, T, d = q.shape
+    q = q.flatten(2, 3).flatten(0, 1)                               # (K·B, G·T, d)
+    scores = q.new_empty(K * B, G * T, end - begin)
+    for heads, rows in groups[0]:
+        keys = rows[:, :, begin:end]                                # (J·B, r, tokens)
+        some = scores[heads]
+        torch.baddbmm(some, q[heads, :, :keys.shape[1]], keys, beta=0, alpha=d ** -0.5, out=some)
+    if hidden is not None:
+        scores.unflatten(1, (G, T)).masked_fill_(hidden, float("-inf"))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = scores.softmax(-1, wide).to(q.dtype)
+    if by_value is not None:
+        weights = moved(weights, by_value, B)
+    outputs = []
+    for heads, rows in groups[1]:
+        values = rows[:, :, begin:end].mT                           # (J·B, tokens, r)
+        a = torch.bmm(weights[heads], values)                       # (J·B, G·T, r)
+        outputs.append(for_row(a.unflatten(1, (G, T)), B))
+    return join(outputs, 2)
+
+
+def join(parts: list[Tensor], dim: int) -> Tensor:
+    """torch.cat, but without its copy where there is only one part."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
