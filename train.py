@@ -21,8 +21,7 @@ It gains where little of the cache is left and loses to PCA elsewhere. The defau
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
              counts about the same at every budget. No cross-entropy: it pulls towards the text.
-  steps      200 at 1 / d, second moments over some 20 steps (β₂ = 0.95). Adam steps every angle
-             alike; a column is turned by nearly d of them.
+  rate       0.75 / d. Adam steps every angle alike; a column is turned by nearly d of them.
 
     python train.py                                             # the demo on Python's documentation
     python train.py --recipe paper --out out_paper              # the paper's recipe, to compare
@@ -36,13 +35,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 import common
 from cache import read_plan
-from data import data_arguments, random_windows, text_for
+from data import data_arguments, random_windows, set_apart, text_for
 from evaluate import Distill, describe, measure, report_arguments, wide, write_report
 from model import Model, load, read_config
 from projection import LEVELS, Projection, Rotation, calibrate, plan_at, shape_of, uniform_ranks
@@ -91,17 +89,14 @@ def find_order(model: Model, start: Projection, moments, W_o: list, tokens, args
 
     Measured is what each rank costs alone, cut to a quarter of d; the rest follows from moments.
     """
-    full = uniform_ranks(1.0, model.config)
-    kl = torch.zeros(full.numel(), dtype=torch.float64)
     hooks = {}
-    for place in range(common.RANK, len(kl), common.WORLD):
-        plan = full.clone()
+    for place in range(2 * start.mean_v[..., 0].numel()):
+        plan = uniform_ranks(1.0, model.config)
         plan.view(-1)[place] //= 4
         hooks[place] = start.at(plan)
-    _, results = measure(model, tokens, hooks, args.batch, args.seq, ORDER_WINDOWS)
-    for place, result in results.items():
-        kl[place] = result["kl"]
-    common.sum_over_processes(kl)
+    _, results = measure(model, tokens, hooks, args.batch, args.seq, limit=4)
+    kl = torch.tensor([result["kl"] for result in results.values()]) / common.WORLD
+    common.sum_over_processes(kl)                       # so that all have the same order
     return moments.order(start, W_o, kl, LEVELS // 4)
 
 
@@ -201,8 +196,7 @@ class Run:
         self.rotation = Rotation(start)
         for parameter in self.rotation.parameters():    # a step where all are full has no gradient
             parameter.grad = torch.zeros_like(parameter)
-        betas = (0.9, 0.999 if args.recipe == "paper" else 0.95)
-        self.optimizer = torch.optim.Adam(self.rotation.parameters(), betas=betas)
+        self.optimizer = torch.optim.Adam(self.rotation.parameters())
         files = {name: str(getattr(args, name) or "") for name in ("ckpt", "data", "ranks")}
         config = {name: getattr(args, name) for name in self.SETTINGS} | files
         self.said = {"step": 0, "loss": [], "checks": [], "config": config}
@@ -247,8 +241,7 @@ class Run:
 # ------------------------------------------------------------------------------
 # The script
 
-VALID = 8               # windows of validation text, the end of the training text
-ORDER_WINDOWS = 4       # windows of training text that a head's weight in the order is measured on
+VALID = 8       # windows of validation text, the end of the training text
 
 
 def options() -> argparse.Namespace:
@@ -264,7 +257,7 @@ def options() -> argparse.Namespace:
     add("--uniform", action="store_true", help="train for the same rank everywhere")
     add("--steps", type=count, help="[200; paper: 400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
-    add("--lr", type=positive, help="Adam's peak rate [1 / head_dim; paper: 0.001]")
+    add("--lr", type=positive, help="Adam's peak rate [0.75 / head_dim; paper: 0.001]")
     add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
     add("--amp", action="store_true", help="matrix products in bfloat16 over float32 weights")
     add("--checkpoint", action=argparse.BooleanOptionalAction,
@@ -304,8 +297,8 @@ def check(run: Run, model: Model, valid, plan) -> None:
     hooks = {f"{budget:.0%}": p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
     with common.blame("--ckpt"):
         _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
-    checked = {"step": run.said["step"]}
-    checked |= {name: round(result["kl"], 5) for name, result in results.items()}
+    kl = {name: round(result["kl"], 5) for name, result in results.items()}
+    checked = {"step": run.said["step"]} | kl
     run.said["checks"].append(checked)
     print(f"\nKL on validation text: {checked}", file=sys.stderr)
 
@@ -331,7 +324,7 @@ def main():
         config = read_config(args.ckpt / "config.json")
     device, dtype = common.prepare_training(args, config, LEVELS)
     if args.lr is None:
-        args.lr = 0.001 if args.recipe == "paper" else 1 / config.head_dim
+        args.lr = 0.001 if args.recipe == "paper" else 0.75 / config.head_dim
     order = None
     if args.ranks and not args.resume:
         with common.blame("--ranks"):
@@ -341,12 +334,7 @@ def main():
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
     args.train_tokens = len(tokens)
-    apart = VALID * args.seq + 1
-    if len(tokens) > 10 * apart:
-        tokens, valid = np.split(tokens, [len(tokens) - apart])
-    else:
-        valid = tokens[:0]                              # too short to set any of it apart
-
+    tokens, valid = set_apart(tokens, VALID * args.seq + 1)
     start = Run.resume if args.resume else begin
     with common.blame("--resume" if args.resume else "--ckpt"):
         run = start(args, model, tokens, order)
@@ -367,14 +355,12 @@ def main():
         if last or time.time() >= run.save_at:
             run.save()                          # between steps: never half of one
 
-    first, began = run.said["step"], time.time()
     hook = partial(ranks_hook, batch=args.batch)
     try:
         train(run, model, tokens, draw, hook, floor, after_step)
     except KeyboardInterrupt:
         where = f"the same command with --resume continues from step {run.saved_step}"
         common.fail(f"Stopped; {where if run.saved_step else 'nothing was saved yet'}", code=130)
-    print(f"Trained {args.steps - first} steps in {time.time() - began:.0f} s")
     if common.RANK == 0:
         finish(run, model, held_out, plan)
     common.leave_processes()
