@@ -71,7 +71,7 @@ def draw_along(B: int, config, generator: Generator, order) -> Tensor:
     end_of_order = 1 - len(order) / (2 * L * K * LEVELS)
     lowest = max(0.15, end_of_order)
     budgets = lowest + (1 - lowest) * torch.rand(B, generator=generator)
-    plans = [plan_at(order, config, budget.item()) for budget in budgets]
+    plans = [plan_at(order, config, budget) for budget in budgets.tolist()]
     levels = torch.stack(plans, dim=2) // (d // LEVELS)
     return nudged(levels, config, generator)
 
@@ -90,12 +90,13 @@ def find_order(model: Model, start: Projection, moments, W_o: list, tokens, args
     Measured is what each rank costs alone, cut to a quarter of d; the rest follows from moments.
     """
     hooks = {}
-    for place in range(2 * start.mean_v[..., 0].numel()):
-        plan = uniform_ranks(1.0, model.config)
+    full = uniform_ranks(1.0, model.config)
+    for place in range(full.numel()):
+        plan = full.clone()
         plan.view(-1)[place] //= 4
         hooks[place] = start.at(plan)
     _, results = measure(model, tokens, hooks, args.batch, args.seq, limit=4)
-    kl = torch.tensor([result["kl"] for result in results.values()]) / common.WORLD
+    kl = torch.tensor([result["kl"] for result in results.values()])
     common.sum_over_processes(kl)                       # so that all have the same order
     return moments.order(start, W_o, kl, LEVELS // 4)
 
@@ -115,7 +116,8 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
     # A token's share of the gradient may be below 6e-8, the smallest number of float16.
     scale = args.batch * args.seq if model.dtype == torch.float16 else 1
     progress = common.Progress(args.steps)
-    B, mine = common.WORLD * args.batch, common.my_share(args.batch)
+    mine = common.my_share(args.batch)
+    B = common.WORLD * args.batch
     for step in range(run.said["step"], args.steps):
         # Everything random in a step follows from the seed and the step's number: a resumed
         # training draws what it would have, and N processes what one with N times the batch would.
@@ -184,21 +186,23 @@ class Run:
 
     # What must be as it was for a resumed training to end where the undisturbed one would have.
     SETTINGS = (
-        "recipe", "uniform", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype",
-        "amp", "train_tokens", "processes", "ckpt", "data", "ranks")
+        "recipe", "uniform", "ce", "steps", "batch", "seq", "lr",
+        "accumulate", "seed", "dtype", "amp", "train_tokens", "processes")
+    FILES = ("ckpt", "data", "ranks")
     START, STATE = "train.start.safetensors", "train.state.safetensors"
 
     def __init__(self, args, start: Projection, pca: Projection, order):
         args.processes = common.WORLD
-        self.args, self.start, self.pca, self.order = args, start, pca, order
+        self.args = args
+        self.start, self.pca, self.order = start, pca, order
         self.start_file = args.out / self.START
         self.file = args.out / self.STATE
         self.rotation = Rotation(start)
         for parameter in self.rotation.parameters():    # a step where all are full has no gradient
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer = torch.optim.Adam(self.rotation.parameters())
-        files = {name: str(getattr(args, name) or "") for name in ("ckpt", "data", "ranks")}
-        config = {name: getattr(args, name) for name in self.SETTINGS} | files
+        config = {name: getattr(args, name) for name in self.SETTINGS}
+        config |= {name: str(getattr(args, name) or "") for name in self.FILES}
         self.said = {"step": 0, "loss": [], "checks": [], "config": config}
         self.saved_step, self.save_at = 0, 0.0          # when to save: the first step at once
 
@@ -294,18 +298,20 @@ def begin(args, model: Model, tokens, order) -> Run:
 def check(run: Run, model: Model, valid, plan) -> None:
     """Print the KL on validation text: set apart from training, and not the held-out text."""
     p = run.projection()
-    hooks = {f"{budget:.0%}": p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
+    hooks = {budget: p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
     with common.blame("--ckpt"):
         _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
-    kl = {name: round(result["kl"], 5) for name, result in results.items()}
-    checked = {"step": run.said["step"]} | kl
+    checked = {"step": run.said["step"]}
+    for budget, result in results.items():
+        checked[f"{budget:.0%}"] = round(result["kl"], 5)
     run.said["checks"].append(checked)
     print(f"\nKL on validation text: {checked}", file=sys.stderr)
 
 
 def finish(run: Run, model: Model, held_out, plan) -> None:
     """Save the projections, report on them, and write train.json and train.png."""
-    out, pca, trained = run.args.out, run.pca.to(model.device), run.projection()
+    out, trained = run.args.out, run.projection()
+    pca = run.pca.to(model.device)
     with common.blame("--out"):
         trained.save(out / "projections.safetensors", pca)
     uniform = partial(uniform_ranks, config=model.config)
