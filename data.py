@@ -40,6 +40,13 @@ def windows(tokens: np.ndarray, starts: Tensor, T: int) -> Tensor:
     return torch.from_numpy(rows.astype(np.int64))
 
 
+def set_apart(tokens: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training tokens and the last n, for validation; none of these where the text is short."""
+    if len(tokens) <= 10 * n:
+        n = 0
+    return tokens[:len(tokens) - n], tokens[len(tokens) - n:]
+
+
 def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generator,
                    mine: slice = slice(None)) -> Tensor:
     """B random windows of T + 1 tokens, or those of them that are this process's share."""

@@ -11,7 +11,7 @@ cache gives the same logits. The KL is also what training minimises (Distill). A
 is a projection with a plan, the ranks of all heads, for every budget, the share of the cache kept.
 
     python evaluate.py                                  # what train.py and search.py left in out/
-    python evaluate.py --out out_order --tasks demo/questions.jsonl
+    python evaluate.py --tasks demo/questions.jsonl
 
 Reads projections.safetensors in the --out folder, and where they are train.json, ranks.json and
 ranks_pca.json (`search.py --pca`); writes evaluation.json and .png. A line of --tasks is
@@ -279,11 +279,9 @@ def report(model: Model, held_out: np.ndarray, curves: dict, args, budgets=BUDGE
         hooks |= {(name, b): projection.at(plan(b)) for b in budgets if b < 1}
     with common.blame("--ckpt"):
         base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
-    untouched = {"kl": 0.0} | base                  # at full ranks every curve is the model itself
-    rows = []
-    for budget in budgets:
-        row = {name: results.get((name, budget), untouched) for name in curves}
-        rows.append({"budget": budget} | row)
+    same = {"kl": 0.0} | base                       # at full ranks a curve is the model itself
+    rows = [{"budget": budget} | {name: results.get((name, budget), same) for name in curves}
+            for budget in budgets]
     print_table(base, rows)
     return base, rows
 

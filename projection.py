@@ -230,34 +230,41 @@ class Moments:
 
     def readers(self, W_o: list[Tensor]) -> Tensor:
         """M = Σ W_o[h]ᵀ W_o[h] over the query heads h of a group: (L, K, d, d)."""
+        _, K, d = self.v.shape
         M = torch.empty_like(self.vv)
         for i, W in enumerate(W_o):
-            W = W.to(M).unflatten(1, (-1, self.G, M.shape[-1]))     # (hidden, K, G, d)
+            W = W.to(M).view(-1, K, self.G, d)                      # (hidden, K, G, d)
             M[i] = torch.einsum("xkgd,xkge->kde", W, W)
         return M
 
     def errors(self, p: Projection, W_o: list[Tensor]) -> Tensor:
         """How far off a head's scores, and outputs, are at each level 0 … 8: (2, L, K, 9).
 
-        The mean square of what is cut off, as if keys knew nothing of queries. In coordinates x of
-        what is cached and y of who reads it, Σ xᵢ yᵢ over the columns cut off has the mean square
-        Σ E[xᵢxⱼ] E[yᵢyⱼ] over pairs of them.
+        The mean square of what is cut off, up to a factor, as if keys knew nothing of queries. In
+        coordinates x of what is cached and y of who reads it, Σ xᵢ yᵢ over the columns cut off has
+        the mean square Σ E[xᵢxⱼ] E[yᵢyⱼ] over pairs of them.
         """
         cached = torch.stack(self.covariances())                    # (2, L, K, d, d)
         read = torch.stack((self.qq, self.readers(W_o)))
-        U = torch.stack((p.U_k, p.U_v)).to(cached)
-        pairs = (U.mT @ cached @ U) * (U.mT @ read @ U)
-        eighth = U.shape[-1] // LEVELS
-        starts = range(0, U.shape[-1] + 1, eighth)
-        return torch.stack([pairs[..., r:, r:].sum((-1, -2)) for r in starts], dim=-1)
+        U = torch.stack((p.U_k, p.U_v)).double()
+        x, y = (U.mT @ squares @ U for squares in (cached, read))
+        pairs = x * y
+        errors = []
+        for level in range(LEVELS + 1):
+            r = level * U.shape[-1] // LEVELS
+            cut_off = pairs[..., r:, r:]
+            errors.append(cut_off.sum((-1, -2)))
+        return torch.stack(errors, dim=-1)
 
     def order(self, p: Projection, W_o: list[Tensor], kl: Tensor, level: int) -> Tensor:
         """Reverse water-filling: an order (n,) of lowerings, always of the cheapest next eighth.
 
         A rank costs in proportion to the errors it makes; kl (2LK,) is what each costs at `level`.
         """
-        errors = self.errors(p, W_o).flatten(0, 2).cpu()            # (2LK, 9)
-        costs = errors * (kl / errors[:, level])[:, None]
+        errors = self.errors(p, W_o).cpu()
+        errors = errors.flatten(0, 2)                               # (2LK, 9)
+        weight = kl / errors[:, level]
+        costs = weight[:, None] * errors
         steps = costs[:, 1:-1] - costs[:, 2:]                       # to levels 1, …, 7
         steps = steps.flip(-1).cummax(-1).values                    # a cheap one behind a dear one
         return steps.flatten().argsort(stable=True) // (LEVELS - 1)
@@ -291,7 +298,8 @@ def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16
     mine = common.my_share(B)
     for _ in range(batches):
         block = random_windows(tokens, common.WORLD * B, T, generator, mine)
-        model.hidden(block[:, :-1].to(model.device), observe=moments)
+        x = block[:, :-1].to(model.device)
+        model.hidden(x, observe=moments)
     for total in moments.sums:
         common.sum_over_processes(total)
     return moments

@@ -174,7 +174,8 @@ def lazy(cost: Cost):
             continue
         cost.lower(candidate)
         if cost.ranks[candidate] > cost.eighth:
-            heapq.heappush(heap, ((GROWTH * key[0], key[1]), candidate))
+            next_step = GROWTH * key[0], key[1]
+            heapq.heappush(heap, (next_step, candidate))
         yield candidate
 
 

@@ -21,8 +21,7 @@ It gains where little of the cache is left and loses to PCA elsewhere. The defau
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
              counts about the same at every budget. No cross-entropy: it pulls towards the text.
-  steps      200 at 1 / d, second moments over some 20 steps (β₂ = 0.95). Adam steps every angle
-             alike; a column is turned by nearly d of them.
+  rate       0.75 / d. Adam steps every angle alike; a column is turned by nearly d of them.
 
     python train.py                                             # the demo on Python's documentation
     python train.py --recipe paper --out out_paper              # the paper's recipe, to compare
@@ -36,12 +35,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 import common
-from data import data_arguments, random_windows, text_for
+from data import data_arguments, random_windows, set_apart, text_for
 from evaluate import Distill, describe, measure, report_arguments, wide, write_report
 from model import Model, load, read_config
 from plans import read_plan
@@ -73,7 +71,7 @@ def draw_along(B: int, config, generator: Generator, order) -> Tensor:
     end_of_order = 1 - len(order) / (2 * L * K * LEVELS)
     lowest = max(0.15, end_of_order)
     budgets = lowest + (1 - lowest) * torch.rand(B, generator=generator)
-    plans = [plan_at(order, config, budget.item()) for budget in budgets]
+    plans = [plan_at(order, config, budget) for budget in budgets.tolist()]
     levels = torch.stack(plans, dim=2) // (d // LEVELS)
     return nudged(levels, config, generator)
 
@@ -91,17 +89,15 @@ def find_order(model: Model, start: Projection, moments, W_o: list, tokens, args
 
     Measured is what each rank costs alone, cut to a quarter of d; the rest follows from moments.
     """
-    full = uniform_ranks(1.0, model.config)
-    kl = torch.zeros(full.numel(), dtype=torch.float64)
     hooks = {}
-    for place in range(common.RANK, len(kl), common.WORLD):
+    full = uniform_ranks(1.0, model.config)
+    for place in range(full.numel()):
         plan = full.clone()
         plan.view(-1)[place] //= 4
         hooks[place] = start.at(plan)
-    _, results = measure(model, tokens, hooks, args.batch, args.seq, ORDER_WINDOWS)
-    for place, result in results.items():
-        kl[place] = result["kl"]
-    common.sum_over_processes(kl)
+    _, results = measure(model, tokens, hooks, args.batch, args.seq, limit=4)
+    kl = torch.tensor([result["kl"] for result in results.values()])
+    common.sum_over_processes(kl)                       # so that all have the same order
     return moments.order(start, W_o, kl, LEVELS // 4)
 
 
@@ -120,7 +116,8 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
     # A token's share of the gradient may be below 6e-8, the smallest number of float16.
     scale = args.batch * args.seq if model.dtype == torch.float16 else 1
     progress = common.Progress(args.steps)
-    B, mine = common.WORLD * args.batch, common.my_share(args.batch)
+    mine = common.my_share(args.batch)
+    B = common.WORLD * args.batch
     for step in range(run.said["step"], args.steps):
         # Everything random in a step follows from the seed and the step's number: a resumed
         # training draws what it would have, and N processes what one with N times the batch would.
@@ -189,22 +186,23 @@ class Run:
 
     # What must be as it was for a resumed training to end where the undisturbed one would have.
     SETTINGS = (
-        "recipe", "uniform", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype",
-        "amp", "train_tokens", "processes", "ckpt", "data", "ranks")
+        "recipe", "uniform", "ce", "steps", "batch", "seq", "lr",
+        "accumulate", "seed", "dtype", "amp", "train_tokens", "processes")
+    FILES = ("ckpt", "data", "ranks")
     START, STATE = "train.start.safetensors", "train.state.safetensors"
 
     def __init__(self, args, start: Projection, pca: Projection, order):
         args.processes = common.WORLD
-        self.args, self.start, self.pca, self.order = args, start, pca, order
+        self.args = args
+        self.start, self.pca, self.order = start, pca, order
         self.start_file = args.out / self.START
         self.file = args.out / self.STATE
         self.rotation = Rotation(start)
         for parameter in self.rotation.parameters():    # a step where all are full has no gradient
             parameter.grad = torch.zeros_like(parameter)
-        betas = (0.9, 0.999 if args.recipe == "paper" else 0.95)
-        self.optimizer = torch.optim.Adam(self.rotation.parameters(), betas=betas)
-        files = {name: str(getattr(args, name) or "") for name in ("ckpt", "data", "ranks")}
-        config = {name: getattr(args, name) for name in self.SETTINGS} | files
+        self.optimizer = torch.optim.Adam(self.rotation.parameters())
+        config = {name: getattr(args, name) for name in self.SETTINGS}
+        config |= {name: str(getattr(args, name) or "") for name in self.FILES}
         self.said = {"step": 0, "loss": [], "checks": [], "config": config}
         self.saved_step, self.save_at = 0, 0.0          # when to save: the first step at once
 
@@ -247,8 +245,7 @@ class Run:
 # ------------------------------------------------------------------------------
 # The script
 
-VALID = 8               # windows of validation text, the end of the training text
-ORDER_WINDOWS = 4       # windows of training text that a head's weight in the order is measured on
+VALID = 8       # windows of validation text, the end of the training text
 
 
 def options() -> argparse.Namespace:
@@ -264,7 +261,7 @@ def options() -> argparse.Namespace:
     add("--uniform", action="store_true", help="train for the same rank everywhere")
     add("--steps", type=count, help="[200; paper: 400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
-    add("--lr", type=positive, help="Adam's peak rate [1 / head_dim; paper: 0.001]")
+    add("--lr", type=positive, help="Adam's peak rate [0.75 / head_dim; paper: 0.001]")
     add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
     add("--amp", action="store_true", help="matrix products in bfloat16 over float32 weights")
     add("--checkpoint", action=argparse.BooleanOptionalAction,
@@ -301,18 +298,20 @@ def begin(args, model: Model, tokens, order) -> Run:
 def check(run: Run, model: Model, valid, plan) -> None:
     """Print the KL on validation text: set apart from training, and not the held-out text."""
     p = run.projection()
-    hooks = {f"{budget:.0%}": p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
+    hooks = {budget: p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
     with common.blame("--ckpt"):
         _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
     checked = {"step": run.said["step"]}
-    checked |= {name: round(result["kl"], 5) for name, result in results.items()}
+    for budget, result in results.items():
+        checked[f"{budget:.0%}"] = round(result["kl"], 5)
     run.said["checks"].append(checked)
     print(f"\nKL on validation text: {checked}", file=sys.stderr)
 
 
 def finish(run: Run, model: Model, held_out, plan) -> None:
     """Save the projections, report on them, and write train.json and train.png."""
-    out, pca, trained = run.args.out, run.pca.to(model.device), run.projection()
+    out, trained = run.args.out, run.projection()
+    pca = run.pca.to(model.device)
     with common.blame("--out"):
         trained.save(out / "projections.safetensors", pca)
     uniform = partial(uniform_ranks, config=model.config)
@@ -331,7 +330,7 @@ def main():
         config = read_config(args.ckpt / "config.json")
     device, dtype = common.prepare_training(args, config, LEVELS)
     if args.lr is None:
-        args.lr = 0.001 if args.recipe == "paper" else 1 / config.head_dim
+        args.lr = 0.001 if args.recipe == "paper" else 0.75 / config.head_dim
     order = None
     if args.ranks and not args.resume:
         with common.blame("--ranks"):
@@ -341,12 +340,7 @@ def main():
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
     args.train_tokens = len(tokens)
-    apart = VALID * args.seq + 1
-    if len(tokens) > 10 * apart:
-        tokens, valid = np.split(tokens, [len(tokens) - apart])
-    else:
-        valid = tokens[:0]                              # too short to set any of it apart
-
+    tokens, valid = set_apart(tokens, VALID * args.seq + 1)
     start = Run.resume if args.resume else begin
     with common.blame("--resume" if args.resume else "--ckpt"):
         run = start(args, model, tokens, order)
@@ -367,14 +361,13 @@ def main():
         if last or time.time() >= run.save_at:
             run.save()                          # between steps: never half of one
 
-    first, forecast = run.said["step"], common.Forecast(args, device)
+    forecast = common.Forecast(args, device)
     hook = partial(ranks_hook, batch=args.batch)
     try:
         train(run, model, tokens, draw, hook, floor, after_step)
     except KeyboardInterrupt:
         where = f"the same command with --resume continues from step {run.saved_step}"
         common.fail(f"Stopped; {where if run.saved_step else 'nothing was saved yet'}", code=130)
-    print(f"Trained {args.steps - first} steps in {time.time() - forecast.began:.0f} s")
     if common.RANK == 0:
         finish(run, model, held_out, plan)
     common.leave_processes()
