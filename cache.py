@@ -43,10 +43,9 @@ TILE = 4096             # tokens turned at a time when a full head shrinks
 
 
 class Folded(NamedTuple):
-    """A layer's weights for a plan. One product makes queries, keys and coordinates of values:
-    decoding a token is many small operations, and each one counts."""
-    W_qkv: Tensor           # (H·d + K·d + Σ r, hidden): in the order of the key blocks G queries
-                            # and a key of each head, then values as their blocks lie
+    """A layer's weights for a plan. The rows of W_qkv', as the blocks of keys lie: of each head
+    those of its G queries and of its key; then those of the values, as their blocks lie."""
+    W_qkv: Tensor                       # (H·d + K·d + Σ r, hidden)
     b_qkv: Tensor | None                # Qwen2 has one
     W_o: Tensor                                                     # (hidden, Σ r over query heads)
     bias: Tensor | None                 # (hidden): what cut-off means add; None where nothing is
@@ -61,8 +60,8 @@ class KVCache:
     pass calls `begin`; for every layer `fold` and `attend`; then `advance`. ValueError for ranks or
     sizes that make no sense, and when it is full.
 
-    On a GPU `span` holds begin and end of what a token attends to. After `fix_launches` the place
-    of the next token is there too, `position`, and decoding it is the same launches at any length.
+    `span` is for the kernel: begin and end of what a token attends to, on the device. So is, after
+    `fix_launches`, `position` of the next token: then decoding is the same launches at any length.
     """
 
     def __init__(
@@ -109,10 +108,10 @@ class KVCache:
         self.rows = self.data.view(total, self.max_len)
         self.by_kernel = self.data.is_cuda and self.dtype.itemsize in (2, 4)    # Triton: no float64
 
-        self.groups = [[self.group_heads(side, i) for i in range(L)] for side in (0, 1)]
+        self.groups = [[self.group_heads(side, i) for side in (0, 1)] for i in range(L)]
         self.layer_rows = [self.rows[starts[0, i, 0]:ends[i, 1, -1]] for i in range(L)]
         self.key_bases = [self.key_basis(i) for i in range(L)]
-        # Made for a layer when first needed: see `fold`, `places`.
+        # Made when first needed, by `fold` and `places`.
         self.folded, self.found_places = [None] * L, [None] * L
 
     def group_heads(self, side: int, i: int) -> list[Group]:
@@ -145,16 +144,15 @@ class KVCache:
         if self.found_places[i] is None:
             by_key, by_value = self.order[:, i]
             ranks, rows = self.ranks[:, i], self.first_rows[:, i]
-            ends = G * ranks[1, by_value].cumsum(0)
-            firsts = torch.empty_like(ends)
-            firsts[by_value] = ends - G * ranks[1, by_value]
+            widths = G * ranks[1, by_value]
+            ends = widths.cumsum(0)
+            firsts = torch.empty_like(ends).scatter_(0, by_value, ends - widths)
             table = torch.cat((rows, ranks, firsts[None]))[:, by_key]
             written = find_written(self.order[:, i], ranks, self.batch, G, self.head_dim)
-            moved = by_key.argsort()[by_value]
-            is_moved = (moved.diff() < 0).any()
+            is_moved = (by_key != by_value).any()
+            moved = by_key.argsort()[by_value].to(self.device) if is_moved else None
             self.found_places[i] = Places(
-                moved.to(self.device) if is_moved else None,
-                written.to(self.device), table.to(self.device), int(ends[-1]))
+                moved, written.to(self.device), table.to(self.device), int(ends[-1]))
         return self.found_places[i]
 
     # --------------------------------------------------------------------------
@@ -204,10 +202,10 @@ class KVCache:
                 b_qk, b_v = side_by_side(q.bias, k.bias, K), v.bias.chunk(K)
             heads = list(zip(W_qk, b_qk, v.weight.chunk(K), b_v, W_o.unbind(1), strict=True))
             bases = None if self.is_full(1, i) else self.projection.U_v[i]
-            folded = self.fold_heads(i, heads, bases, self.projection.mean_v[i])
+            self.folded[i] = self.fold_heads(i, heads, bases, self.projection.mean_v[i])
             if bases is None:                           # W_o as it is: no second copy
-                folded = folded._replace(W_o=stored_for_rows(weights.o_proj.weight))
-            self.folded[i] = folded
+                W_o = stored_for_rows(weights.o_proj.weight)
+                self.folded[i] = self.folded[i]._replace(W_o=W_o)
         return self.folded[i]
 
     def fold_heads(self, i: int, heads: list, bases, means, bias=None) -> "Folded":
@@ -238,7 +236,7 @@ class KVCache:
         them. Returns (B, T, Σ r over query heads), for W_o'.
         """
         G, T = both.shape[2] - 1, both.shape[3]
-        places, groups = self.places(i, G), (self.groups[0][i], self.groups[1][i])
+        places, groups = self.places(i, G), self.groups[i]
         both = self.turn(i, both)                                   # (K, B, G + 1, T, d)
         q, k = both[:, :, :-1], both[:, :, -1]
         if T > 1:
@@ -300,9 +298,8 @@ class KVCache:
     def fix_launches(self, model: Model) -> None:
         """From now on decode single tokens at `position`, by what does not depend on the length.
 
-        So that CUDA can capture a step (generate.py). PyTorch's attention reads all of the rows
-        and hides what is not there, which must be numbers; the kernel takes as many stretches as
-        max_len asks for.
+        So that CUDA can record a step (generate.py). The kernel takes as many stretches as max_len
+        asks for; without it all rows are read to their ends, which must hold numbers.
         """
         self.position = torch.full((1,), self.length, device=self.device)
         self.rows[:, self.length:] = 0

@@ -17,15 +17,13 @@ many. Loads beyond a head's rank are masked: it costs its own bytes, though arit
     write acc, m, l                                     # this stretch's share of the answer
 
 q, k and v are coordinates: the cache holds the first r columns of k U_k and of v U_v, the caller
-passes q U_k, and what comes out is in the values' coordinates: W_o' takes it (fold_values).
+passes q U_k, and what comes out is in the values' coordinates: W_o' takes it (fold_head).
 
 Why stretches: one sequence of Mistral-7B has 8 key-value heads, and a GPU has a hundred
-multiprocessors; the context is cut so that all have work. A second, small kernel merges the shares
-and writes them as W_o' takes them: on a GPU a decoded token is some 20 launches a layer, which take
-longer than what they launch, so each one counts.
-Why the running maximum: exp overflows without one; each stretch has its own, and `merge_kernel`
-sets them against one another. Why float32 for scores, l and acc: a sum of 100,000 terms in bfloat16
-stands still after the first few hundred. Only exp(scores − m_new) is rounded, to multiply v.
+multiprocessors; the context is cut so that all have work. A second, small kernel merges the shares,
+each rescaled to the largest m, and writes them as W_o' takes them: decoding is bound by launches.
+Why the running maximum: exp overflows without one. Why float32 for scores, l and acc: a sum of
+100,000 terms in bfloat16 soon stands still. Only exp(scores − m_new) is rounded, to multiply v.
 
     python kernel.py            # checks it against a float64 reference, on the GPU if there is one
     python bench/kernel.py      # times it, or compiles it for GPUs that are not here
@@ -66,9 +64,8 @@ def decode_kernel(
 
     q (B, K, G, D), its first two strides given; cache (rows, max_len) of q's dtype; table (5, K)
     int64: the first row of a head's keys, of its values, its key rank, its value rank; span (2,)
-    int64: begin and end, on the device, where a captured launch finds new ones. Writes float32
-    acc_out (B, K, Z, G, D) and stats_out (B, K, Z, G, 2): m and l; a stretch beyond the end writes
-    0, −inf and 0. ROWS and COLUMNS are G and D rounded up to what tl.dot takes.
+    int64: begin, end. Writes float32 acc_out (B, K, Z, G, D), stats_out (B, K, Z, G, 2): m, l; of a
+    stretch beyond the end 0, −inf, 0. ROWS, COLUMNS are G, D rounded up to what tl.dot takes.
     """
     b = tl.program_id(0)
     j = tl.program_id(1)
@@ -89,7 +86,8 @@ def decode_kernel(
     keys = cache + (key_row + column)[:, None] * max_len
     values = cache + (value_row + column)[:, None] * max_len
 
-    q_at = q + b * q_sequence + j * q_head + g[:, None] * D + column
+    first_query = q + b * q_sequence + j * q_head
+    q_at = first_query + g[:, None] * D + column
     queries = tl.load(q_at, mask=is_row & is_key, other=0.0)        # (ROWS, COLUMNS)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
@@ -121,7 +119,8 @@ def decode_kernel(
         v_mask = is_value[:, None] & is_there
         v = tl.load(values + token, mask=v_mask, other=0.0)         # (COLUMNS, TILE)
         v = tl.where(is_seen, v, 0.0)           # beyond the last token anything may lie, NaN too
-        pv = tl.dot(p.to(v.dtype), tl.trans(v), input_precision="ieee")
+        p = p.to(v.dtype)
+        pv = tl.dot(p, tl.trans(v), input_precision="ieee")
         acc = acc * rescale[:, None] + pv
 
     share = ((b * K + j) * Z + z) * G + g       # this program's rows of what it writes
@@ -136,7 +135,7 @@ def decode_kernel(
 def merge_kernel(
     acc_in, stats_in, table, out, Z, width,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARES: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARES: tl.constexpr = 16,
 ):
     """Sets the Z shares of each query against one another, and writes the row that W_o' takes.
 
@@ -158,16 +157,19 @@ def merge_kernel(
         z = start + tl.arange(0, SHARES)
         is_there = z < Z
         share = ((b * K + j) * Z + z) * G + g
-        m_z = tl.load(stats_in + share * 2, mask=is_there, other=float("-inf"))
-        l_z = tl.load(stats_in + share * 2 + 1, mask=is_there, other=0.0)
+        stats_at = stats_in + share * 2
+        acc_at = acc_in + share[:, None] * D + column
         acc_mask = is_there[:, None] & is_value
-        acc_z = tl.load(acc_in + share[:, None] * D + column, mask=acc_mask, other=0.0)
+        m_z = tl.load(stats_at, mask=is_there, other=float("-inf"))
+        l_z = tl.load(stats_at + 1, mask=is_there, other=0.0)
+        acc_z = tl.load(acc_at, mask=acc_mask, other=0.0)           # (SHARES, COLUMNS)
 
         m_new = tl.maximum(m, tl.max(m_z, axis=0))
         weight = tl.exp(m_z - m_new)
         rescale = tl.exp(m - m_new)
         l = l * rescale + tl.sum(l_z * weight, axis=0)
-        acc = acc * rescale + tl.sum(acc_z * weight[:, None], axis=0)
+        total = tl.sum(acc_z * weight[:, None], axis=0)
+        acc = acc * rescale + total
         m = m_new
 
     out_at = out + b * width + first + g * value_rank + column
@@ -185,11 +187,12 @@ def decode_attention(
 
     q (B, K, G, d) is q U_k, its last two dimensions contiguous; rows (n, max_len) is the cache, of
     q's dtype; table (5, K) int64: first rows of keys and of values, key ranks, value ranks, where
-    a head's numbers begin among the `width` of the result; span (2,) int64: attends to tokens begin
-    … end − 1, about `tokens` in number, which decides into how many stretches they are cut. All on
-    one device, where nobody waits for span. ValueError for shapes or dtypes that do not fit.
+    a head's numbers begin among the `width` of the result; span (2,) int64, begin and end, which
+    nobody waits for: `tokens`, about their number, decides into how many stretches they are cut.
+    ValueError for shapes or dtypes that do not fit.
     """
     B, K, G, d = q.shape
+    max_len = rows.shape[1]
     if d % 8 or q.dtype != rows.dtype or table.shape != (5, K):
         raise ValueError(f"q {list(q.shape)} {q.dtype}, rows {rows.dtype}, table "
                          f"{list(table.shape)}; expected a head_dim that is a multiple of 8, one "
@@ -200,14 +203,17 @@ def decode_attention(
 
     sizes = shapes(K, G, d, q.dtype)
     Z = stretches or enough_stretches(B * K, tokens, q.device)
-    acc = q.new_empty(B, K, Z, G, d, dtype=torch.float32)
-    stats = q.new_empty(B, K, Z, G, 2, dtype=torch.float32)
+    wide = {"dtype": torch.float32, "device": q.device}
+    acc = torch.empty(B, K, Z, G, d, **wide)
+    stats = torch.empty(B, K, Z, G, 2, **wide)
     out = q.new_empty(B, width)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         decode_kernel[(B, K, Z)](
             q, rows, table, span, acc, stats,
-            q.stride(0), q.stride(1), rows.shape[1], scale, **sizes)
-        merge_kernel[(B, K, G)](acc, stats, table, out, Z, width, **merging(sizes))
+            *q.stride()[:2], max_len, scale, **sizes)
+        merge_kernel[(B, K, G)](
+            acc, stats, table, out, Z, width,
+            K, G, d, sizes["COLUMNS"])
     return out.to(dtype)
 
 
@@ -216,7 +222,8 @@ def enough_stretches(groups: int, tokens: int, device) -> int:
     processors = 2                              # in the interpreter: any few
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(math.ceil(4 * processors / groups), tokens // 256))
+    wanted = math.ceil(4 * processors / groups)
+    return max(1, min(wanted, tokens // 256))
 
 
 def shapes(K: int, G: int, d: int, dtype):
@@ -227,11 +234,6 @@ def shapes(K: int, G: int, d: int, dtype):
     tile = min(128, 2 ** 14 // sizes["COLUMNS"])
     sizes["TILE"] = tile // dtype.itemsize
     return sizes
-
-
-def merging(sizes: dict) -> dict:
-    """The constants of merge_kernel: 16 shares at a time."""
-    return {name: sizes[name] for name in ("K", "G", "D", "COLUMNS")} | {"SHARES": 16}
 
 
 # ------------------------------------------------------------------------------
@@ -265,20 +267,23 @@ def example(
     max_len: int, begin: int, end: int,
     dtype: torch.dtype, device="cpu",
 ) -> tuple:
-    """Random arguments of decode_attention: ranks that differ, NaN wherever nothing may be seen."""
-    ranks = torch.randint(1, 9, (2, K)) * (d // 8)
+    """Random arguments of decode_attention; NaN wherever nothing may be seen."""
+    ranks = d // 8 * torch.randint(1, 9, (2, K))
     gap = 3                                     # a layer's blocks, with rows between them
     sizes = B * ranks.flatten() + gap
     firsts = sizes.cumsum(0) - sizes + gap
     rows = torch.full((int(sizes.sum()) + gap, max_len), torch.nan)
     for first, r in zip(firsts.tolist(), ranks.flatten().tolist(), strict=True):
         rows[first:first + B * r, begin:end].normal_()
-    ends = G * ranks[1].cumsum(0)
-    table = torch.cat((firsts.view(2, K), ranks, (ends - G * ranks[1])[None]))
-    q = torch.randn(B, K, G + 1, d)[:, :, :G]
-    span = torch.tensor([begin, end])
-    placed = q.to(device, dtype), rows.to(device, dtype), table.to(device), span.to(device)
-    return *placed, end - begin, int(ends[-1]), d ** -0.5
+    widths = G * ranks[1]                       # of each head's numbers in the result
+    first_out = widths.cumsum(0) - widths
+    table = torch.cat((firsts.view(2, K), ranks, first_out[None]))
+    q = torch.randn(B, K, G + 1, d)             # a cache passes queries with a key beside them
+    q = q.to(device, dtype)[:, :, :G]
+    rows = rows.to(device, dtype)
+    span = torch.tensor([begin, end], device=device)
+    width = int(widths.sum())
+    return q, rows, table.to(device), span, end - begin, width, d ** -0.5
 
 
 BOUNDS = {
@@ -299,8 +304,8 @@ def worst_error(G: int, d: int, dtype, device) -> float:
     for B, begin, end, stretches in CASES:
         inputs = example(B, 2, G, d, end + 7, begin, end, dtype, device)
         expected = reference(*inputs)
-        error = decode_attention(*inputs, stretches) - expected
-        error = (error.abs().max() / expected.abs().max()).item()
+        error = (decode_attention(*inputs, stretches) - expected).abs().max()
+        error = (error / expected.abs().max()).item()
         worst = math.inf if math.isnan(error) else max(worst, error)
     return worst
 

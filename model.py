@@ -14,8 +14,8 @@ past token. So `forward` has three hooks on that spot, one at a time, and knows 
     project(layer, k, v) -> (k̂, v̂)     replaces them by their projections (projection.py)
     observe(layer, q, k, v)             is shown them: calibration
     cache                               keeps them, in few coordinates, and attends to what it kept
-                                        (cache.py: begin, fold, attend), by a Wv and Wo of its
-                                        own; the other two are then not called
+                                        (cache.py: begin, fold, attend, advance), by weights of
+                                        its own; the other two are then not called
 
 Letters: B batch, T tokens, L layers, H query heads, K key-value heads, G = H / K (grouped-query
 attention), d = head_dim. The weights are frozen: this project trains rotations around them.
@@ -278,16 +278,14 @@ class Model(nn.Module):
     def attend_by_cache(self, i: int, h: Tensor, cache, turns) -> Tensor:
         """Layer i's attention to what the cache keeps: (B, T, hidden), from normed states h.
 
-        One product makes queries, keys and values, and one rotation serves all of the former: for
-        each key-value head its G queries, then its key. Decoding a token is many small operations,
-        and each one counts.
+        One product makes all: of each key-value head its G queries and then its key, which one
+        rotation turns; then values. Decoding is many small operations, and each one counts.
         """
         c, weights = self.config, self.layers[i].self_attn
         W_qkv, b_qkv, W_o, bias = cache.fold(i, weights)
         K = c.num_key_value_heads
         turned = (c.num_attention_heads + K) * c.head_dim
-        qkv = F.linear(h, W_qkv, b_qkv)
-        both, v = qkv.tensor_split((turned,), dim=-1)
+        both, v = F.linear(h, W_qkv, b_qkv).tensor_split((turned,), dim=-1)
         both = self.split_heads(both)                               # (B, H + K, T, d)
         if weights.q_norm is not None:
             of_heads = both.unflatten(1, (K, -1))

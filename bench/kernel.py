@@ -108,9 +108,8 @@ def gist(error: Exception) -> str:
 def compile_for(capability: int, function, dtype: str, d: int, G: int):
     """Triton's result for a kernel and 8 key-value heads, of which G query heads read each."""
     names = function.arg_names
-    constants = kernel.shapes(8, G, d, DTYPES[dtype])
-    if function is kernel.merge_kernel:
-        constants = kernel.merging(constants)
+    constants = kernel.shapes(8, G, d, DTYPES[dtype]) | {"SHARES": 16}
+    constants = {name: value for name, value in constants.items() if name in names}
     pointers = {name: kind for name, kind in POINTERS.items() if name in names}
     pointers |= {name: dtype for name in ("q", "cache", "out") if name in names}
     signature = dict.fromkeys(names, "i32")

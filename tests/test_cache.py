@@ -164,7 +164,7 @@ def test_a_group_is_all_heads_of_a_rank_as_one_view(model):
     for ranks in (random_ranks(model), uniform_ranks(0.5, model.config)):
         cache = KVCache(random_projection(model), ranks, batch=2, max_len=5)
         for side, layer in itertools.product(range(2), range(L)):
-            groups = cache.groups[side][layer]
+            groups = cache.groups[layer][side]
             assert len(groups) == len(ranks[side, layer].unique())
             cache.data.zero_()
             for number, (_, rows) in enumerate(groups, 1):
