@@ -243,41 +243,33 @@ def main():
     if not cost.kl < 1e3:
         common.fail(f"--ckpt: {args.ckpt}: the KL is {cost.kl}; are the weights whole?")
     print(f"{heads} ranks to lower in {rounds} rounds on {args.batch * args.seq:,} tokens; "
-          f"Algorithm 1 takes up to {rounds * heads:,} passes. Rounding moves the KL by "
-          f"{cost.noise:.1e}")
+          f"rounding moves the KL by {cost.noise:.1e}")
     uniform = partial(uniform_ranks, config=config)
     budgets = [level / LEVELS for level in range(LEVELS - 1, 0, -1)]
     uniform_kl = {budget: cost.measure(uniform(budget), 0)[0] for budget in budgets}
 
-    path, algorithm_1, began = [], 0, time.time()
+    path, began = [], time.time()
     cost.passes = cost.layer_passes = 0
     file = args.out / ("ranks_pca.json" if args.pca else "ranks.json")
     progress = common.Progress(rounds, "lowering")
+    reached = 1.0
     try:
-        candidates = heads
         for side, layer, head in (exact if args.exact else lazy)(cost):
             path.append([SIDES[side], layer, head, cost.kl])
-            algorithm_1 += candidates
-            candidates = len(cost.candidates())
             reached = 1 - len(path) / (heads * LEVELS)
             progress(len(path), f"budget {reached:6.1%}  KL {cost.kl:.5f}  {cost.passes:,} passes")
     except KeyboardInterrupt:
         if not path:
             common.fail("Stopped; nothing was saved", code=130)
-        reached = 1 - len(path) / (heads * LEVELS)
-        with common.blame("--out"):
-            save(path, cost, config, max(args.budget, reached), file)
+    with common.blame("--out"):
+        save(path, cost, config, max(args.budget, reached), file)
+    if len(path) < rounds:
         common.fail(f"Stopped; {file} holds the path down to {reached:.1%}", code=130)
     print(f"{cost.passes:,} passes, {cost.layer_passes:,} layer evaluations, "
-          f"{time.time() - began:.0f} s; Algorithm 1 takes {algorithm_1:,} passes along this path")
-    with common.blame("--out"):
-        save(path, cost, config, args.budget, file)
+          f"{time.time() - began:.0f} s")
 
     plan = partial(plan_at, order_of(path, config), config)
     ranks = plan(args.budget)
-    for side, of_side in zip(SIDES, ranks, strict=True):
-        lowest, full = (of_side == d // LEVELS).sum(), (of_side == d).sum()
-        print(f"At {args.budget:.1%}: {lowest} of {L * K} {side} at {d // LEVELS}, {full} at {d}")
     names = ("pca", "pca_searched") if args.pca else ("uniform", "searched")
     curves = {name: (projection, p) for name, p in zip(names, (uniform, plan), strict=True)}
     report(model, held_out, curves, args, [b for b in BUDGETS if b <= 0.75])
