@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, distributed
 
+BEGAN = time.time()
 DEMO = Path(__file__).resolve().parent / "demo"
 
 
@@ -567,14 +568,15 @@ def plan_memory(args, config, device: torch.device, dtype: torch.dtype) -> None:
 class Forecast:
     """Called after each step of a training: after the fourth it says what the run will take.
 
-    Beside its steps a run is passes of a batch: 16 without logits to calibrate, worth 11, four for
-    a validation, and those of the report, on seven budgets of every curve. A step is about 8/3.
+    Beside its steps a run is what went before them, validations, four passes of a batch each, and
+    the report: one for the model, and for every curve one at each of six budgets. A step is about
+    8/3 of a pass.
     """
 
     def __init__(self, args, device: torch.device):
         self.args, self.device = args, device
-        self.began = self.warm = time.time()
-        self.done = 0
+        self.before = time.time() - BEGAN
+        self.warm = self.done = 0
 
     def __call__(self) -> None:
         self.done += 1
@@ -586,10 +588,10 @@ class Forecast:
     def say(self, step: float) -> None:
         args = self.args
         one_pass = step * 3 / 8 / args.accumulate
-        hooks = 7 * (4 if args.ranks else 2)
+        hooks = 6 * (2 if args.uniform else 4)
         report = math.ceil(args.windows / args.batch) * (1 + hooks)
         validation = 4 * math.ceil(8 / args.batch)
-        around = one_pass * (11 + report + validation)
+        around = self.before + one_pass * (report + validation)
         each = step + one_pass * validation / args.check_every
         minutes = (around + args.steps * each) / 60
         fit = int((20 * 60 - around) / each)
