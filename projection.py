@@ -240,9 +240,8 @@ class Moments:
     def errors(self, p: Projection, W_o: list[Tensor]) -> Tensor:
         """How far off a head's scores, and outputs, are at each level 0 … 8: (2, L, K, 9).
 
-        The mean square of what is cut off, up to a factor, as if keys knew nothing of queries. In
-        coordinates x of what is cached and y of who reads it, Σ xᵢ yᵢ over the columns cut off has
-        the mean square Σ E[xᵢxⱼ] E[yᵢyⱼ] over pairs of them.
+        In coordinates x of what is cached and y of who reads it, Σ xᵢ yᵢ over the columns cut off
+        has the mean square Σ E[xᵢxⱼ] E[yᵢyⱼ] over pairs of them (as if x knew nothing of y).
         """
         cached = torch.stack(self.covariances())                    # (2, L, K, d, d)
         read = torch.stack((self.qq, self.readers(W_o)))
