@@ -32,10 +32,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
-from cache import read_plan
 from data import data_arguments, text_for, windows
 from evaluate import describe, log_probabilities, report_arguments
 from model import Model, load
+from plans import read_plan
 from projection import Projection, uniform_ranks
 
 GROUP = 32              # tokens of a KIVI group
