@@ -433,7 +433,6 @@ def main():
     plan_arguments(parser)
     count = common.within(1, 10 ** 7)
     parser.add_argument("--tokens", type=count, default=512, help="length of the cache shown [512]")
-    common.moved(parser, "--benchmark", to="python bench/cache.py")
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):

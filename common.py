@@ -66,16 +66,6 @@ def arguments(doc: str, several: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-def moved(parser: argparse.ArgumentParser, *options: str, to: str) -> None:
-    """Answer options that a script no longer has with one line that names their successor."""
-    class Moved(argparse.Action):
-        def __call__(self, parser, namespace, values, option=None):
-            fail(f"{option}: moved to {to}")
-
-    for option in options:
-        parser.add_argument(option, action=Moved, nargs="?", help=argparse.SUPPRESS)
-
-
 def within(low, high):
     """An argparse type: a number of the type of `low`, from `low` to `high`."""
     def parse(text: str):

@@ -381,7 +381,6 @@ def report_arguments(parser, batch: int = 8, windows: int = 64) -> None:
                         help="tokens of each [256]")
     parser.add_argument("--windows", type=common.within(1, 10 ** 6), default=windows,
                         help=f"windows of --seq held-out tokens to report on [{windows}]")
-    common.moved(parser, "--runs", to="--windows")
 
 
 def curves_in(folder: Path, model: Model) -> dict:

@@ -312,7 +312,6 @@ def worst_error(G: int, d: int, dtype, device) -> float:
 
 def main():
     parser = common.arguments(__doc__)
-    common.moved(parser, "--compile", "--out", to="python bench/kernel.py")
     device, _ = common.prepare(parser.parse_args())
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         common.fail("--device cpu: where there is a GPU, set TRITON_INTERPRET=1")

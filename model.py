@@ -460,7 +460,6 @@ def generate(model: Model, tokens: list[int], count: int, temperature: float = 0
 def main():
     parser = common.arguments(__doc__)
     common.prompt_arguments(parser)
-    common.moved(parser, "--proj", "--ranks", "--budget", to="python generate.py")
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     with common.blame("--ckpt"):

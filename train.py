@@ -269,7 +269,6 @@ def options() -> argparse.Namespace:
     add("--check-every", type=count, default=100, help="steps between validations [100]")
     add("--save-every", type=positive, default=30.0, help="least seconds between saves [30]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
-    common.moved(parser, "--eval", "--tasks", to="python evaluate.py")
     args = parser.parse_args()
     paper = args.recipe == "paper"
     args.uniform |= paper

@@ -11,7 +11,7 @@ ORDER = (
     "common", "model", "data", "projection", "plans", "kernel", "attention", "cache",
     "evaluate", "train", "search", "bits", "generate",
 )
-LESSON = ("projection", "cache", "kernel", "train", "search")
+LESSON = ("projection", "cache", "attention", "kernel", "train", "search")
 NAMES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 
 
@@ -52,9 +52,9 @@ def test_no_script_loads_itself_a_second_time(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_is_read_in_one_sitting(name):
-    """But for common.py, which no reader needs to read."""
+    """But for common.py, which no reader needs to read; model.py holds four architectures."""
     lines = source(name).splitlines()
-    assert len(lines) <= {"train": 350, "common": 600}.get(name, 450)
+    assert len(lines) <= {"train": 380, "model": 480, "common": 600}.get(name, 450)
 
 
 @pytest.mark.parametrize("folder", [".", "tests"])
@@ -67,8 +67,8 @@ def test_no_line_is_wider_than_a_hundred_columns(folder):
     assert not wide
 
 
-def test_the_lesson_has_at_most_1700_lines():
-    assert sum(len(source(name).splitlines()) for name in LESSON) <= 1700
+def test_the_lesson_has_at_most_2000_lines():
+    assert sum(len(source(name).splitlines()) for name in LESSON) <= 2000
 
 
 @pytest.mark.parametrize("name", LESSON)

@@ -467,16 +467,6 @@ CASES = [       # the script and its options; the words that the line must hold
     ("evaluate --tasks none.jsonl", "--tasks none.jsonl"),
     ("evaluate --tasks questions.jsonl", "--tasks questions.jsonl line 1"),
     ("evaluate --tasks empty.bin", "--tasks empty.bin no question"),
-    # What has moved to another script, or has another name
-    ("train --eval", "--eval evaluate.py"),
-    ("train --tasks questions.jsonl", "--tasks evaluate.py"),
-    ("train --runs 3", "--runs --windows"),
-    ("evaluate --runs 3", "--runs --windows"),
-    ("search --runs 3", "--runs --windows"),
-    ("model --ranks short.json", "--ranks generate.py"),
-    ("model --budget 0.5", "--budget generate.py"),
-    ("model --proj p.safetensors", "--proj generate.py"),
-    ("cache --benchmark", "--benchmark bench/cache.py"),
 ]
 
 
@@ -493,11 +483,6 @@ def test_wrong_input_is_named_in_one_line(wrong, monkeypatch, refusal, command, 
 def test_no_end_of_sequence_and_several_are_no_mistakes(wrong, monkeypatch, ckpt):
     monkeypatch.chdir(wrong)
     call("cache", "--ckpt", ckpt)
-
-
-def test_what_moved_from_the_kernel_is_named(refusal):
-    pytest.importorskip("triton")
-    assert "bench/kernel.py" in refusal("kernel", "--compile")
 
 
 @pytest.mark.parametrize("name", ["model", "data", "cache", "evaluate", "search", "generate"])
