@@ -1,7 +1,8 @@
 """What every script needs and no reader of the method must read.
 
 The command line and errors of one line; files that are written whole or not at all; a training's
-state; pictures; progress; text in and out; processes (torchrun); the memory of a training step.
+state; pictures; progress; tokenizers, text in and out; processes (torchrun); what a training will
+take, in memory and time.
 An error of the user is one line on stderr and exit code 2: the option as it was typed, the file,
 and what is wrong.
 """
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, distributed
 
+BEGAN = time.time()
 DEMO = Path(__file__).resolve().parent / "demo"
 
 
@@ -491,7 +493,7 @@ def sum_over_processes(total: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------
-# The memory of a training step
+# What a training will take: a step's memory, predicted, and the run's time, from its first steps
 
 CHUNK = 256     # tokens whose logits exist at a time; so few that on a CPU they stay in its cache
 
@@ -566,14 +568,15 @@ def plan_memory(args, config, device: torch.device, dtype: torch.dtype) -> None:
 class Forecast:
     """Called after each step of a training: after the fourth it says what the run will take.
 
-    Beside its steps a run is passes of a batch: 16 to calibrate, four for a validation, and those
-    of the report, on seven budgets of every curve. A step is about 8/3 passes: two, a backward.
+    Beside its steps a run is what went before them, validations, four passes of a batch each, and
+    the report: one for the model, and for every curve one at each of six budgets. A step is about
+    8/3 of a pass.
     """
 
     def __init__(self, args, device: torch.device):
         self.args, self.device = args, device
-        self.began = self.warm = time.time()
-        self.done = 0
+        self.before = time.time() - BEGAN
+        self.warm = self.done = 0
 
     def __call__(self) -> None:
         self.done += 1
@@ -585,10 +588,10 @@ class Forecast:
     def say(self, step: float) -> None:
         args = self.args
         one_pass = step * 3 / 8 / args.accumulate
-        hooks = 7 * (4 if args.ranks else 2)
+        hooks = 6 * (2 if args.uniform else 4)
         report = math.ceil(args.windows / args.batch) * (1 + hooks)
         validation = 4 * math.ceil(8 / args.batch)
-        around = one_pass * (16 + report + validation)
+        around = self.before + one_pass * (report + validation)
         each = step + one_pass * validation / args.check_every
         minutes = (around + args.steps * each) / 60
         fit = int((20 * 60 - around) / each)

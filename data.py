@@ -40,6 +40,13 @@ def windows(tokens: np.ndarray, starts: Tensor, T: int) -> Tensor:
     return torch.from_numpy(rows.astype(np.int64))
 
 
+def set_apart(tokens: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training tokens and the last n, for validation; none of these where the text is short."""
+    if len(tokens) <= 10 * n:
+        n = 0
+    return tokens[:len(tokens) - n], tokens[len(tokens) - n:]
+
+
 def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generator,
                    mine: slice = slice(None)) -> Tensor:
     """B random windows of T + 1 tokens, or those of them that are this process's share."""
@@ -154,8 +161,8 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
     with common.written_whole(target) as file:
         for ids in token_stream(tokenizer, texts, one_document=is_one):
             if len(ids) and ids.max() >= vocab_size:
-                raise ValueError(f"{ckpt}: its tokenizer makes the token id {ids.max()}, outside "
-                                 f"the model's vocabulary of {vocab_size}")
+                raise ValueError(f"{ckpt}: its tokenizer.model or .json makes the token id "
+                                 f"{ids.max()}, outside the model's vocabulary of {vocab_size}")
             file.write(ids.astype(dtype).tobytes())
             if time.time() - shown > 10:
                 shown = time.time()

@@ -11,7 +11,7 @@ cache gives the same logits. The KL is also what training minimises (Distill). A
 is a projection with a plan, the ranks of all heads, for every budget, the share of the cache kept.
 
     python evaluate.py                                  # what train.py and search.py left in out/
-    python evaluate.py --out out_order --tasks demo/questions.jsonl
+    python evaluate.py --tasks demo/questions.jsonl
 
 Reads projections.safetensors in the --out folder, and where they are train.json, ranks.json and
 ranks_pca.json (`search.py --pca`); writes evaluation.json and .png. A line of --tasks is
@@ -276,12 +276,12 @@ def report(model: Model, held_out: np.ndarray, curves: dict, args, budgets=BUDGE
     """
     hooks = {}
     for name, (projection, plan) in curves.items():
-        hooks |= {(name, budget): projection.at(plan(budget)) for budget in budgets}
+        hooks |= {(name, b): projection.at(plan(b)) for b in budgets if b < 1}
     with common.blame("--ckpt"):
         base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
-    rows = []
-    for budget in budgets:
-        rows.append({"budget": budget} | {name: results[name, budget] for name in curves})
+    same = {"kl": 0.0} | base                       # at full ranks a curve is the model itself
+    rows = [{"budget": budget} | {name: results.get((name, budget), same) for name in curves}
+            for budget in budgets]
     print_table(base, rows)
     return base, rows
 
@@ -374,13 +374,13 @@ def report_tasks(model: Model, curves: dict, args) -> dict:
 # ------------------------------------------------------------------------------
 # The script
 
-def report_arguments(parser, batch: int = 8) -> None:
+def report_arguments(parser, batch: int = 8, windows: int = 64) -> None:
     parser.add_argument("--batch", type=common.within(1, 10 ** 5), default=batch,
                         help=f"sequences at a time [{batch}]")
     parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=256,
                         help="tokens of each [256]")
-    parser.add_argument("--windows", type=common.within(1, 10 ** 6), default=64,
-                        help="windows of --seq held-out tokens to report on [64]")
+    parser.add_argument("--windows", type=common.within(1, 10 ** 6), default=windows,
+                        help=f"windows of --seq held-out tokens to report on [{windows}]")
     common.moved(parser, "--runs", to="--windows")
 
 

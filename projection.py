@@ -219,19 +219,54 @@ class Moments:
         at keys, W_o at values. The two are added with equal weight: the eigenvectors of
 
             keys      cov(k) / tr cov(k) + E[qᵀq] / tr E[qᵀq]
-            values    cov(v) / tr cov(v) + M / tr M,     M = Σ W_o[h]ᵀ W_o[h] over the group's h
+            values    cov(v) / tr cov(v) + M / tr M,     M as in `readers`
 
         A heuristic, not in the paper; docs/results.md compares it with PCA.
         """
-        _, K, d = self.v.shape
         cov_k, cov_v = self.covariances()
-        M = torch.empty_like(cov_v)
+        U_k = leading(unit_trace(cov_k) + unit_trace(self.qq))
+        U_v = leading(unit_trace(cov_v) + unit_trace(self.readers(W_o)))
+        return Projection(U_k, U_v, self.mean_v())
+
+    def readers(self, W_o: list[Tensor]) -> Tensor:
+        """M = Σ W_o[h]ᵀ W_o[h] over the query heads h of a group: (L, K, d, d)."""
+        _, K, d = self.v.shape
+        M = torch.empty_like(self.vv)
         for i, W in enumerate(W_o):
             W = W.to(M).view(-1, K, self.G, d)                      # (hidden, K, G, d)
             M[i] = torch.einsum("xkgd,xkge->kde", W, W)
-        U_k = leading(unit_trace(cov_k) + unit_trace(self.qq))
-        U_v = leading(unit_trace(cov_v) + unit_trace(M))
-        return Projection(U_k, U_v, self.mean_v())
+        return M
+
+    def errors(self, p: Projection, W_o: list[Tensor]) -> Tensor:
+        """How far off a head's scores, and outputs, are at each level 0 … 8: (2, L, K, 9).
+
+        In coordinates x of what is cached and y of who reads it, Σ xᵢ yᵢ over the columns cut off
+        has the mean square Σ E[xᵢxⱼ] E[yᵢyⱼ] over pairs of them (as if x knew nothing of y).
+        """
+        cached = torch.stack(self.covariances())                    # (2, L, K, d, d)
+        read = torch.stack((self.qq, self.readers(W_o)))
+        U = torch.stack((p.U_k, p.U_v)).double()
+        x, y = (U.mT @ squares @ U for squares in (cached, read))
+        pairs = x * y
+        errors = []
+        for level in range(LEVELS + 1):
+            r = level * U.shape[-1] // LEVELS
+            cut_off = pairs[..., r:, r:]
+            errors.append(cut_off.sum((-1, -2)))
+        return torch.stack(errors, dim=-1)
+
+    def order(self, p: Projection, W_o: list[Tensor], kl: Tensor, level: int) -> Tensor:
+        """Reverse water-filling: an order (n,) of lowerings, always of the cheapest next eighth.
+
+        A rank costs in proportion to the errors it makes; kl (2LK,) is what each costs at `level`.
+        """
+        errors = self.errors(p, W_o).cpu()
+        errors = errors.flatten(0, 2)                               # (2LK, 9)
+        weight = kl / errors[:, level]
+        costs = weight[:, None] * errors
+        steps = costs[:, 1:-1] - costs[:, 2:]                       # to levels 1, …, 7
+        steps = steps.flip(-1).cummax(-1).values                    # a cheap one behind a dear one
+        return steps.flatten().argsort(stable=True) // (LEVELS - 1)
 
 
 def covariance(n: Tensor, total: Tensor, squares: Tensor) -> Tensor:
@@ -262,7 +297,8 @@ def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16
     mine = common.my_share(B)
     for _ in range(batches):
         block = random_windows(tokens, common.WORLD * B, T, generator, mine)
-        model.hidden(block[:, :-1].to(model.device), observe=moments)
+        x = block[:, :-1].to(model.device)
+        model.hidden(x, observe=moments)
     for total in moments.sums:
         common.sum_over_processes(total)
     return moments

@@ -11,24 +11,21 @@ The ranks are drawn anew for every sequence. So each leading group of columns mu
 can without those that follow, like nested dolls, and one U serves every rank.
 
 `--recipe paper` is the paper's as its authors' code has it: it starts from PCA, draws every rank
-independently, and minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at 0.001. It gains
-where little of the cache is left and loses to plain PCA where most of it is. The default must not
-lose anywhere, and differs in four places:
+independently, and minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at 0.001, 400 steps.
+It gains where little of the cache is left and loses to PCA elsewhere. The default differs in
 
   start      PCA plus what queries and W_o read (query_aware): better before any training.
-  ranks      one level for a sequence, each head at most one off (draw_levels). Independent ranks
-             always average to about half of the cache, so the paper's recipe never sees a nearly
-             full one, nor a quarter of it. With --ranks FILE a random plan of the order that
-             search.py found (draw_along): the columns learn for the plans that will be used.
+  ranks      plans of any size along an order of lowerings (draw_along), as search.py makes them:
+             one for the start (find_order), or --ranks FILE. --uniform: one level for a sequence,
+             each head at most one off (draw_levels). The paper's average to about half.
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
-             counts about the same at every budget, down to 0.001. No cross-entropy: it pulls
-             towards the text, away from the model.
-  rate       0.5 / d. Adam steps every angle alike; a column is turned by nearly d of them.
+             counts about the same at every budget. No cross-entropy: it pulls towards the text.
+  rate       0.75 / d. Adam steps every angle alike; a column is turned by nearly d of them.
 
     python train.py                                             # the demo on Python's documentation
     python train.py --recipe paper --out out_paper              # the paper's recipe, to compare
-    python train.py --ranks out/ranks.json --out out_order      # along the order of search.py
+    python train.py --uniform --out out_uniform                 # for the same rank everywhere
     torchrun --nproc_per_node=8 train.py --ckpt DIR --data FILE     # several GPUs (docs/seven_b.md)
 """
 import argparse
@@ -38,12 +35,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 import common
-from data import data_arguments, random_windows, text_for
+from data import data_arguments, random_windows, set_apart, text_for
 from evaluate import Distill, describe, measure, report_arguments, wide, write_report
 from model import Model, load, read_config
 from plans import read_plan
@@ -75,7 +71,7 @@ def draw_along(B: int, config, generator: Generator, order) -> Tensor:
     end_of_order = 1 - len(order) / (2 * L * K * LEVELS)
     lowest = max(0.15, end_of_order)
     budgets = lowest + (1 - lowest) * torch.rand(B, generator=generator)
-    plans = [plan_at(order, config, budget.item()) for budget in budgets]
+    plans = [plan_at(order, config, budget) for budget in budgets.tolist()]
     levels = torch.stack(plans, dim=2) // (d // LEVELS)
     return nudged(levels, config, generator)
 
@@ -87,22 +83,41 @@ def nudged(levels: Tensor, config, generator: Generator) -> Tensor:
     return levels * (config.head_dim // LEVELS)
 
 
+@torch.no_grad()
+def find_order(model: Model, start: Projection, moments, W_o: list, tokens, args) -> Tensor:
+    """An order of lowerings for the untrained start, in 2LK passes over training text.
+
+    Measured is what each rank costs alone, cut to a quarter of d; the rest follows from moments.
+    """
+    hooks = {}
+    full = uniform_ranks(1.0, model.config)
+    for place in range(full.numel()):
+        plan = full.clone()
+        plan.view(-1)[place] //= 4
+        hooks[place] = start.at(plan)
+    _, results = measure(model, tokens, hooks, args.batch, args.seq, limit=4)
+    kl = torch.tensor([result["kl"] for result in results.values()])
+    common.sum_over_processes(kl)                       # so that all have the same order
+    return moments.order(start, W_o, kl, LEVELS // 4)
+
+
 # ------------------------------------------------------------------------------
 # Training
 
 def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> None:
     """Rotate the projections so that the model with the small cache says what the model says.
 
-    draw(B, config, generator) gives random plans. hook(rotation, plans) gives the student's hook
-    `project=`, and which entries of A_k and A_v it can see, (2, …), or None for all. The objective
-    is the mean of log(loss + floor) over sequences, or of the loss, where floor is None.
+    draw(B, config, generator) gives random plans; hook(rotation, plans) the student's `project=`,
+    and which entries of A_k and A_v it sees, (2, …), or None for all. The objective is the mean of
+    log(loss + floor) over sequences, or of the loss, where floor is None.
     """
     args, rotation = run.args, run.rotation
     parameters = list(rotation.parameters())
     # A token's share of the gradient may be below 6e-8, the smallest number of float16.
     scale = args.batch * args.seq if model.dtype == torch.float16 else 1
     progress = common.Progress(args.steps)
-    B, mine = common.WORLD * args.batch, common.my_share(args.batch)
+    mine = common.my_share(args.batch)
+    B = common.WORLD * args.batch
     for step in range(run.said["step"], args.steps):
         # Everything random in a step follows from the seed and the step's number: a resumed
         # training draws what it would have, and N processes what one with N times the batch would.
@@ -124,8 +139,7 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
             common.sum_over_processes(gradient).div_(scale * args.accumulate * common.WORLD)
         if not all(gradient.isfinite().all() for gradient in gradients):
             common.fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a "
-                        f"number; {args.out}/projections.safetensors is as it was. Start again "
-                        "with a smaller --lr or another --dtype")
+                        "number. Start again with a smaller --lr or another --dtype")
         if visible is not None:                         # drop the others: visible_entries
             rotation.A_k.grad.mul_(visible[0])
             rotation.A_v.grad.mul_(visible[1])
@@ -171,24 +185,24 @@ class Run:
     """The rotation and its start, plain PCA, the order, Adam's moments, the KL of every step."""
 
     # What must be as it was for a resumed training to end where the undisturbed one would have.
-    NUMBERS = (
-        "recipe", "ce", "steps", "batch", "seq", "lr",
+    SETTINGS = (
+        "recipe", "uniform", "ce", "steps", "batch", "seq", "lr",
         "accumulate", "seed", "dtype", "amp", "train_tokens", "processes")
     FILES = ("ckpt", "data", "ranks")
     START, STATE = "train.start.safetensors", "train.state.safetensors"
 
     def __init__(self, args, start: Projection, pca: Projection, order):
         args.processes = common.WORLD
-        config = {name: getattr(args, name) for name in self.NUMBERS}
-        config |= {name: str(getattr(args, name) or "") for name in self.FILES}
         self.args = args
+        self.start, self.pca, self.order = start, pca, order
         self.start_file = args.out / self.START
         self.file = args.out / self.STATE
-        self.start, self.pca, self.order = start, pca, order
         self.rotation = Rotation(start)
         for parameter in self.rotation.parameters():    # a step where all are full has no gradient
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer = torch.optim.Adam(self.rotation.parameters())
+        config = {name: getattr(args, name) for name in self.SETTINGS}
+        config |= {name: str(getattr(args, name) or "") for name in self.FILES}
         self.said = {"step": 0, "loss": [], "checks": [], "config": config}
         self.saved_step, self.save_at = 0, 0.0          # when to save: the first step at once
 
@@ -197,19 +211,16 @@ class Run:
         with torch.no_grad():
             return self.rotation(torch.float64).to(None, torch.float32)
 
-    def save_start(self) -> None:
-        """What does not change, written once. A state that goes with another start is removed."""
-        self.file.unlink(missing_ok=True)
-        tensors = self.start.tensors("start.") | self.pca.tensors("pca.")
-        if self.order is not None:      # the file may be another search's by the time of --resume
-            tensors["order"] = self.order
-        with common.blame("--out"):
-            common.write_tensors(self.start_file, tensors)
-
     def save(self) -> None:
+        """The state; at first what never changes too. A state of another start is removed."""
         began = time.time()
         if not self.saved_step:
-            self.save_start()
+            self.file.unlink(missing_ok=True)
+            tensors = self.start.tensors("start.") | self.pca.tensors("pca.")
+            if self.order is not None:
+                tensors["order"] = self.order
+            with common.blame("--out"):
+                common.write_tensors(self.start_file, tensors)
         common.save_state(self.file, self.rotation, self.optimizer, {}, self.said)
         self.saved_step = self.said["step"]
         if self.args.save_every:                        # all processes wait: at most 2% of the time
@@ -227,8 +238,7 @@ class Run:
         run = Run(args, start, pca, fixed.get("order"))
         common.check_same(file, said["config"], run.said["config"])
         common.restore_state(run.rotation, run.optimizer, tensors)
-        run.said = said
-        run.saved_step = said["step"]
+        run.said, run.saved_step = said, said["step"]
         return run
 
 
@@ -242,15 +252,16 @@ def options() -> argparse.Namespace:
     """The command line, checked as far as it can be before any file is opened."""
     parser = common.arguments(__doc__, several=True)
     data_arguments(parser)
-    report_arguments(parser)
+    report_arguments(parser, windows=32)
     add = parser.add_argument
     count = common.within(1, 10 ** 7)
     positive = common.within(0.0, 1e6)
     add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
-    add("--steps", type=count, default=400, help="[400]")
+    add("--uniform", action="store_true", help="train for the same rank everywhere")
+    add("--steps", type=count, help="[200; paper: 400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
-    add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
+    add("--lr", type=positive, help="Adam's peak rate [0.75 / head_dim; paper: 0.001]")
     add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
     add("--amp", action="store_true", help="matrix products in bfloat16 over float32 weights")
     add("--checkpoint", action=argparse.BooleanOptionalAction,
@@ -260,11 +271,14 @@ def options() -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the training that stopped in --out")
     common.moved(parser, "--eval", "--tasks", to="python evaluate.py")
     args = parser.parse_args()
-    if args.ranks and args.recipe == "paper":
-        common.fail("--ranks: the paper's recipe draws its ranks independently of any plan; leave "
-                    "out --recipe paper or --ranks")
+    paper = args.recipe == "paper"
+    args.uniform |= paper
+    if args.ranks and args.uniform:
+        common.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
+                    "ranks along no order")
+    args.steps = args.steps or (400 if paper else 200)
     if args.ce is None:
-        args.ce = 0.75 if args.recipe == "paper" else 0.0
+        args.ce = 0.75 if paper else 0.0
     return args
 
 
@@ -272,28 +286,32 @@ def begin(args, model: Model, tokens, order) -> Run:
     """A new training: its start is an eigenbasis over a calibration text."""
     moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
     start = pca = moments.pca()                         # pca waits on the CPU for the report
+    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
     if args.recipe == "ours":
-        W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
         start = moments.query_aware(W_o)
     start = start.to(model.device, wide(model.dtype))
+    if order is None and not args.uniform:
+        order = find_order(model, start, moments, W_o, tokens, args)
     return Run(args, start, pca.to("cpu"), order)
 
 
 def check(run: Run, model: Model, valid, plan) -> None:
     """Print the KL on validation text: set apart from training, and not the held-out text."""
     p = run.projection()
-    hooks = {f"{budget:.0%}": p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
+    hooks = {budget: p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
     with common.blame("--ckpt"):
         _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
     checked = {"step": run.said["step"]}
-    checked |= {name: round(result["kl"], 5) for name, result in results.items()}
+    for budget, result in results.items():
+        checked[f"{budget:.0%}"] = round(result["kl"], 5)
     run.said["checks"].append(checked)
     print(f"\nKL on validation text: {checked}", file=sys.stderr)
 
 
 def finish(run: Run, model: Model, held_out, plan) -> None:
     """Save the projections, report on them, and write train.json and train.png."""
-    out, pca, trained = run.args.out, run.pca.to(model.device), run.projection()
+    out, trained = run.args.out, run.projection()
+    pca = run.pca.to(model.device)
     with common.blame("--out"):
         trained.save(out / "projections.safetensors", pca)
     uniform = partial(uniform_ranks, config=model.config)
@@ -312,7 +330,7 @@ def main():
         config = read_config(args.ckpt / "config.json")
     device, dtype = common.prepare_training(args, config, LEVELS)
     if args.lr is None:
-        args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
+        args.lr = 0.001 if args.recipe == "paper" else 0.75 / config.head_dim
     order = None
     if args.ranks and not args.resume:
         with common.blame("--ranks"):
@@ -322,17 +340,11 @@ def main():
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
     args.train_tokens = len(tokens)
-    apart = VALID * args.seq + 1
-    if len(tokens) > 10 * apart:
-        tokens, valid = np.split(tokens, [len(tokens) - apart])
-    else:
-        valid = tokens[:0]                              # too short to set any of it apart
-
+    tokens, valid = set_apart(tokens, VALID * args.seq + 1)
     start = Run.resume if args.resume else begin
     with common.blame("--resume" if args.resume else "--ckpt"):
         run = start(args, model, tokens, order)
-    floor = 1e-3
-    draw, plan = draw_levels, partial(uniform_ranks, config=config)
+    draw, plan, floor = draw_levels, partial(uniform_ranks, config=config), 1e-3
     if args.recipe == "paper":
         draw, floor = draw_independent, None
     elif run.order is not None:
@@ -349,14 +361,13 @@ def main():
         if last or time.time() >= run.save_at:
             run.save()                          # between steps: never half of one
 
-    first, forecast = run.said["step"], common.Forecast(args, device)
+    forecast = common.Forecast(args, device)
     hook = partial(ranks_hook, batch=args.batch)
     try:
         train(run, model, tokens, draw, hook, floor, after_step)
     except KeyboardInterrupt:
         where = f"the same command with --resume continues from step {run.saved_step}"
         common.fail(f"Stopped; {where if run.saved_step else 'nothing was saved yet'}", code=130)
-    print(f"Trained {args.steps - first} steps in {time.time() - forecast.began:.0f} s")
     if common.RANK == 0:
         finish(run, model, held_out, plan)
     common.leave_processes()

@@ -4,7 +4,7 @@
     python bench/ablations.py sides         # keys alone compressed, or values, in OUT
     python bench/ablations.py fixed         # no Matryoshka: every sequence at one rank, 37.5%
     python bench/ablations.py free          # no orthogonality: U itself learns, no Cayley map
-    python bench/ablations.py default       # train.py's default, to compare them with
+    python bench/ablations.py default       # train.py --uniform, to compare them with
 
 Each prints a line for every row. They exist to be compared with one another: the same text, the
 same steps (--steps 100 shows all that is in the documentation).
@@ -108,7 +108,7 @@ def do_nothing(step: int) -> None:
 
 
 def trained(name: str, args, model: Model, tokens) -> Projection:
-    """What train.py's default, or a training that lacks something, makes of the start."""
+    """What train.py --uniform, or a training that lacks something, makes of the start."""
     run = train.begin(args, model, tokens, None)
     draw = draw_one_level if name == "fixed" else train.draw_levels
     hook = partial(train.ranks_hook, batch=args.batch)
@@ -155,7 +155,7 @@ def main():
     parser.add_argument("name", choices=names)
     data_arguments(parser)
     report_arguments(parser)
-    training_arguments(parser, steps=400)
+    training_arguments(parser, steps=200)
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     common.keep_freed_memory()

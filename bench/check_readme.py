@@ -29,6 +29,7 @@ SMALL = {
     "bench/ablations.py": "--steps 3 --batch 2 --seq 64 --windows 2",
     "bench/training.py": "--steps 3 --batch 2 --seq 64",
     "bench/cache.py": "--rounds 1 --tokens 512",
+    "bench/equal_bytes.py": "--windows 2 --passages 2",
     "bench/generate.py": "--rounds 1",
     "bench/kernel.py": "--capability 80",
     "bench/laptop.py": "--steps 8 --batch 2 --seq 64",

@@ -1,7 +1,8 @@
-"""By how much a process really grows when the cache fills. Linux.
+"""By how much a process really grows when the cache fills, and what shrinking gives back. Linux.
 
 For each budget a fresh process loads the model, generates a little to warm up, then makes a cache,
-fills every block of it, and compares its resident set before and after.
+fills every block of it, and compares its resident set before and after. The last one fills the full
+cache and then shrinks it to a quarter.
 
     python bench/resident_memory.py
 """
@@ -19,8 +20,8 @@ from model import load
 from projection import Projection, shape_of, uniform_ranks
 
 
-def fill(ckpt: Path, budget: float, tokens: int) -> tuple[int, int]:
-    """The bytes of `cache.data`, and those that the process grew by."""
+def fill(ckpt: Path, budget: float, tokens: int, smaller: float | None) -> tuple[int, int]:
+    """The bytes of `cache.data`, and those that the process grew by, filled (and shrunk)."""
     model = load(ckpt)
     L, K, d = shape_of(model.config)
     random = torch.randn(2, L, K, d, d)
@@ -33,6 +34,9 @@ def fill(ckpt: Path, budget: float, tokens: int) -> tuple[int, int]:
     before = process_memory("VmRSS")
     cache = KVCache(projection, ranks, 1, tokens)
     cache.data.normal_()
+    cache.length = tokens
+    if smaller is not None:
+        cache.shrink(uniform_ranks(smaller, model.config))
     return cache.data.nbytes, process_memory("VmRSS") - before
 
 
@@ -45,10 +49,11 @@ def main():
     with common.blame("--ckpt"):
         load(args.ckpt)
     print(f"{args.tokens:,} tokens, float32, on the CPU\n")
-    print("   budget   bytes of cache.data   growth of the resident set   ratio")
-    for budget in (1.0, 0.5, 0.25):
-        held, grown = in_fresh_process(fill, args.ckpt, budget, args.tokens)
-        print(f"   {budget:6.1%}   {held:19,}   {grown:26,}   {grown / held:.3f}", flush=True)
+    print("           budget   bytes of cache.data   growth of the resident set   ratio")
+    for budget, smaller in ((1.0, None), (0.5, None), (0.25, None), (1.0, 0.25)):
+        held, grown = in_fresh_process(fill, args.ckpt, budget, args.tokens, smaller)
+        name = f"{budget:.1%}" if smaller is None else f"{budget:.0%} → {smaller:.1%}"
+        print(f"   {name:>14s}   {held:19,}   {grown:26,}   {grown / held:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 Reads the evaluation.json of three folders, each what `python evaluate.py --out FOLDER` writes after
 train.py and search.py:
 
-    --uniform   python train.py                       trained for the same rank everywhere
+    --order     python train.py                       trained along an order of lowerings
+    --uniform   python train.py --uniform             trained for the same rank everywhere
     --start     python train.py --lr 0 --steps 1      not trained
-    --order     python train.py --ranks FILE          trained along the order of the search
 
 The searched ranks of plain PCA are those of `python search.py --pca` in the first of the folders
 that has them.
 
-    python bench/results.py                           # from out/, out_start/ and out_order/
+    python bench/results.py                           # from out/, out_uniform/ and out_start/
 """
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import common
 from bench.tools import arguments
 
-FOLDERS = {"uniform": "out", "start": "out_start", "order": "out_order"}
+FOLDERS = {"order": "out", "uniform": "out_uniform", "start": "out_start"}
 
 CURVES = (              # folder, name in its file, label, colour, marker, line
     ("uniform", "pca", "PCA: no training, same rank everywhere", "C1", "s", "--"),

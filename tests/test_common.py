@@ -13,11 +13,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def forecast(monkeypatch, capsys):
     """`forecast(seconds of each step, **options)`: what is said on stderr."""
-    def said(seconds, **options):
-        defaults = {"steps": 400, "windows": 64, "batch": 8, "check_every": 100, "accumulate": 1}
+    def said(seconds, before=0, **options):
+        defaults = {"steps": 400, "windows": 64, "batch": 8, "check_every": 100, "accumulate": 1,
+                    "uniform": True}
         now = [1000.0]
         monkeypatch.setattr("time.time", lambda: now[0])
-        told = Forecast(SimpleNamespace(**{**defaults, "ranks": None, **options}), CPU)
+        monkeypatch.setattr("common.BEGAN", now[0] - before)
+        told = Forecast(SimpleNamespace(**{**defaults, **options}), CPU)
         for length in seconds:
             now[0] += length
             told()
@@ -55,9 +57,15 @@ def test_where_no_step_fits_the_report_is_said_to_be_long(forecast):
 
 def test_more_curves_more_windows_and_smaller_steps_take_longer_to_report(forecast):
     _, two = minutes(forecast([1] * 4))
-    _, four = minutes(forecast([1] * 4, ranks="ranks.json"))
+    _, four = minutes(forecast([1] * 4, uniform=False))
     _, wide = minutes(forecast([1] * 4, windows=128))
     _, split = minutes(forecast([1] * 4, accumulate=4))
     assert four > 1.6 * two
     assert wide > 1.6 * two
     assert split == pytest.approx(two / 4, abs=0.06)
+
+
+def test_what_went_before_the_steps_counts(forecast):
+    _, plain = minutes(forecast([1] * 4))
+    _, later = minutes(forecast([1] * 4, before=120))
+    assert later == pytest.approx(plain + 2, abs=0.11)

@@ -14,6 +14,7 @@ from data import (
     load_data,
     python_documents,
     random_windows,
+    set_apart,
     text_pieces,
     windows,
 )
@@ -198,3 +199,13 @@ def test_the_sources_of_python_come_on_top_on_the_same_side(documents):
     assert set(training) <= set(with_sources)
     assert sum(map(len, with_sources)) > 3 * sum(map(len, training))
     assert set(training).isdisjoint(held_with_sources)
+
+
+def test_validation_text_is_the_end_of_a_long_text_and_nothing_of_a_short_one():
+    tokens = np.arange(101)
+    rest, apart = set_apart(tokens, 10)
+    assert rest.tolist() == list(range(91))
+    assert apart.tolist() == list(range(91, 101))
+    rest, apart = set_apart(tokens[:100], 10)
+    assert len(rest) == 100
+    assert not len(apart)

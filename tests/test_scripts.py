@@ -16,7 +16,7 @@ from generate import decode
 from model import load, read_config
 from plans import order_of, read_plan
 from projection import Projection, calibrate
-from train import draw_independent, draw_levels
+from train import draw_along, draw_independent, draw_levels
 
 SCRIPTS = [
     "model", "data", "projection", "kernel", "cache", "evaluate", "train", "search", "generate"]
@@ -33,7 +33,7 @@ def chain(tmp_path_factory):
     np.save(folder / "tokens.npy", np.random.default_rng(2).integers(3, 96, 2000))
     options = ["--ckpt", CKPT, "--data", folder / "tokens.npy", "--seq", 16, "--batch", 2]
     options += ["--windows", 2]
-    call("train", *options, "--steps", 4, "--out", first)
+    call("train", *options, "--uniform", "--steps", 4, "--out", first)
     call("search", *options, "--proj", first / "projections.safetensors", "--out", first)
     along = ["--ranks", first / "ranks.json"]
     call("train", *options, "--steps", 4, *along, "--out", second)
@@ -148,7 +148,8 @@ def test_the_papers_recipe_runs_with_its_rate_and_its_cross_entropy(chain, tmp_p
 
 
 @pytest.mark.parametrize("recipe, draw, floor", [
-    ("paper", draw_independent, None), ("ours", draw_levels, 1e-3)])
+    ("paper", draw_independent, None), ("uniform", draw_levels, 1e-3),
+    ("along an order", draw_along, 1e-3)])
 def test_a_recipe_draws_its_ranks_and_takes_the_logarithm_or_not(
         chain, tmp_path, monkeypatch, recipe, draw, floor):
     _, options = chain
@@ -159,8 +160,10 @@ def test_a_recipe_draws_its_ranks_and_takes_the_logarithm_or_not(
 
     monkeypatch.setattr("train.train", note)
     monkeypatch.setattr("train.finish", lambda *_: None)
-    call("train", *options, "--steps", 1, "--recipe", recipe, "--out", tmp_path)
-    assert taken == [draw, floor]
+    named = {"paper": ["--recipe", "paper"], "uniform": ["--uniform"]}.get(recipe, [])
+    call("train", *options, "--steps", 1, *named, "--out", tmp_path)
+    assert getattr(taken[0], "func", taken[0]) is draw
+    assert taken[1] == floor
 
 
 def test_an_evaluation_is_of_the_text_and_model_that_were_trained_on(chain, tmp_path, refusal):
@@ -382,7 +385,7 @@ CASES = [       # the script and its options; the words that the line must hold
     # The tokenizer
     ("train --data text.txt", "--data tokenizer.model"),
     ("train --data text.txt --ckpt empty_tokenizer", "--data tokenizer.model SentencePiece"),
-    ("train --data text.txt --ckpt large_tokenizer", "--data tokenizer.model vocabulary"),
+    ("train --data text.txt --ckpt large_tokenizer", "--data tokenizer vocabulary"),
     ("data --data text.txt --ckpt empty_tokenizer", "--data tokenizer.model SentencePiece"),
     ("model --ckpt empty_tokenizer", "--ckpt tokenizer.model SentencePiece"),
     ("generate --ckpt empty_tokenizer", "--ckpt tokenizer.model SentencePiece"),
@@ -459,6 +462,7 @@ CASES = [       # the script and its options; the words that the line must hold
     ("train --ranks none.json", "--ranks none.json"),
     ("train --ranks file", "--ranks file JSON"),
     ("train --ranks short.json --recipe paper", "--ranks paper"),
+    ("train --ranks short.json --uniform", "--ranks --uniform"),
     # Questions
     ("evaluate --tasks none.jsonl", "--tasks none.jsonl"),
     ("evaluate --tasks questions.jsonl", "--tasks questions.jsonl line 1"),

@@ -217,7 +217,7 @@ def test_a_text_that_a_tokenizer_cannot_spell_is_one_line(ckpt, refusal, tmp_pat
 def test_a_folder_without_any_end_of_sequence_speaks_to_the_last_token(tmp_path, capsys):
     folder = speaking(tmp_path, eos_token_id=None)
     call("generate", "--ckpt", folder, "--prompt", "words", "--tokens", 12)
-    assert "decode 11 at" in capsys.readouterr().err
+    assert "decode 10 at" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_not_text_is_refused(tmp_path, refusal):

@@ -146,7 +146,8 @@ def rotation_after(trained, tmp_path, monkeypatch):
         runs = []
         monkeypatch.setattr("train.draw_levels", draw)
         monkeypatch.setattr("train.finish", lambda run, *_: runs.append(run))
-        call("train", *small(trained), "--steps", 12, "--lr", 0.1, "--out", tmp_path, *options)
+        call("train", *small(trained), "--uniform", "--steps", 12, "--lr", 0.1, "--out", tmp_path,
+             *options)
         return runs[0].rotation
 
     return run
@@ -211,7 +212,7 @@ def test_a_run_leaves_a_report_at_seven_budgets(trained):
     assert budgets == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]
     assert set(report["base"]) == {"perplexity", "accuracy"}
     for row in report["budgets"]:
-        assert set(row) == {"budget", "pca", "trained"}
+        assert set(row) == {"budget", "pca", "trained", "pca_ordered", "trained_ordered"}
         assert set(row["pca"]) == set(row["trained"]) == {"kl", "perplexity", "accuracy"}
     assert report["budgets"][0]["trained"]["kl"] < 1e-6
     assert report["budgets"][0]["pca"]["perplexity"] == report["base"]["perplexity"]
@@ -226,7 +227,7 @@ def test_a_run_leaves_its_three_files_and_no_other(trained):
 def test_training_beats_pca_at_every_budget(trained):
     report = json.loads((trained / "out" / "train.json").read_text())
     for row in report["budgets"][1:]:
-        assert row["trained"]["kl"] < row["pca"]["kl"]
+        assert row["trained_ordered"]["kl"] < row["pca_ordered"]["kl"] < row["pca"]["kl"]
 
 
 # ------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def test_saving_takes_at_most_two_percent_of_the_time(
     monkeypatch.setattr("train.time.time", lambda: clock[0])
     monkeypatch.setattr("common.save_state", save_state)
     start = random_start(model)
-    run = Run(Mock(out=tmp_path, save_every=30.0), start, start, None)
+    run = Run(Mock(out=tmp_path, save_every=30.0, recipe="ours"), start, start, None)
     run.save()
     assert run.save_at == pytest.approx(clock[0] + pause)
 

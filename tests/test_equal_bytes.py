@@ -1,0 +1,50 @@
+"""The baselines that ranks are compared with: what they round, and what they leave alone."""
+from functools import partial
+
+import torch
+from conftest import random_projection, random_ranks, relative
+
+from bench.equal_bytes import GROUP, Kivi, by_rank_and_token, by_token, rounded
+
+
+def test_a_number_is_off_by_at_most_half_a_step():
+    x = torch.randn(50, 64)
+    for bits in (2, 3, 4, 8):
+        y = rounded(x, bits, -1)
+        step = (x.amax(-1) - x.amin(-1)) / (2 ** bits - 1)
+        assert ((x - y).abs().amax(-1) <= 0.5 * step + 2e-2).all()      # the scale has 16 bits too
+        assert max(len(row.unique()) for row in y) <= 2 ** bits
+
+
+def test_what_is_not_kept_stays_zero_and_does_not_widen_the_range():
+    x, kept = torch.randn(5, 64) + 9, torch.arange(64) < 24
+    y = rounded(x * kept, 4, -1, kept)
+    assert (y[:, 24:] == 0).all()
+    assert torch.equal(y[:, :24], rounded(x[:, :24], 4, -1))
+
+
+def test_a_turn_alone_changes_nothing(model, tokens):
+    d = model.config.head_dim
+    turn = torch.linalg.qr(torch.randn(d, d)).Q
+    fine = model(tokens, project=partial(by_token, bits=14, turn=turn))
+    assert relative(fine, model(tokens)) < 1e-2
+    coarse = model(tokens, project=partial(by_token, bits=2, turn=turn))
+    assert relative(coarse, model(tokens)) > 1e-2
+
+
+def test_ranks_in_many_bits_are_ranks(model, tokens):
+    p, ranks = random_projection(model), random_ranks(model)
+    hook = partial(by_rank_and_token, p=p, ranks=ranks, bits=14)
+    assert relative(model(tokens, project=hook), model(tokens, project=p.at(ranks))) < 1e-2
+
+
+def test_kivi_keeps_the_newest_group_exactly_and_rounds_those_before(model):
+    tokens = torch.randint(3, 96, (2, 2 * GROUP))
+    exact = model(tokens)
+    cache = Kivi(model.config, 2)
+    first, second = (model(part, cache=cache) for part in tokens.split(GROUP, 1))
+    assert relative(first, exact[:, :GROUP]) < 1e-5
+    assert relative(second, exact[:, GROUP:]) > 1e-2
+    fine = Kivi(model.config, 14)
+    *_, second = (model(part, cache=fine) for part in tokens.split(GROUP, 1))
+    assert relative(second, exact[:, GROUP:]) < 1e-2
