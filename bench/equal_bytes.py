@@ -32,9 +32,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
+from cache import side_by_side
 from data import data_arguments, text_for, windows
 from evaluate import describe, log_probabilities, report_arguments
-from cache import side_by_side
 from model import Model, load
 from plans import read_plan
 from projection import Projection, uniform_ranks
