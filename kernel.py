@@ -294,7 +294,7 @@ BOUNDS = {
 GRID = list(itertools.product((64, 128, 256), (1, 2, 4, 8)))        # d, G
 CASES = (       # B, begin, end, stretches: never whole tiles, and with stretches that stay empty
     (1, 0, 1, 1), (3, 0, 2, 1), (1, 0, 31, 20), (3, 0, 33, 2), (1, 5, 63, 1), (3, 0, 65, 3),
-    (1, 0, 4097, 7), (1, 171, 300, 2), (1, 0, 700, None),
+    (1, 0, 4097, 40), (1, 171, 300, 2), (1, 0, 700, None),
 )
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
+from cache import side_by_side
 from data import data_arguments, text_for, windows
 from evaluate import describe, log_probabilities, report_arguments
 from model import Model, load
@@ -82,6 +83,12 @@ def by_rank_and_token(layer: int, k: Tensor, v: Tensor, p: Projection, ranks: Te
     return k_hat, (coordinates + cut_off) @ p.U_v[layer].mT
 
 
+def heads_then_values(parts: list[Tensor], K: int) -> Tensor:
+    """Rows as KVCache.fold has them: of each head those of its queries and its key, then values."""
+    q, k, v = parts
+    return torch.cat((*side_by_side(q, k, K), v))
+
+
 class Kivi:
     """What `model(tokens, cache=)` asks of a cache; attends to rounded groups and the newest one.
 
@@ -90,20 +97,28 @@ class Kivi:
 
     def __init__(self, config, bits: int):
         self.bits = bits
+        self.K = config.num_key_value_heads
         self.length = 0
         self.past = [None] * config.num_hidden_layers
 
-    def check_room(self, model: Model, B: int, T: int) -> None:
+    def begin(self, model: Model, B: int, T: int):
         if T > GROUP:
             raise ValueError(f"{T} tokens; KIVI is read in chunks of at most {GROUP}")
+        return model.rope.rows(self.length, T, model.dtype, model.device)
+
+    def advance(self, T: int) -> None:
+        self.length += T
 
     def fold(self, i: int, weights):
         parts = weights.q_proj, weights.k_proj, weights.v_proj
-        W = torch.cat([part.weight for part in parts])
-        b = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        W = heads_then_values([part.weight for part in parts], self.K)
+        b = None
+        if parts[0].bias is not None:
+            b = heads_then_values([part.bias for part in parts], self.K)
         return W, b, weights.o_proj.weight, None
 
-    def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, window=None) -> Tensor:
+    def attend(self, i: int, both: Tensor, v: Tensor, window=None) -> Tensor:
+        q, k = both[:, :, :-1].flatten(1, 2), both[:, :, -1]
         B, K, T, d = k.shape
         v = v.view(B, T, K, d).transpose(1, 2)
         past = self.past[i] or (k[:, :, :0], v[:, :, :0])

@@ -24,6 +24,7 @@ SIZES = [       # B, K, G, d, begin, end, stretches: some more than have a token
     (1, 1, 1, 8, 3, 40, None),
     (1, 2, 2, 256, 3, 45, 1),
     (1, 2, 2, 64, 3, 40, 40),
+    (1, 2, 4, 64, 0, 2500, 79),         # more than merge_kernel takes at a time
 ]
 
 
