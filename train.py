@@ -11,7 +11,7 @@ The ranks are drawn anew for every sequence. So each leading group of columns mu
 can without those that follow, like nested dolls, and one U serves every rank.
 
 `--recipe paper` is the paper's as its authors' code has it: it starts from PCA, draws every rank
-independently, and minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at 0.001, 400 steps.
+independently, and minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at 0.001.
 It gains where little of the cache is left and loses to PCA elsewhere. The default differs in
 
   start      PCA plus what queries and W_o read (query_aware): better before any training.
@@ -21,7 +21,7 @@ It gains where little of the cache is left and loses to PCA elsewhere. The defau
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
              counts about the same at every budget. No cross-entropy: it pulls towards the text.
-  rate       0.75 / d. Adam steps every angle alike; a column is turned by nearly d of them.
+  rate       0.5 / d. Adam steps every angle alike; a column is turned by nearly d of them.
 
     python train.py                                             # the demo on Python's documentation
     python train.py --recipe paper --out out_paper              # the paper's recipe, to compare
@@ -259,9 +259,9 @@ def options() -> argparse.Namespace:
     add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
     add("--uniform", action="store_true", help="train for the same rank everywhere")
-    add("--steps", type=count, help="[200; paper: 400]")
+    add("--steps", type=count, default=400, help="[400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
-    add("--lr", type=positive, help="Adam's peak rate [0.75 / head_dim; paper: 0.001]")
+    add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
     add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
     add("--amp", action="store_true", help="matrix products in bfloat16 over float32 weights")
     add("--checkpoint", action=argparse.BooleanOptionalAction,
@@ -275,7 +275,6 @@ def options() -> argparse.Namespace:
     if args.ranks and args.uniform:
         common.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
                     "ranks along no order")
-    args.steps = args.steps or (400 if paper else 200)
     if args.ce is None:
         args.ce = 0.75 if paper else 0.0
     return args
@@ -329,7 +328,7 @@ def main():
         config = read_config(args.ckpt / "config.json")
     device, dtype = common.prepare_training(args, config, LEVELS)
     if args.lr is None:
-        args.lr = 0.001 if args.recipe == "paper" else 0.75 / config.head_dim
+        args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
     order = None
     if args.ranks and not args.resume:
         with common.blame("--ranks"):

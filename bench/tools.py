@@ -24,7 +24,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 def training_arguments(parser, steps: int) -> None:
     count = common.within(1, 10 ** 7)
     parser.add_argument("--steps", type=count, default=steps, help=f"[{steps}]")
-    parser.add_argument("--lr", type=common.within(0.0, 1e6), help="[0.75 / head_dim]")
+    parser.add_argument("--lr", type=common.within(0.0, 1e6), help="[0.5 / head_dim]")
 
 
 def complete_training(args, config, dtype: torch.dtype, tokens) -> None:
@@ -41,7 +41,7 @@ def complete_training(args, config, dtype: torch.dtype, tokens) -> None:
     for name, value in defaults.items():
         vars(args).setdefault(name, value)
     if args.lr is None:
-        args.lr = 0.75 / config.head_dim
+        args.lr = 0.5 / config.head_dim
     args.dtype = str(dtype).removeprefix("torch.")
     args.train_tokens = len(tokens)
 

@@ -54,7 +54,7 @@ def test_no_script_loads_itself_a_second_time(name):
 def test_a_file_is_read_in_one_sitting(name):
     """But for common.py, which no reader needs to read; model.py holds four architectures."""
     lines = source(name).splitlines()
-    assert len(lines) <= {"train": 380, "model": 480, "common": 600}.get(name, 450)
+    assert len(lines) <= {"train": 380, "model": 480, "common": 610}.get(name, 450)
 
 
 @pytest.mark.parametrize("folder", [".", "tests"])
