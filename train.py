@@ -96,7 +96,7 @@ def find_order(model: Model, start: Projection, moments, W_o: list, tokens, args
         plan.view(-1)[place] //= 4
         hooks[place] = start.at(plan)
     _, results = measure(model, tokens, hooks, args.batch, args.seq, limit=4)
-    kl = torch.tensor([result["kl"] for result in results.values()])
+    kl = torch.tensor([result["kl"] for result in results.values()], dtype=torch.float64)
     common.sum_over_processes(kl)                       # so that all have the same order
     return moments.order(start, W_o, kl, LEVELS // 4)
 
