@@ -25,39 +25,61 @@ class Group(NamedTuple):
     rows: Tensor                                                    # (J·batch, r, max_len)
 
 
-def attend_first(groups: tuple, q: Tensor, k: Tensor, by_value, window) -> Tensor:
+def attend_first(
+    groups: tuple,
+    q: Tensor,
+    k: Tensor,
+    by_value: Tensor | None,
+    window: int | None,
+) -> Tensor:
     """Attention of the first T tokens, among themselves: (B, T, Σ r over query heads).
 
     q (K, B, G, T, d), k (K, B, T, d), zero beyond each rank, in the order of the key blocks; values
     are in the cache by now. They are padded to d: one call serves all heads whatever their ranks.
     """
     K, B, _, T, d = q.shape
+    _, values = groups
     v = k.new_zeros(K * B, T, d)
-    for heads, rows in groups[1]:
-        v[heads, :, :rows.shape[1]] = rows[:, :, :T].mT
+    for heads, rows in values:
+        r = rows.shape[1]
+        v[heads, :, :r] = rows[:, :, :T].mT
     if by_value is not None:
         v = moved(v, by_value.argsort(), B)
     q = q.flatten(0, 1)                                             # (K·B, G, T, d)
-    k = k.flatten(0, 1)
-    a = causal_attention(q, k[:, None], v[:, None], window)
+    k = k.flatten(0, 1)[:, None]                                    # (K·B, 1, T, d)
+    a = causal_attention(q, k, v[:, None], window)
     if by_value is not None:
         a = moved(a, by_value, B)
-    outputs = [for_row(a[heads, :, :, :rows.shape[1]], B) for heads, rows in groups[1]]
+    outputs = []
+    for heads, rows in values:
+        r = rows.shape[1]
+        a_r = a[heads, :, :, :r]                                    # (J·B, G, T, r)
+        outputs.append(for_row(a_r, B))
     return join(outputs, 2)
 
 
 def moved(x: Tensor, heads: Tensor, B: int) -> Tensor:
     """x (K·B, …) with its heads in another order."""
-    x = x.unflatten(0, (-1, B)).index_select(0, heads)
+    x = x.unflatten(0, (-1, B))                                     # (K, B, …)
+    x = x.index_select(0, heads)
     return x.flatten(0, 1)
 
 
 def for_row(a: Tensor, B: int) -> Tensor:
     """Attention's (J·B, G, T, r) of J heads as W_o' takes it, (B, T, J·G·r)."""
-    return a.unflatten(0, (-1, B)).permute(1, 3, 0, 2, 4).flatten(2)
+    a = a.unflatten(0, (-1, B))                                     # (J, B, G, T, r)
+    a = a.permute(1, 3, 0, 2, 4)                                    # (B, T, J, G, r)
+    return a.flatten(2)
 
 
-def attend_stored(groups: tuple, q: Tensor, begin: int, end: int, window, by_value) -> Tensor:
+def attend_stored(
+    groups: tuple,
+    q: Tensor,
+    begin: int,
+    end: int,
+    window: int | None,
+    by_value: Tensor | None,
+) -> Tensor:
     """Attention of the last T tokens, q (K, B, G, T, d), to tokens begin … end − 1 of a layer.
 
     Returns (B, T, Σ r over query heads). A long chunk goes in pieces.
@@ -68,14 +90,24 @@ def attend_stored(groups: tuple, q: Tensor, begin: int, end: int, window, by_val
     token = torch.arange(begin, end, device=q.device)
     now = token[-T:, None]
     hidden = (token > now) | (token <= now - (window or end))       # (T, tokens)
+
+    scores_of_one = K * B * G * len(token)
+    size = max(1, SCORES // scores_of_one)
+    pieces = zip(q.split(size, dim=3), hidden.split(size), strict=True)
     outputs = []
-    size = max(1, SCORES // (K * B * G * len(token)))
-    for part, hidden_part in zip(q.split(size, dim=3), hidden.split(size), strict=True):
+    for part, hidden_part in pieces:
         outputs.append(attend_rows(groups, part, begin, end, hidden_part, by_value))
     return join(outputs, 1)
 
 
-def attend_rows(groups: tuple, q: Tensor, begin: int, end: int, hidden, by_value) -> Tensor:
+def attend_rows(
+    groups: tuple,
+    q: Tensor,
+    begin: int,
+    end: int,
+    hidden: Tensor | None,
+    by_value: Tensor | None,
+) -> Tensor:
     """The same for as many queries as have their scores at a time.
 
     The G queries that share a key-value head form one matrix: each stored number is read once and
@@ -84,24 +116,33 @@ def attend_rows(groups: tuple, q: Tensor, begin: int, end: int, hidden, by_value
     K, B, G, T, d = q.shape
     q = q.flatten(2, 3).flatten(0, 1)                               # (K·B, G·T, d)
     scores = q.new_empty(K * B, G * T, end - begin)
+    scale = d ** -0.5
     for heads, rows in groups[0]:
+        r = rows.shape[1]
+        q_r = q[heads, :, :r]
         keys = rows[:, :, begin:end]                                # (J·B, r, tokens)
         some = scores[heads]
-        torch.baddbmm(some, q[heads, :, :keys.shape[1]], keys, beta=0, alpha=d ** -0.5, out=some)
+        torch.baddbmm(some, q_r, keys, beta=0, alpha=scale, out=some)
+
     if hidden is not None:
-        scores.unflatten(1, (G, T)).masked_fill_(hidden, float("-inf"))
+        by_token = scores.unflatten(1, (G, T))
+        by_token.masked_fill_(hidden, float("-inf"))
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.softmax(-1, wide).to(q.dtype)
     if by_value is not None:
         weights = moved(weights, by_value, B)
+
     outputs = []
     for heads, rows in groups[1]:
         values = rows[:, :, begin:end].mT                           # (J·B, tokens, r)
         a = torch.bmm(weights[heads], values)                       # (J·B, G·T, r)
-        outputs.append(for_row(a.unflatten(1, (G, T)), B))
+        a = a.unflatten(1, (G, T))
+        outputs.append(for_row(a, B))
     return join(outputs, 2)
 
 
 def join(parts: list[Tensor], dim: int) -> Tensor:
     """torch.cat, but without its copy where there is only one part."""
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, dim)

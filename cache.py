@@ -15,7 +15,7 @@ Attention happens in the small space, for the G query heads that share a key-val
     output = softmax(scores) (v U_r)        r numbers per query head; W_o' = U_rᵀ W_o takes them
 
 This is MatryoshkaKV (arXiv 2410.14731). The value side costs only a bias: U_r is folded into W_v
-and W_o (projection.fold_head). The folded weights belong to the plan, the ranks of all heads, so
+and W_o (folding.fold_head). The folded weights belong to the plan, the ranks of all heads, so
 the cache holds them. A head at rank d is stored unturned: all at d give the base model's cache.
 
 Coordinate by coordinate, a smaller rank is the first rows of a block: `shrink` takes a cache in use
@@ -34,21 +34,13 @@ import torch
 from torch import Tensor
 
 import common
+import folding
 from attention import Group, attend_first, attend_rows, attend_stored
-from model import Model, load, stored_for_rows
+from model import Model, load
 from plans import plan_arguments, plan_for
-from projection import BUDGETS, LEVELS, SIDES, Projection, check_ranks, fold_head, uniform_ranks
+from projection import BUDGETS, LEVELS, SIDES, Projection, check_ranks, uniform_ranks
 
 TILE = 4096             # tokens turned at a time when a full head shrinks
-
-
-class Folded(NamedTuple):
-    """A layer's weights for a plan. The rows of W_qkv', as the blocks of keys lie: of each head
-    those of its G queries and of its key; then those of the values, as their blocks lie."""
-    W_qkv: Tensor                       # (H·d + K·d + Σ r, hidden)
-    b_qkv: Tensor | None                # Qwen2 has one
-    W_o: Tensor                                                     # (hidden, Σ r over query heads)
-    bias: Tensor | None                 # (hidden): what cut-off means add; None where nothing is
 
 
 class KVCache:
@@ -80,8 +72,8 @@ class KVCache:
         self.batch, self.max_len = batch, max_len
         self.length = 0
         self.position = None                                        # or (1,) int64 on the device
-        self.dtype, self.device = dtype, torch.device(device)
         self.span = torch.zeros(2, dtype=torch.int64, device=device)
+        self.dtype, self.device = dtype, self.span.device           # "cuda" becomes "cuda:0"
         self.lay_out(ranks)
 
     # --------------------------------------------------------------------------
@@ -94,66 +86,93 @@ class KVCache:
         if ranks.ndim != 3:
             raise ValueError(f"ranks of shape {list(ranks.shape)}; a cache has one plan, (2, L, K)")
         self.ranks = ranks.cpu().long()
-        self.order = torch.tensor([[heads_by_rank(of_layer) for of_layer in of_side]
-                                   for of_side in self.ranks.tolist()])
+        by_side = self.ranks.flatten(0, 1).tolist()
+        orders = [heads_by_rank(of_heads) for of_heads in by_side]
+        self.order = torch.tensor(orders).view(2, L, K)
 
         rows = self.ranks.gather(2, self.order) * self.batch        # of blocks, in their order
         by_layer = rows.transpose(0, 1)                             # (L, 2, K), as the blocks lie
         ends = by_layer.flatten().cumsum(0).view_as(by_layer)
         starts = (ends - by_layer).transpose(0, 1)
-        self.first_rows = torch.empty_like(starts).scatter_(2, self.order, starts)
+        self.first_rows = torch.empty_like(starts)                  # the same, by head
+        self.first_rows.scatter_(2, self.order, starts)
         self.offsets = self.first_rows * self.max_len
-        total = int(rows.sum())
-        self.data = torch.empty(total * self.max_len, dtype=self.dtype, device=self.device)
-        self.rows = self.data.view(total, self.max_len)
-        self.by_kernel = self.data.is_cuda and self.dtype.itemsize in (2, 4)    # Triton: no float64
 
-        self.groups = [[self.group_heads(side, i) for side in (0, 1)] for i in range(L)]
-        self.layer_rows = [self.rows[starts[0, i, 0]:ends[i, 1, -1]] for i in range(L)]
+        total = int(rows.sum())
+        size = total * self.max_len
+        self.data = torch.empty(size, dtype=self.dtype, device=self.device)
+        self.rows = self.data.view(total, self.max_len)
+        has_triton_dtype = self.dtype.itemsize in (2, 4)            # Triton: no float64
+        self.by_kernel = self.data.is_cuda and has_triton_dtype
+
+        self.groups, self.layer_rows = [], []
+        for i in range(L):
+            keys, values = self.group_heads(0, i), self.group_heads(1, i)
+            self.groups.append((keys, values))
+            begin = starts[0, i, 0]
+            end = ends[i, 1, -1]
+            self.layer_rows.append(self.rows[begin:end])
         self.key_bases = [self.key_basis(i) for i in range(L)]
         # Made when first needed, by `fold` and `places`.
         self.folded, self.found_places = [None] * L, [None] * L
 
     def group_heads(self, side: int, i: int) -> list[Group]:
         """The groups of keys (0) or values (1) of layer i: one where ranks are uniform."""
-        ranks = self.ranks[side, i, self.order[side, i]].tolist()
-        row = int(self.first_rows[side, i, self.order[side, i, 0]])
+        order = self.order[side, i]
+        ranks = self.ranks[side, i, order].tolist()
+        row = int(self.first_rows[side, i, order[0]])
         groups, first = [], 0
         for r, heads in itertools.groupby(ranks):
-            end = first + self.batch * len(list(heads))             # in matrices, (r, max_len) each
-            rows = self.rows[row:row + (end - first) * r]
-            groups.append(Group(slice(first, end), rows.view(-1, r, self.max_len)))
-            row += len(rows)
-            first = end
+            count = self.batch * len(list(heads))                   # of matrices (r, max_len)
+            matrices = slice(first, first + count)
+            rows = self.rows[row:row + count * r]
+            blocks = rows.view(count, r, self.max_len)
+            groups.append(Group(matrices, blocks))
+            row += count * r
+            first += count
         return groups
 
     def is_full(self, side: int, i: int) -> bool:
         """Whether all heads of a side of layer i are at rank d: they are then stored unturned."""
-        return bool((self.ranks[side, i] == self.head_dim).all())
+        ranks = self.ranks[side, i]
+        return bool((ranks == self.head_dim).all())
 
     def key_basis(self, i: int) -> Tensor | None:
         """U_r of layer i, in the order of the key blocks, (K, d, d), zero beyond each rank."""
         if self.is_full(0, i):
             return None
-        kept = torch.arange(self.head_dim) < self.ranks[0, i][:, None, None]
+        by_key = self.order[0, i]
+        ranks = self.ranks[0, i]
+        kept = torch.arange(self.head_dim) < ranks[:, None, None]   # (K, 1, d)
         basis = self.projection.U_k[i].cpu() * kept
-        return basis[self.order[0, i]].to(self.device, self.dtype)
+        basis = basis[by_key]
+        return basis.to(self.device, self.dtype)
 
     def places(self, i: int, G: int) -> "Places":
         """The index tensors of layer i."""
         if self.found_places[i] is None:
-            by_key, by_value = self.order[:, i]
-            ranks, rows = self.ranks[:, i], self.first_rows[:, i]
-            widths = G * ranks[1, by_value]
-            ends = widths.cumsum(0)
-            firsts = torch.empty_like(ends).scatter_(0, by_value, ends - widths)
-            table = torch.cat((rows, ranks, firsts[None]))[:, by_key]
-            written = find_written(self.order[:, i], ranks, self.batch, G, self.head_dim)
-            is_moved = (by_key != by_value).any()
-            moved = by_key.argsort()[by_value].to(self.device) if is_moved else None
-            self.found_places[i] = Places(
-                moved, written.to(self.device), table.to(self.device), int(ends[-1]))
+            self.found_places[i] = self.find_places(i, G)
         return self.found_places[i]
+
+    def find_places(self, i: int, G: int) -> "Places":
+        order = self.order[:, i]
+        ranks = self.ranks[:, i]
+        by_key, by_value = order
+        widths = G * ranks[1, by_value]
+        ends = widths.cumsum(0)
+        columns = torch.empty_like(ends)                            # of a row for W_o', by head
+        columns.scatter_(0, by_value, ends - widths)
+        rows = self.first_rows[:, i]
+        table = torch.cat((rows, ranks, columns[None]))
+        table = table[:, by_key].to(self.device)
+
+        moved = None
+        if (by_key != by_value).any():
+            moved = by_key.argsort()[by_value]
+            moved = moved.to(self.device)
+        written = find_written(order, ranks, self.batch, G, self.head_dim)
+        width = int(ends[-1])
+        return Places(moved, written.to(self.device), table, width)
 
     # --------------------------------------------------------------------------
     # What a pass calls
@@ -164,15 +183,17 @@ class KVCache:
         ValueError unless the cache suits the model and has room for them.
         """
         self.check_room(model, B, T)
+        first, last = self.span[:1], self.span[1:]
         if self.position is not None:
-            torch.add(self.position, 1, out=self.span[1:])
+            torch.add(self.position, 1, out=last)
         elif self.by_kernel and T == 1:
-            self.span[1].fill_(self.length + 1)
+            last.fill_(self.length + 1)
         if window := model.config.sliding_window:
-            torch.sub(self.span[1:], window, out=self.span[:1]).clamp_(min=0)
+            torch.sub(last, window, out=first)
+            first.clamp_(min=0)
         if self.position is not None:
             return model.rope.row(self.position)
-        return model.rope.rows(self.length, T, self.dtype, self.data.device)
+        return model.rope.rows(self.length, T, self.dtype, self.device)
 
     def advance(self, T: int) -> None:
         self.length += T
@@ -181,8 +202,8 @@ class KVCache:
 
     def check_room(self, model: Model, B: int, T: int) -> None:
         self.projection.check_fits(model.config)
-        if (self.dtype, self.data.device) != (model.dtype, model.device):
-            raise ValueError(f"a cache of {self.dtype} on {self.data.device} for a model in "
+        if self.dtype != model.dtype or self.device != model.device:
+            raise ValueError(f"a cache of {self.dtype} on {self.device} for a model in "
                              f"{model.dtype} on {model.device}")
         if B != self.batch:
             raise ValueError(f"{B} sequences for a cache made for {self.batch}")
@@ -190,44 +211,19 @@ class KVCache:
             raise ValueError(f"the cache is full: it holds {self.length} of {self.max_len} tokens "
                              f"and {T} more were passed")
 
-    def fold(self, i: int, weights) -> "Folded":
+    def fold(self, i: int, weights) -> folding.Folded:
         """The weights of layer i for this plan, made when first asked for."""
         if self.folded[i] is None:
-            _, K, d = self.projection.mean_v.shape
-            q, k, v = weights.q_proj, weights.k_proj, weights.v_proj
-            W_o = weights.o_proj.weight.unflatten(1, (K, -1, d))    # (hidden, K, G, d)
-            W_qk = side_by_side(q.weight, k.weight, K)
-            b_qk = b_v = [None] * K
-            if q.bias is not None:
-                b_qk, b_v = side_by_side(q.bias, k.bias, K), v.bias.chunk(K)
-            heads = list(zip(W_qk, b_qk, v.weight.chunk(K), b_v, W_o.unbind(1), strict=True))
-            bases = None if self.is_full(1, i) else self.projection.U_v[i]
-            self.folded[i] = self.fold_heads(i, heads, bases, self.projection.mean_v[i])
-            if bases is None:                           # W_o as it is: no second copy
-                W_o = stored_for_rows(weights.o_proj.weight)
-                self.folded[i] = self.folded[i]._replace(W_o=W_o)
+            self.folded[i] = folding.fold(weights, self.layout(i))
         return self.folded[i]
 
-    def fold_heads(self, i: int, heads: list, bases, means, bias=None) -> "Folded":
-        """Fold the heads of layer i, (W_qk, b_qk, W_v, b_v, W_o) each, to the plan's ranks.
-
-        bases: of each head a matrix (n, n) of which U_r is the first columns, n the coordinates it
-        has; None leaves all as it is. means: what its cut-off coordinates stand for, (n).
-        """
-        W_qkv, b_qkv = ([heads[j][part] for j in self.order[0, i].tolist()] for part in (0, 1))
-        W_o = []
-        for j in self.order[1, i].tolist():
-            folded = heads[j][2:]
-            if bases is not None:
-                U_r = bases[j][:, :self.ranks[1, i, j]].to(self.device)
-                *folded, constant = fold_head(*folded, U_r, means[j].to(self.device))
-                bias = constant if bias is None else bias + constant
-            for parts, part in zip((W_qkv, b_qkv, W_o), folded, strict=True):
-                parts.append(part)
-        W_qkv = stored_for_rows(torch.cat(W_qkv))
-        b_qkv = None if b_qkv[0] is None else torch.cat(b_qkv)
-        W_o = stored_for_rows(torch.cat([W.flatten(1) for W in W_o], dim=1))
-        return Folded(W_qkv, b_qkv, W_o, bias if bias is None else bias.to(W_o))
+    def layout(self, i: int) -> folding.Layout:
+        return folding.Layout(
+            order=self.order[:, i],
+            ranks=self.ranks[1, i],
+            U=self.projection.U_v[i],
+            means=self.projection.mean_v[i],
+        )
 
     def attend(self, i: int, both: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
@@ -235,10 +231,12 @@ class KVCache:
         both (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, Σ r); all as W_qkv' makes
         them. Returns (B, T, Σ r over query heads), for W_o'.
         """
-        G, T = both.shape[2] - 1, both.shape[3]
-        places, groups = self.places(i, G), self.groups[i]
+        _, _, heads, T, _ = both.shape
+        groups = self.groups[i]
+        places = self.places(i, heads - 1)
         both = self.turn(i, both)                                   # (K, B, G + 1, T, d)
-        q, k = both[:, :, :-1], both[:, :, -1]
+        q = both[:, :, :-1]
+        k = both[:, :, -1]
         if T > 1:
             self.append(groups, k, v)
         else:
@@ -253,7 +251,8 @@ class KVCache:
                 self.by_kernel = False
         if self.position is not None:
             token = torch.arange(self.max_len, device=self.device)
-            unseen = (token < self.span[0]) | (token >= self.span[1])
+            begin, end = self.span
+            unseen = (token < begin) | (token >= end)
             return attend_rows(groups, q, 0, self.max_len, unseen, places.by_value)
         end = self.length + T
         begin = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
@@ -263,27 +262,40 @@ class KVCache:
         """q U_r and k U_r, zero beyond r, of (B, K, G + 1, T, d): (K, B, G + 1, T, d)."""
         both = both.transpose(0, 1)
         basis = self.key_bases[i]
-        return both if basis is None else torch.bmm(both.flatten(1, 3), basis).view(both.shape)
+        if basis is None:
+            return both
+        vectors = both.flatten(1, 3)                                # (K, B·(G + 1)·T, d)
+        return torch.bmm(vectors, basis).view(both.shape)
 
     def append(self, groups: tuple, k: Tensor, v: Tensor) -> None:
         """Write keys (K, B, T, d) and value coordinates (B, T, Σ r), a group of heads at a time."""
-        (B, T, _), new = v.shape, slice(self.length, self.length + v.shape[1])
-        k = k.flatten(0, 1).mT
-        for heads, rows in groups[0]:
-            rows[:, :, new] = k[heads, :rows.shape[1]]
-        sizes = [rows.shape[0] * rows.shape[1] // B for _, rows in groups[1]]
-        for (_, rows), part in zip(groups[1], v.split(sizes, dim=2), strict=True):
-            part = part.view(B, T, -1, rows.shape[1])               # (B, T, J, r)
-            rows.unflatten(0, (-1, B))[..., new] = part.permute(2, 0, 3, 1)
+        B, T, _ = v.shape
+        keys, values = groups
+        new = slice(self.length, self.length + T)
+        k = k.flatten(0, 1).mT                                      # (K·B, d, T)
+        for heads, rows in keys:
+            r = rows.shape[1]
+            rows[:, :, new] = k[heads, :r]
+
+        begin = 0
+        for _, rows in values:
+            JB, r, _ = rows.shape
+            end = begin + JB // B * r
+            part = v[:, :, begin:end]
+            part = part.view(B, T, -1, r)                           # (B, T, J, r)
+            blocks = rows.unflatten(0, (-1, B))                     # (J, B, r, max_len)
+            blocks[..., new] = part.permute(2, 0, 3, 1)
+            begin = end
 
     def append_one(self, i: int, both: Tensor, v: Tensor, places: "Places") -> None:
         """The same for one token, in three operations whatever the ranks."""
         numbers = torch.cat((both.flatten(), v.flatten()))
         numbers = numbers.index_select(0, places.written)[:, None]
+        rows = self.layer_rows[i]
         if self.position is None:
-            self.layer_rows[i][:, self.length:self.length + 1] = numbers
+            rows[:, self.length:self.length + 1] = numbers
         else:
-            self.layer_rows[i].index_copy_(1, self.position, numbers)
+            rows.index_copy_(1, self.position, numbers)
 
     def attend_on_gpu(self, i: int, q: Tensor, window, places: "Places") -> Tensor:
         """One token's attention by the Triton kernels, all heads at once whatever their ranks."""
@@ -291,8 +303,9 @@ class KVCache:
         q = q[:, :, :, 0].transpose(0, 1)                           # (B, K, G, d)
         tokens = self.length + 1 if self.position is None else self.max_len
         tokens = min(tokens, window or tokens)
-        out = decode_attention(q, self.rows, places.table, self.span, tokens,
-                               places.width, self.head_dim ** -0.5)
+        scale = self.head_dim ** -0.5
+        table, width = places.table, places.width
+        out = decode_attention(q, self.rows, table, self.span, tokens, width, scale)
         return out[:, None]
 
     def fix_launches(self, model: Model) -> None:
@@ -303,7 +316,7 @@ class KVCache:
         """
         self.position = torch.full((1,), self.length, device=self.device)
         self.rows[:, self.length:] = 0
-        model.rope.rows(0, self.max_len, self.dtype, self.data.device)      # the whole table, now
+        model.rope.rows(0, self.max_len, self.dtype, self.device)           # the whole table, now
 
     # --------------------------------------------------------------------------
     # What nesting buys
@@ -315,63 +328,45 @@ class KVCache:
         turned now, a tile of tokens at a time. The memory of what is cut off is given back; for a
         moment both tensors are there. ValueError for a rank above today's.
         """
-        if ranks.shape != self.ranks.shape or (ranks.cpu() > self.ranks).any():
+        ranks = ranks.cpu()
+        if ranks.shape != self.ranks.shape or (ranks > self.ranks).any():
             raise ValueError("a cache shrinks to a plan at or below its own")
         before = copy.copy(self)
         self.lay_out(ranks)
-        _, L, K = self.ranks.shape
-        for i in range(L):
-            for side, U in enumerate((self.projection.U_k[i], self.projection.U_v[i])):
-                is_turned = before.is_full(side, i) and not self.is_full(side, i)
-                for j in range(K):
-                    old = before.block(side, i, j)[..., :self.length]
-                    keep(old, self.block(side, i, j), U[j] if is_turned else None)
+        for i in range(self.ranks.shape[1]):
+            self.keep(before, 0, i, self.projection.U_k[i])
+            self.keep(before, 1, i, self.projection.U_v[i])
             if before.folded[i] is not None:
-                self.folded[i] = self.cut_fold(i, before)
+                layouts = before.layout(i), self.layout(i)
+                self.folded[i] = folding.cut(before.folded[i], *layouts)
+
+    def keep(self, before: "KVCache", side: int, i: int, U: Tensor) -> None:
+        """Copy the first coordinates of every head; U (K, d, d) turns them if it is due now."""
+        is_turned = before.is_full(side, i) and not self.is_full(side, i)
+        for j in range(len(U)):
+            old = before.block(side, i, j)[..., :self.length]
+            new = self.block(side, i, j)[..., :self.length]
+            if is_turned:
+                copy_turned(old, new, U[j])
+            else:
+                new.copy_(old[:, :new.shape[1]])
 
     def block(self, side: int, i: int, j: int) -> Tensor:
         """The rows of one head: (batch, r, max_len)."""
-        r, first = int(self.ranks[side, i, j]), int(self.first_rows[side, i, j])
-        return self.rows[first:first + self.batch * r].view(self.batch, r, self.max_len)
-
-    def cut_fold(self, i: int, before: "KVCache") -> "Folded":
-        """The folded weights of layer i, from those of a larger plan."""
-        W_qkv, b_qkv, W_o, bias = before.folded[i]
-        by_key, by_value = before.order[:, i].tolist()
-        K, widths = len(by_key), before.ranks[1, i, by_value].tolist()
-        G = W_o.shape[1] // sum(widths)
-        sizes = [(G + 1) * self.head_dim] * K + widths
-        W = W_qkv.split(sizes)
-        b = [None] * len(sizes) if b_qkv is None else b_qkv.split(sizes)
-        W_o = [W.unflatten(1, (G, -1)) for W in W_o.split([G * r for r in widths], dim=1)]
-        keys = dict(zip(by_key, zip(W[:K], b[:K], strict=True), strict=True))
-        values = dict(zip(by_value, zip(W[K:], b[K:], W_o, strict=True), strict=True))
-        heads = [keys[j] + values[j] for j in range(K)]
-        U, means = self.projection.U_v[i], self.projection.mean_v[i]
-        if self.is_full(1, i):
-            U = None
-        elif not before.is_full(1, i):                  # turned already: a coordinate is itself
-            means = (means[:, None] @ U)[:, 0]
-            means = [mean[:r] for mean, r in zip(means, before.ranks[1, i].tolist(), strict=True)]
-            U = [torch.eye(len(mean), device=mean.device) for mean in means]
-        return self.fold_heads(i, heads, U, means, bias)
+        r = int(self.ranks[side, i, j])
+        first = int(self.first_rows[side, i, j])
+        rows = self.rows[first:first + self.batch * r]
+        return rows.view(self.batch, r, self.max_len)
 
 
-def side_by_side(q: Tensor, k: Tensor, K: int) -> list[Tensor]:
-    """The rows of K heads: those that make its G queries, then those that make its key."""
-    return [torch.cat(parts) for parts in zip(q.chunk(K), k.chunk(K), strict=True)]
-
-
-def keep(old: Tensor, new: Tensor, U: Tensor | None) -> None:
-    """Copy the first coordinates of a head, (batch, r, length), turned by U where it is given."""
+def copy_turned(old: Tensor, new: Tensor, U: Tensor) -> None:
+    """The same, turned by U: of a head's (batch, d, length) the first coordinates in new."""
     r, length = new.shape[1], old.shape[2]
-    if U is None:
-        new[..., :length] = old[:, :r]
-        return
     U_r = U[:, :r].to(new)
     for start in range(0, length, TILE):
-        tile = old[..., start:start + TILE]
-        new[..., start:start + tile.shape[2]] = U_r.T @ tile
+        end = min(start + TILE, length)
+        tile = old[..., start:end]
+        new[..., start:end] = U_r.T @ tile
 
 
 # ------------------------------------------------------------------------------
@@ -379,7 +374,8 @@ def keep(old: Tensor, new: Tensor, U: Tensor | None) -> None:
 
 def heads_by_rank(ranks: list[int]) -> list[int]:
     """Heads 0 … K − 1, those of the same rank side by side; as they are where all differ."""
-    return sorted(range(len(ranks)), key=lambda j: ranks.index(ranks[j]))
+    first_of_rank = [ranks.index(r) for r in ranks]
+    return sorted(range(len(ranks)), key=first_of_rank.__getitem__)
 
 
 class Places(NamedTuple):
@@ -394,13 +390,18 @@ def find_written(order: Tensor, ranks: Tensor, B: int, G: int, d: int) -> Tensor
     """Places.written of a layer with this order and these ranks, (2, K) each."""
     by_key, by_value = order
     K = len(by_key)
-    places = torch.arange(K * B * (G + 1) * d).view(K, B, G + 1, d)[:, :, -1]
-    is_kept = torch.arange(d) < ranks[0, by_key][:, None, None]     # (K, 1, d)
-    of_keys = places[is_kept.expand(K, B, d)]
+    total = K * B * (G + 1) * d
+    places = torch.arange(total).view(K, B, G + 1, d)
+    of_keys = places[:, :, -1]                                      # (K, B, d)
+    ranks_of_keys = ranks[0, by_key]
+    is_kept = torch.arange(d) < ranks_of_keys[:, None, None]        # (K, 1, d)
+    of_keys = of_keys[is_kept.expand(K, B, d)]
+
     widths = ranks[1, by_value].tolist()
-    of_values = torch.arange(B * sum(widths)).view(B, -1).split(widths, dim=1)
-    of_values = torch.cat([part.flatten() for part in of_values])
-    return torch.cat((of_keys, K * B * (G + 1) * d + of_values))
+    of_values = torch.arange(B * sum(widths)).view(B, -1)
+    parts = of_values.split(widths, dim=1)                          # of each head, (B, r)
+    of_values = torch.cat([part.flatten() for part in parts])
+    return torch.cat((of_keys, total + of_values))
 
 
 def warn_of_no_kernel(error: Exception) -> None:

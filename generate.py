@@ -3,7 +3,7 @@
     prefill     one pass over the prompt fills the cache, and gives the first new token
     decode      each further pass is of a single token, and reads the cache once
 
-The plan is known here, so the cache's folded weights (projection.fold_head) take the place of the
+The plan is known here, so the cache's folded weights (folding.fold_head) take the place of the
 originals, which are dropped. --shrink-to takes the cache to a smaller plan on the way: no layer
 runs again, and decoding goes on.
 

@@ -145,26 +145,6 @@ def identity_like(U: Tensor) -> Tensor:
     return torch.eye(d, dtype=U.dtype, device=U.device)
 
 
-def fold_head(W_v: Tensor, b_v: Tensor | None, W_o: Tensor, U_r: Tensor, mean: Tensor):
-    """Fold a head's value side into its weights: the paper's "new linear layer" (Figure 2).
-
-    Values have no RoPE, so U_r and U_rᵀ fold into the weights (transposed, for vectors as rows):
-
-        W_v' = W_v U_r, b_v' = b_v U_r      make the coordinates v U_r that are cached
-        W_o' = U_rᵀ W_o                     takes weighted sums of them, for each of G query heads
-        bias = Σ_h μ (I − P) W_o            what cut-off means add: attention weights sum to one
-
-    As stored: W_v (d, hidden), b_v (d) or None, W_o (hidden, G, d); U_r (d, r), mean μ (d). Returns
-    W_v' (r, hidden), b_v' (r) or None, W_o' (hidden, G, r), and the bias (hidden), in U_r's dtype.
-    """
-    cut_off = mean - mean @ U_r @ U_r.T                             # μ (I − P)
-    W_o_wide = W_o.to(U_r)
-    W_v_new = U_r.T @ W_v.to(U_r)
-    b_v_new = None if b_v is None else (b_v.to(U_r) @ U_r).to(b_v)
-    W_o_new = W_o_wide @ U_r
-    return W_v_new.to(W_v), b_v_new, W_o_new.to(W_o), W_o_wide.sum(1) @ cut_off
-
-
 # ------------------------------------------------------------------------------
 # Calibration: second moments over a text, and the two starts computed from them
 

@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT
 
 ORDER = (
-    "common", "model", "data", "projection", "plans", "kernel", "attention", "cache",
+    "common", "model", "data", "projection", "folding", "plans", "kernel", "attention", "cache",
     "evaluate", "train", "search", "bits", "generate",
 )
-LESSON = ("projection", "cache", "attention", "kernel", "train", "search")
+LESSON = ("projection", "folding", "cache", "attention", "kernel", "train", "search")
 NAMES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 
 

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from conftest import random_projection, random_ranks, relative, shape
 
+from folding import fold_head
 from model import causal_attention
 from projection import (
     Moments,
     Projection,
     Rotation,
     check_ranks,
-    fold_head,
     plan_at,
     projector,
     uniform_ranks,
