@@ -72,7 +72,7 @@ class KVCache:
         self.batch, self.max_len = batch, max_len
         self.length = 0
         self.position = None                                        # or (1,) int64 on the device
-        self.span = torch.zeros(2, dtype=torch.int64, device=device)
+        self.span = torch.zeros(2, device=device).long()
         self.dtype, self.device = dtype, self.span.device           # "cuda" becomes "cuda:0"
         self.lay_out(ranks)
 
