@@ -32,9 +32,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
-from cache import side_by_side
 from data import data_arguments, text_for, windows
 from evaluate import describe, log_probabilities, report_arguments
+from folding import chunks_of_both
 from model import Model, load
 from plans import read_plan
 from projection import Projection, uniform_ranks
@@ -86,7 +86,7 @@ def by_rank_and_token(layer: int, k: Tensor, v: Tensor, p: Projection, ranks: Te
 def heads_then_values(parts: list[Tensor], K: int) -> Tensor:
     """Rows as KVCache.fold has them: of each head those of its queries and its key, then values."""
     q, k, v = parts
-    return torch.cat((*side_by_side(q, k, K), v))
+    return torch.cat((*chunks_of_both(q, k, K), v))
 
 
 class Kivi:
