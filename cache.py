@@ -361,7 +361,7 @@ class KVCache:
 
 
 def copy_turned(old: Tensor, new: Tensor, U: Tensor) -> None:
-    """The same of one head, old (batch, d, length) to new (batch, r, length), turned by U (d, d)."""
+    """The same of one head, (batch, d, length) to (batch, r, length), turned by U (d, d)."""
     U_r = U[:, :new.shape[1]].to(new)
     for start in range(0, old.shape[2], TILE):
         tile = slice(start, start + TILE)
