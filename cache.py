@@ -86,8 +86,8 @@ class KVCache:
         if ranks.ndim != 3:
             raise ValueError(f"ranks of shape {list(ranks.shape)}; a cache has one plan, (2, L, K)")
         self.ranks = ranks.cpu().long()
-        by_side = self.ranks.flatten(0, 1).tolist()
-        orders = [heads_by_rank(of_heads) for of_heads in by_side]
+        layers = self.ranks.flatten(0, 1).tolist()                  # of keys, then of values
+        orders = [heads_by_rank(of_layer) for of_layer in layers]
         self.order = torch.tensor(orders).view(2, L, K)
 
         rows = self.ranks.gather(2, self.order) * self.batch        # of blocks, in their order
@@ -107,8 +107,10 @@ class KVCache:
 
         self.groups, self.layer_rows = [], []
         for i in range(L):
-            keys, values = self.group_heads(0, i), self.group_heads(1, i)
+            keys = self.group_heads(0, i)
+            values = self.group_heads(1, i)
             self.groups.append((keys, values))
+
             begin = starts[0, i, 0]
             end = ends[i, 1, -1]
             self.layer_rows.append(self.rows[begin:end])
@@ -145,8 +147,7 @@ class KVCache:
         ranks = self.ranks[0, i]
         kept = torch.arange(self.head_dim) < ranks[:, None, None]   # (K, 1, d)
         basis = self.projection.U_k[i].cpu() * kept
-        basis = basis[by_key]
-        return basis.to(self.device, self.dtype)
+        return basis[by_key].to(self.device, self.dtype)
 
     def places(self, i: int, G: int) -> "Places":
         """The index tensors of layer i."""
@@ -168,8 +169,7 @@ class KVCache:
 
         moved = None
         if (by_key != by_value).any():
-            moved = by_key.argsort()[by_value]
-            moved = moved.to(self.device)
+            moved = by_key.argsort()[by_value].to(self.device)
         written = find_written(order, ranks, self.batch, G, self.head_dim)
         width = int(ends[-1])
         return Places(moved, written.to(self.device), table, width)
@@ -333,6 +333,7 @@ class KVCache:
             raise ValueError("a cache shrinks to a plan at or below its own")
         before = copy.copy(self)
         self.lay_out(ranks)
+
         for i in range(self.ranks.shape[1]):
             self.keep(before, 0, i, self.projection.U_k[i])
             self.keep(before, 1, i, self.projection.U_v[i])
@@ -360,13 +361,11 @@ class KVCache:
 
 
 def copy_turned(old: Tensor, new: Tensor, U: Tensor) -> None:
-    """The same, turned by U: of a head's (batch, d, length) the first coordinates in new."""
-    r, length = new.shape[1], old.shape[2]
-    U_r = U[:, :r].to(new)
-    for start in range(0, length, TILE):
-        end = min(start + TILE, length)
-        tile = old[..., start:end]
-        new[..., start:end] = U_r.T @ tile
+    """The same of one head, (batch, d, length) to (batch, r, length), turned by U (d, d)."""
+    U_r = U[:, :new.shape[1]].to(new)
+    for start in range(0, old.shape[2], TILE):
+        tile = slice(start, start + TILE)
+        new[..., tile] = U_r.T @ old[..., tile]
 
 
 # ------------------------------------------------------------------------------
@@ -398,10 +397,11 @@ def find_written(order: Tensor, ranks: Tensor, B: int, G: int, d: int) -> Tensor
     of_keys = of_keys[is_kept.expand(K, B, d)]
 
     widths = ranks[1, by_value].tolist()
-    of_values = torch.arange(B * sum(widths)).view(B, -1)
-    parts = of_values.split(widths, dim=1)                          # of each head, (B, r)
-    of_values = torch.cat([part.flatten() for part in parts])
-    return torch.cat((of_keys, total + of_values))
+    width = sum(widths)
+    rows = torch.arange(total, total + B * width).view(B, width)
+    parts = rows.split(widths, dim=1)                               # of each head, (B, r)
+    of_values = [part.flatten() for part in parts]
+    return torch.cat((of_keys, *of_values))
 
 
 def warn_of_no_kernel(error: Exception) -> None:

@@ -7,9 +7,8 @@ their own: they vanish into the weights before and after them. Of one head, for 
     W_o' = U_rᵀ W_o                     takes weighted sums of them, for each of G query heads
     bias = Σ_h μ (I − P) W_o            what cut-off means add: attention weights sum to one
 
-This is the paper's "new linear layer" (arXiv 2410.14731, Figure 2). For a smaller plan the
-original weights are not needed: coordinate by coordinate it is the first rows of W_v' and the first
-columns of W_o' as they are stored, and μ U says what the others stand for. `cut` does that.
+It is the paper's "new linear layer" (arXiv 2410.14731, Figure 2). `cut` makes a smaller plan's from
+a larger one's: of W_v' the first rows, of W_o' the first columns, and μ U for what is cut off.
 """
 from typing import NamedTuple
 

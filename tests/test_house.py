@@ -67,8 +67,8 @@ def test_no_line_is_wider_than_a_hundred_columns(folder):
     assert not wide
 
 
-def test_the_lesson_has_at_most_2250_lines():
-    assert sum(len(source(name).splitlines()) for name in LESSON) <= 2250
+def test_the_lesson_has_at_most_2200_lines():
+    assert sum(len(source(name).splitlines()) for name in LESSON) <= 2200
 
 
 @pytest.mark.parametrize("name", LESSON)
