@@ -217,37 +217,6 @@ class Moments:
             M[i] = torch.einsum("xkgd,xkge->kde", W, W)
         return M
 
-    def errors(self, p: Projection, W_o: list[Tensor]) -> Tensor:
-        """How far off a head's scores, and outputs, are at each level 0 … 8: (2, L, K, 9).
-
-        In coordinates x of what is cached and y of who reads it, Σ xᵢ yᵢ over the columns cut off
-        has the mean square Σ E[xᵢxⱼ] E[yᵢyⱼ] over pairs of them (as if x knew nothing of y).
-        """
-        cached = torch.stack(self.covariances())                    # (2, L, K, d, d)
-        read = torch.stack((self.qq, self.readers(W_o)))
-        U = torch.stack((p.U_k, p.U_v)).double()
-        x, y = (U.mT @ squares @ U for squares in (cached, read))
-        pairs = x * y
-        errors = []
-        for level in range(LEVELS + 1):
-            r = level * U.shape[-1] // LEVELS
-            cut_off = pairs[..., r:, r:]
-            errors.append(cut_off.sum((-1, -2)))
-        return torch.stack(errors, dim=-1)
-
-    def order(self, p: Projection, W_o: list[Tensor], kl: Tensor, level: int) -> Tensor:
-        """Reverse water-filling: an order (n,) of lowerings, always of the cheapest next eighth.
-
-        A rank costs in proportion to the errors it makes; kl (2LK,) is what each costs at `level`.
-        """
-        errors = self.errors(p, W_o).cpu()
-        errors = errors.flatten(0, 2)                               # (2LK, 9)
-        weight = kl / errors[:, level]
-        costs = weight[:, None] * errors
-        steps = costs[:, 1:-1] - costs[:, 2:]                       # to levels 1, …, 7
-        steps = steps.flip(-1).cummax(-1).values                    # a cheap one behind a dear one
-        return steps.flatten().argsort(stable=True) // (LEVELS - 1)
-
 
 def covariance(n: Tensor, total: Tensor, squares: Tensor) -> Tensor:
     """The covariance of n (L,) rows with sum `total` (L, K, d) and Σ xᵀx `squares`."""

@@ -16,7 +16,7 @@ It gains where little of the cache is left and loses to PCA elsewhere. The defau
 
   start      PCA plus what queries and W_o read (query_aware): better before any training.
   ranks      plans of any size along an order of lowerings (draw_along), as search.py makes them:
-             one for the start (find_order), or --ranks FILE. --uniform: one level for a sequence,
+             one for the start (order.py), or --ranks FILE. --uniform: one level for a sequence,
              each head at most one off (draw_levels). The paper's average to about half.
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
@@ -42,6 +42,7 @@ import common
 from data import data_arguments, random_windows, set_apart, text_for
 from evaluate import Distill, describe, measure, report_arguments, wide, write_report
 from model import Model, load, read_config
+from order import find_order
 from plans import read_plan
 from projection import LEVELS, Projection, Rotation, calibrate, plan_at, shape_of, uniform_ranks
 
@@ -81,24 +82,6 @@ def nudged(levels: Tensor, config, generator: Generator) -> Tensor:
     off = torch.randint(-1, 2, levels.shape, generator=generator)
     levels = (levels + off).clamp(1, LEVELS)
     return levels * (config.head_dim // LEVELS)
-
-
-@torch.no_grad()
-def find_order(model: Model, start: Projection, moments, W_o: list, tokens, args) -> Tensor:
-    """An order of lowerings for the untrained start, in 2LK passes over training text.
-
-    Measured is what each rank costs alone, cut to a quarter of d; the rest follows from moments.
-    """
-    hooks = {}
-    full = uniform_ranks(1.0, model.config)
-    for place in range(full.numel()):
-        plan = full.clone()
-        plan.view(-1)[place] //= 4
-        hooks[place] = start.at(plan)
-    _, results = measure(model, tokens, hooks, args.batch, args.seq, limit=4)
-    kl = torch.tensor([result["kl"] for result in results.values()], dtype=torch.float64)
-    common.sum_over_processes(kl)                       # so that all have the same order
-    return moments.order(start, W_o, kl, LEVELS // 4)
 
 
 # ------------------------------------------------------------------------------

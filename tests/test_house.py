@@ -9,9 +9,9 @@ from conftest import ROOT
 
 ORDER = (
     "common", "model", "data", "projection", "folding", "plans", "kernel", "attention", "cache",
-    "evaluate", "train", "search", "bits", "generate",
+    "evaluate", "order", "train", "search", "bits", "generate",
 )
-LESSON = ("projection", "folding", "cache", "attention", "kernel", "train", "search")
+LESSON = ("projection", "folding", "cache", "attention", "kernel", "order", "train", "search")
 NAMES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 
 
@@ -67,8 +67,8 @@ def test_no_line_is_wider_than_a_hundred_columns(folder):
     assert not wide
 
 
-def test_the_lesson_has_at_most_2200_lines():
-    assert sum(len(source(name).splitlines()) for name in LESSON) <= 2200
+def test_the_lesson_has_at_most_2300_lines():
+    assert sum(len(source(name).splitlines()) for name in LESSON) <= 2300
 
 
 @pytest.mark.parametrize("name", LESSON)

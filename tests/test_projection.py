@@ -202,44 +202,6 @@ def test_calibration_sums_the_queries_of_a_group(model):
     assert relative(moments.qq, rows.mT @ rows) < 1e-9
 
 
-def test_errors_are_what_readers_miss_of_the_columns_cut_off(model):
-    """Against all pairs of a query and a key, and of a value and a row of W_o, one by one."""
-    L, K, d = shape(model)
-    moments, p = Moments(model.config), random_projection(model)
-    G = moments.G
-    for layer in range(L):
-        q, k, v = (torch.randn(1, heads, 20, d) for heads in (K * G, K, K))
-        moments(layer, q, k, v)
-    W_o = [torch.randn(30, K * G * d) for _ in range(L)]
-    errors = moments.errors(p, W_o)
-    cached = (k - k.mean(2, keepdim=True), v - v.mean(2, keepdim=True))
-    read = (q[0].view(K, -1, d), W_o[-1].view(30, K, G, d).transpose(0, 1).reshape(K, -1, d))
-    for side, U in enumerate((p.U_k, p.U_v)):
-        x, y = cached[side][0] @ U[-1], read[side] @ U[-1]          # (K, 20, d), (K, …, d)
-        for level in range(9):
-            r = level * d // 8
-            missed = x[..., r:] @ y[..., r:].mT
-            expected = missed.square().sum((-1, -2)).double() / 20
-            assert torch.allclose(errors[side, -1, :, level], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_order_of_water_filling_always_takes_the_cheapest_next_eighth(model):
-    L, K, d = shape(model)
-    moments, p = Moments(model.config), random_projection(model)
-    model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
-    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
-    kl = torch.rand(2 * L * K, dtype=torch.float64)
-    errors = moments.errors(p, W_o).flatten(0, 2)
-    costs = errors * (kl / errors[:, 2])[:, None]
-    levels = torch.full((2 * L * K,), 8)
-    for place in moments.order(p, W_o, kl, level=2).tolist():
-        now, lowered = costs.gather(1, levels[:, None]), costs.gather(1, levels[:, None] - 1)
-        steps = (lowered - now)[:, 0].where(levels > 1, torch.inf)
-        assert steps[place] == pytest.approx(steps.min().item(), rel=1e-9)
-        levels[place] -= 1
-    assert (levels == 1).all()
-
-
 def test_the_query_aware_start_knows_the_readers(model):
     """Directions that no query looks in, and those that W_o does not take in, come last."""
     L, K, d = shape(model)
