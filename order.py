@@ -92,7 +92,14 @@ def alone(full: Tensor, values: tuple) -> list[Tensor]:
 
 
 @torch.no_grad()
-def find_order(model: Model, p: Projection, moments: Moments, W_o: list, tokens, args) -> Tensor:
+def find_order(
+    model: Model,
+    p: Projection,
+    moments: Moments,
+    W_o: list[Tensor],
+    tokens,
+    args,
+) -> Tensor:
     """An order (n,) of lowerings, places in the flattened (2, L, K), down to level 1 everywhere."""
     full = uniform_ranks(1.0, model.config)
     eighth = model.config.head_dim // LEVELS
