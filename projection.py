@@ -262,16 +262,18 @@ class Rotation(nn.Module):
     The parameters are entries of A above the diagonal, zero at the start. Those between columns of
     one eighth are left out: every rank keeps or drops an eighth whole, so turning within it changes
     no projection, and near A = 0 its gradient is rounding noise, which Adam would blow up. The
-    value means train too.
+    value means train too. `within_blocks`: with those entries (bits.py).
     """
 
-    def __init__(self, start: Projection):
+    def __init__(self, start: Projection, within_blocks: bool = False):
         super().__init__()
         L, K, d = start.mean_v.shape
         self.start = start
         self.eighth = d // LEVELS
         rows, columns = torch.triu_indices(d, d, 1)
         matters = rows // self.eighth != columns // self.eighth
+        if within_blocks:
+            matters[:] = True
         self.rows = rows[matters].to(start.U_k.device)
         self.columns = columns[matters].to(start.U_k.device)
         zeros = start.U_k.new_zeros(L, K, len(self.rows))

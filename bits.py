@@ -1,0 +1,349 @@
+"""Train for rounding, and say how many bits each block of coordinates deserves.
+
+Beyond the paper. rounding.py rounds a coordinate to few bits; which ones deserve how many is the
+question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a block of d/8. Again
+
+  path        a block costs (how far rounding is off) × (who reads it) × (what its head matters, one
+              measurement each: 2LK passes). Water-filling (order.py) takes bits where that is
+              cheapest, from 8 down to nothing; a prefix of the path makes a plan for any budget.
+  training    is train.py's own loop, with plans of random budgets along the path, each block at
+              most one step off. Rounding has no gradient, so the gradient of x is taken for it.
+              What learns: all entries of A (rounding sees turns within a block too), means and
+              spreads. The path is found anew after a quarter of the steps.
+  objective   the mean of log(KL + 0.0001): the KL at 4 bits is some hundred times below that of 1.
+
+The start is the query-aware basis over the calibration text; --proj takes the one in a file.
+
+    python bits.py                          # -> out/bits.safetensors, out/bits.json, out/bits.png
+    python generate.py --bits out/bits.json --budget 0.125 --prompt "Return the "
+"""
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Generator, Tensor, nn
+
+import common
+from data import data_arguments, set_apart, text_for
+from evaluate import describe, measure, report_arguments, wide
+from model import Model, load, read_config
+from order import alone, cheapest_first, kl_of_each, pairs_of_columns
+from packed import PackedCache
+from projection import LEVELS, Moments, Projection, Rotation, calibrate
+from rounding import (
+    BITS,
+    ERROR,
+    EXACT,
+    WHOLE,
+    Rounding,
+    bits_at,
+    grid,
+    path_of_rows,
+    path_to_rows,
+    same_bits,
+)
+from train import VALID, train
+
+BUDGETS = (0.5, 0.375, 0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875)
+TRIED = 2               # bits of the head whose cost is measured, while all others have 8
+
+
+# ------------------------------------------------------------------------------
+# The path
+
+@torch.no_grad()
+def find_path(
+    model: Model,
+    rounding: Rounding,
+    moments: Moments,
+    W_o: list[Tensor],
+    tokens,
+    args,
+) -> Tensor:
+    """Lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits after."""
+    by_pair = pairs_of_columns(moments, rounding.p, W_o)
+    by_column = by_pair.diagonal(dim1=-2, dim2=-1).cpu()            # (2, L, K, d)
+    by_block = by_column.unflatten(-1, (LEVELS, -1)).sum(-1)        # (2, L, K, 8)
+
+    full = same_bits(max(BITS), model.config)
+    plans = []
+    for plan in alone(full[..., 0], (TRIED,)):
+        plans.append(plan[..., None].expand_as(full))
+    kl = kl_of_each(model, plans, rounding.at, tokens, args)
+    weight = kl.view(by_block.shape[:3]) / (ERROR[TRIED] * by_block.sum(-1))
+
+    bits = torch.tensor(BITS)
+    error = torch.tensor([ERROR[b] for b in BITS], dtype=torch.float64)
+    per_bit = -error.diff() / bits.diff()                           # of each lowering, 0 to 8
+    costs = (weight[..., None] * by_block).flatten()
+    steps = costs[:, None] * per_bit.flip(0)                        # (places, 6), 8 first
+    place = cheapest_first(steps)
+    return torch.stack((place, after_each(place)), dim=1)
+
+
+def after_each(place: Tensor) -> Tensor:
+    """The bits that a block has after each lowering of a path."""
+    now = [len(BITS) - 1] * (int(place.max()) + 1)
+    after = []
+    for block in place.tolist():
+        now[block] -= 1
+        after.append(BITS[now[block]])
+    return torch.tensor(after)
+
+
+# ------------------------------------------------------------------------------
+# Training
+
+class TrainedRounding(nn.Module):
+    """A Rounding that learns: `trained()` is the one at the current parameters."""
+
+    def __init__(self, start: Projection, moments: Moments):
+        super().__init__()
+        self.rotation = Rotation(start, within_blocks=True)
+        mean_k = moments.k / moments.tokens[:, None, None]
+        self.mean_k = nn.Parameter(mean_k.to(start.mean_v))
+        covariances = torch.stack(moments.covariances())
+        self.covariances = covariances.to(start.mean_v)             # (2, L, K, d, d)
+        zeros = torch.zeros_like(self.covariances[..., 0])
+        self.log_factor = nn.Parameter(zeros)                       # (2, L, K, d)
+
+    def forward(self, dtype: torch.dtype | None = None) -> Rounding:
+        p = self.rotation(dtype)
+        U = torch.stack((p.U_k, p.U_v))
+        variance = (U * (self.covariances.to(U) @ U)).sum(-2)       # along each column
+        deviation = variance.clamp(min=1e-12).sqrt()
+        factor = self.log_factor.exp().to(U)
+        return Rounding(p, self.mean_k.to(U), deviation * factor)
+
+
+def draw_bits(B: int, config, generator: Generator, path: list) -> Tensor:
+    """Plans (2, L, B, K, 8) of B random budgets along path[0], 0.9 to 4.5 bits on average."""
+    low, high = math.log(0.9), math.log(4.5)
+    uniform = torch.rand(B, generator=generator)
+    means = (low + (high - low) * uniform).exp()
+    plans = [bits_at(path[0], config, mean / WHOLE) for mean in means.tolist()]
+    plans = torch.stack(plans, dim=2)
+
+    bits = torch.tensor(BITS)
+    step = torch.searchsorted(bits, plans)
+    chance = torch.rand(step.shape, generator=generator)
+    step = step - (chance < 1 / 6).long() + (chance > 5 / 6).long()
+    return bits[step.clamp(0, len(BITS) - 1)]
+
+
+def bits_hook(rounding: TrainedRounding, bits: Tensor, batch: int):
+    """`train`'s hook: the plans of this process's sequences; all parameters are seen."""
+    mine = bits[:, :, common.my_share(batch)]
+    return rounding().at(mine), None
+
+
+# ------------------------------------------------------------------------------
+# What is saved, and read again
+
+class Bits:
+    """What bits.py made of a model: a Rounding and the path of its plans, for any budget."""
+
+    def __init__(self, rounding: Rounding, path: Tensor, config):
+        rounding.p.check_fits(config)
+        self.rounding, self.path, self.config = rounding, path, config
+
+    def at(self, budget: float):
+        """The hook `project=` at a budget, the share of a 16-bit cache."""
+        return self.rounding.at(self.plan(budget))
+
+    def plan(self, budget: float) -> Tensor:
+        return bits_at(self.path, self.config, budget)
+
+    def cache(self, budget: float, batch: int, max_len: int, dtype=torch.float32, device="cpu"):
+        """A PackedCache at the largest plan within the budget."""
+        return PackedCache(self.rounding, self.plan(budget), batch, max_len, dtype, device)
+
+    def save(self, file: Path, said: dict) -> None:
+        self.rounding.save(file.with_suffix(".safetensors"))
+        common.write_json(file, {
+            "head_dim": self.config.head_dim,
+            "exact": EXACT,
+            "path": path_to_rows(self.path, self.config),
+        } | said)
+
+
+def load_bits(file: str | Path) -> Bits:
+    """Read OUT/bits.json and the .safetensors beside it. ValueError names the file."""
+    file = Path(file)
+    said = common.read_json(file)
+    rounding = Rounding.load(file.with_suffix(".safetensors"))
+    L, K, d = rounding.p.mean_v.shape
+    shape = SimpleNamespace(num_hidden_layers=L, num_key_value_heads=K, head_dim=d)
+    try:
+        if (said["head_dim"], said["exact"]) != (d, EXACT):
+            raise ValueError(f"head_dim {said['head_dim']} and {said['exact']} exact tokens, for "
+                             f"{d} and {EXACT}")
+        return Bits(rounding, path_of_rows(said["path"], shape), shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not what bits.py writes ({error})") from None
+
+
+# ------------------------------------------------------------------------------
+# The report
+
+def total_share(mean_bits: float, T: int) -> float:
+    """Of a 16-bit cache of T tokens, the exact ones among them."""
+    exact = min(EXACT, T)
+    return (exact * WHOLE + (T - exact) * mean_bits) / (T * WHOLE)
+
+
+class Clamped:
+    """The hook of a plan, which also counts the coordinates that lie beyond their last code."""
+
+    def __init__(self, rounding: Rounding, plan: Tensor):
+        self.project = rounding.at(plan)
+        self.rounding, self.plan = rounding, plan
+        self.beyond = self.count = 0
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor):
+        for side, x in enumerate((k, v)):
+            mean = self.rounding.mean[side][layer][:, None]
+            x = (x.to(mean) - mean) @ self.rounding.U[side][layer]
+            bits = self.plan[side, layer]
+            step, top = grid(bits, self.rounding.spread[side, layer])
+            code = x / step + top
+            beyond = (code - top).abs() > top + 0.5
+            stored = (top > 0).expand_as(beyond)
+            self.beyond += (beyond & stored).sum().item()
+            self.count += stored.sum().item()
+        return self.project(layer, k, v)
+
+
+def report(model: Model, held_out, bits: Bits, args) -> list[dict]:
+    """Measure and print a row for every budget."""
+    hooks = {budget: Clamped(bits.rounding, bits.plan(budget)) for budget in BUDGETS}
+    base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
+    print(f"\nHeld-out text in windows of {args.seq}, base model: perplexity "
+          f"{base['perplexity']:.3f}, accuracy {base['accuracy']:.2%}\n")
+    print("  a token   in all |  bits |       KL   perplexity   accuracy | clamped")
+    rows = []
+    for budget, result in results.items():
+        mean = bits.plan(budget).double().mean().item()
+        clamped = hooks[budget].beyond / max(1, hooks[budget].count)
+        row = {"budget": mean / WHOLE, "in_all": total_share(mean, args.seq), "clamped": clamped}
+        rows.append(row | result)
+        print(f"  {row['budget']:7.2%}  {row['in_all']:7.2%} | {mean:5.2f} | {result['kl']:8.5f}   "
+              f"{result['perplexity']:10.3f}   {result['accuracy']:8.2%} | {clamped:7.2%}")
+    return rows
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """KL against bytes."""
+    with common.picture(path, width=6) as axis:
+        x = [100 * row["budget"] for row in rows]
+        axis.plot(x, [row["kl"] for row in rows], color="C4", marker="D", label="bits, trained")
+        ticks = [5, 6.25, 9.4, 12.5, 18.75, 25, 37.5, 50]
+        axis.set(xscale="log", yscale="log", xlabel="bytes of a token, % of a 16-bit cache",
+                 ylabel="KL to the base model, nats per token")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+        axis.legend()
+
+
+# ------------------------------------------------------------------------------
+# The script
+
+def options():
+    parser = common.arguments(__doc__, several=True)
+    data_arguments(parser)
+    report_arguments(parser, batch=4)
+    add = parser.add_argument
+    add("--proj", type=Path, help="projections to start from [the query-aware basis]")
+    add("--steps", type=common.within(1, 10 ** 7), default=240, help="[240]")
+    add("--lr", type=common.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
+    parser.set_defaults(seq=None, accumulate=1, ce=0.0, amp=False, checkpoint=None)
+    return parser.parse_args()
+
+
+def begin(args, model: Model, tokens):
+    """The start and what is known of it: (rounding, moments, W_o)."""
+    moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
+    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
+    start = moments.query_aware(W_o)
+    if args.proj:
+        with common.blame("--proj"):
+            start = Projection.load(args.proj)
+            start.check_fits(model.config)
+    start = start.to(model.device, wide(model.dtype))
+    return TrainedRounding(start, moments), moments, W_o
+
+
+def main():
+    args = options()
+    with common.blame("--ckpt"):
+        config = read_config(args.ckpt / "config.json")
+    if args.seq is None:        # keys drift with their position, so windows are as long as can be
+        args.seq = min(config.max_position_embeddings, 2048)
+    if args.lr is None:
+        args.lr = 0.75 / config.head_dim
+    device, dtype = common.prepare_training(args, config, LEVELS)
+    with common.blame("--ckpt"):
+        model = load(args.ckpt, device, dtype)
+    print(describe(args.ckpt, model))
+    tokens, held_out = text_for(args, config)
+    tokens, valid = set_apart(tokens, VALID * args.seq + 1)
+    began = time.time()
+    with common.blame("--ckpt"):
+        rounding, moments, W_o = begin(args, model, tokens)
+
+    def path_now() -> Tensor:
+        with torch.no_grad():
+            return find_path(model, rounding(), moments, W_o, tokens, args)
+
+    path = [path_now()]         # `draw` sees the one that replaces it
+    seconds = time.time() - began
+    print(f"Calibrated, and a path of {len(path[0])} lowerings found in {seconds:.0f} s")
+    for parameter in rounding.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run = SimpleNamespace(
+        args=args,
+        rotation=rounding,
+        optimizer=torch.optim.Adam(rounding.parameters()),
+        said={"step": 0, "loss": []},
+    )
+
+    def trained() -> Bits:
+        with torch.no_grad():
+            return Bits(rounding(torch.float64).to(None, torch.float32), path[0], config)
+
+    def after_step(step: int) -> None:
+        if step == args.steps // 4:
+            path[0] = path_now()
+        if common.RANK == 0 and len(valid) and (step % 60 == 0 or step == args.steps):
+            now = trained()
+            hooks = {budget: now.at(budget) for budget in (0.25, 0.125, 0.0625)}
+            _, results = measure(model, valid, hooks, args.batch, args.seq, VALID)
+            shown = {f"{budget:.2%}": round(result["kl"], 5) for budget, result in results.items()}
+            print(f"\nKL on validation text: {shown}", file=sys.stderr)
+
+    draw_plans = partial(draw_bits, path=path)
+    hook = partial(bits_hook, batch=args.batch)
+    try:
+        train(run, model, tokens, draw_plans, hook, 1e-4, after_step)
+    except KeyboardInterrupt:
+        common.fail("Stopped; nothing was saved", code=130)
+    if common.RANK == 0:
+        print(f"\nCalibration, paths and training took {time.time() - began:.0f} s")
+        bits = trained()
+        rows = report(model, held_out, bits, args)
+        file = args.out / "bits.json"
+        with common.blame("--out"):
+            bits.save(file, {"seq": args.seq, "loss": run.said["loss"], "budgets": rows})
+            draw(rows, file.with_suffix(".png"))
+        print(f"Saved {file.with_suffix('.safetensors')}, {file} and {file.with_suffix('.png')}")
+    common.leave_processes()
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,295 @@
+"""A cache of rounded coordinates, packed: what a plan of bits promises is what memory holds.
+
+The interface is that of cache.py: `model(tokens, cache=cache)`. Everything lies in one flat tensor
+of bytes, `data`. First the exact tokens, in bfloat16; then for every layer tiles of some thousand
+tokens. In a tile the coordinates of the same bits lie side by side, keys and then values, a row
+each; a row of 3 bits is one of 2-bit fields followed by one of 1-bit fields:
+
+    bits    fields          a tile of n tokens, n / 8 · bits bytes
+    3       2, 1            [ tokens 0 … n−1, 2 bits each ][ the same, 1 bit each ]
+
+Field s of byte j belongs to token s · m + j, where m is the number of such bytes: so unpacking is a
+shift and a mask over whole rows, and the tokens come out in their order. A tile is unpacked while
+it is attended to; no other copy of the past exists. The codes are never turned back:
+
+    q · k̂ = Σ (q U)_j Δ_j code_j + …    what is left out is the same for all tokens: softmax ignores it
+    Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ     folded into W_o and a bias; Σ a = 1
+
+An exact token takes part as codes that are not whole: x / Δ + top.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+from folding import Folded, chunks_of_both
+from model import Model, stored_for_rows
+from rounding import BITS, EXACT, Rounding, check_bits, grid, to_code
+
+TILE = 1024             # tokens, about
+FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+SCORES = 2 ** 24        # scores computed at a time
+
+
+class PackedCache:
+    """Keys and values of `batch` sequences, up to max_len tokens, at a plan of bits (2, L, K, 8).
+
+    `data` is the one tensor, uint8; `length` the number of tokens in it.
+    """
+
+    def __init__(
+        self,
+        rounding: Rounding,
+        bits: Tensor,
+        batch: int,
+        max_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
+        check_bits(bits, rounding.p)
+        if batch < 1 or max_len < 1:
+            raise ValueError(f"batch {batch}, max_len {max_len}: both must be at least 1")
+        self.dtype = dtype
+        self.wide = torch.promote_types(dtype, torch.float32)       # attention's
+        self.rounding = rounding.to(device, self.wide)
+        self.bits, self.batch, self.max_len = bits, batch, max_len
+        self.length = 0
+        L, K, d = rounding.p.mean_v.shape
+        self.shape = K, batch, d
+
+        tiles = math.ceil(max_len / TILE)
+        self.tile = math.ceil(max_len / tiles / 8) * 8
+        exact = 2 * L * K * batch * d * EXACT
+        by_coordinate = bits.repeat_interleave(d // bits.shape[-1], -1)         # (2, L, K, d)
+        packed = tiles * self.tile // 8 * batch * int(by_coordinate.sum())
+        self.data = torch.zeros(2 * exact + packed, dtype=torch.uint8, device=device)
+        self.device = self.data.device
+        self.exact = self.data[:2 * exact].view(torch.bfloat16).view(L, 2, K * batch, d, EXACT)
+
+        self.layers = []
+        begin = 2 * exact
+        for i in range(L):
+            layer = PackedLayer(by_coordinate[:, i], batch, tiles, self.tile, self.data[begin:])
+            self.layers.append(layer)
+            begin += layer.size
+        grids = [[grid(bits[side, i], self.rounding.spread[side, i]) for i in range(L)]
+                 for side in (0, 1)]
+        self.step, self.top = ([[pair[n] for pair in side] for side in grids] for n in (0, 1))
+        self.folded = [None] * L
+
+    # --------------------------------------------------------------------------
+    # What a pass calls
+
+    def begin(self, model: Model, B: int, T: int) -> tuple[Tensor, Tensor]:
+        """RoPE's cosines and sines of T more tokens. ValueError unless they fit."""
+        self.rounding.p.check_fits(model.config)
+        if self.dtype != model.dtype or self.device != model.device:
+            raise ValueError(f"a cache of {self.dtype} on {self.device} for a model in "
+                             f"{model.dtype} on {model.device}")
+        if B != self.batch:
+            raise ValueError(f"{B} sequences for a cache made for {self.batch}")
+        if self.length + T > self.max_len:
+            raise ValueError(f"the cache is full: it holds {self.length} of {self.max_len} tokens "
+                             f"and {T} more were passed")
+        return model.rope.rows(self.length, T, self.dtype, self.device)
+
+    def advance(self, T: int) -> None:
+        self.length += T
+
+    def fold(self, i: int, weights) -> Folded:
+        """The weights of layer i: values come out turned, v U, and W_o' takes sums of codes."""
+        if self.folded[i] is None:
+            self.folded[i] = self.fold_layer(i, weights)
+        return self.folded[i]
+
+    def fold_layer(self, i: int, weights) -> Folded:
+        K, _, d = self.shape
+        U = self.rounding.U[1][i]                                   # (K, d, d)
+        mean = self.rounding.mean[1][i][:, None]                    # (K, 1, d)
+        step, top = self.step[1][i], self.top[1][i]                 # (K, 1, d)
+        q, k, v, o = weights.q_proj, weights.k_proj, weights.v_proj, weights.o_proj
+        W_v = v.weight.to(U).unflatten(0, (K, d))                   # (K, d, hidden)
+        W_v = (U.mT @ W_v).flatten(0, 1).to(v.weight)
+        W_qkv = torch.cat((*chunks_of_both(q.weight, k.weight, K), W_v))
+        b_qkv = None
+        if q.bias is not None:
+            b_v = v.bias.to(U).view(K, 1, d) @ U
+            b_qkv = torch.cat((*chunks_of_both(q.bias, k.bias, K), b_v.flatten().to(v.bias)))
+
+        back = step.mT * U.mT                                       # (K, d, d): Δ_j u_j
+        left_out = mean - top @ back                                # (K, 1, d)
+        W_o = o.weight.to(U).unflatten(1, (K, -1, d))               # (hidden, K, G, d)
+        bias = torch.einsum("hkgd,kd->h", W_o, left_out[:, 0])
+        W_o = torch.einsum("hkgd,kcd->hkgc", W_o, back).flatten(1)
+        W_o = stored_for_rows(W_o.to(o.weight))
+        return Folded(stored_for_rows(W_qkv), b_qkv, W_o, bias.to(W_o))
+
+    def attend(self, i: int, both: Tensor, v: Tensor, window=None) -> Tensor:
+        """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
+
+        both (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, K·d), turned. Returns
+        (B, T, H·d), for W_o'.
+        """
+        K, B, d = self.shape
+        T = both.shape[3]
+        U, mean = self.rounding.U[0][i], self.rounding.mean[0][i]
+        both = both.transpose(0, 1).to(self.wide)                   # (K, B, G + 1, T, d)
+        both = torch.bmm(both.flatten(1, 3), U).view(both.shape)
+        q = both[:, :, :-1] * self.step[0][i][:, None, None]
+        k = both[:, :, -1] - (mean[:, None] @ U)[:, None]           # (K, B, T, d)
+        v = v.to(self.wide).view(B, T, K, d).permute(2, 0, 1, 3)
+        v = v - (self.rounding.mean[1][i][:, None] @ self.rounding.U[1][i])[:, None]
+        self.append(i, k, v)
+
+        token = torch.arange(self.length + T, device=self.device)
+        now = token[-T:, None]
+        hidden = (token > now) | (token <= now - (window or len(token)))
+        first = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
+        size = max(1, SCORES // (q[:, :, :, 0, 0].numel() * len(token)))
+        pieces = zip(q.split(size, 3), hidden.split(size), strict=True)
+        outputs = [self.attend_piece(i, part, unseen, first) for part, unseen in pieces]
+        return torch.cat(outputs, dim=1).to(self.dtype)
+
+    # --------------------------------------------------------------------------
+    # Writing
+
+    def append(self, i: int, k: Tensor, v: Tensor) -> None:
+        """Write coordinates (K, B, T, d): the first tokens exactly, the others as codes."""
+        T = k.shape[2]
+        exact = min(T, max(0, EXACT - self.length))
+        if exact:
+            rows = torch.stack((k, v))[:, :, :, :exact].flatten(1, 2)
+            self.exact[i][..., self.length:self.length + exact] = rows.mT
+        if exact == T:
+            return
+        k = to_code(k[:, :, exact:], self.step[0][i][:, None], self.top[0][i][:, None])
+        v = to_code(v[:, :, exact:], self.step[1][i][:, None], self.top[1][i][:, None])
+        codes = torch.stack((k, v)).to(torch.uint8).mT              # (2, K, B, d, T)
+        self.layers[i].write(codes.flatten(0, 3), self.length + exact - EXACT)
+
+    # --------------------------------------------------------------------------
+    # Reading
+
+    def attend_piece(self, i: int, q: Tensor, hidden: Tensor, first: int) -> Tensor:
+        """Attention of queries (K, B, G, T, d) to all tokens from `first` on: (B, T, K·G·d)."""
+        K, B, G, T, d = q.shape
+        q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
+        end = hidden.shape[1]
+        tiles = list(self.tiles_of(end, first))
+        scores = q.new_full((K * B, G * T, end), -math.inf)
+        for tokens, n in tiles:
+            codes = self.codes(i, 0, n)[..., :tokens.stop - tokens.start]
+            scores[..., tokens] = q @ codes
+        scores *= d ** -0.5
+        if T > 1 or first:
+            scores.unflatten(1, (G, T)).masked_fill_(hidden, -math.inf)
+        weights = scores.softmax(-1)
+        a = torch.zeros_like(q)
+        for tokens, n in tiles:
+            codes = self.codes(i, 1, n)[..., :tokens.stop - tokens.start]
+            a += weights[..., tokens] @ codes.mT
+        return a.view(K, B, G, T, d).permute(1, 3, 0, 2, 4).flatten(2)
+
+    def tiles_of(self, end: int, first: int):
+        """Which tokens a tile holds, and its number, of those with tokens from `first` to `end`."""
+        if first < EXACT:
+            yield slice(0, min(EXACT, end)), None                   # the exact ones
+        for n, start in enumerate(range(EXACT, end, self.tile)):
+            stop = min(start + self.tile, end)
+            if stop > first:
+                yield slice(start, stop), n
+
+    def codes(self, i: int, side: int, n: int | None) -> Tensor:
+        """The codes of a tile's keys or values, (K·B, d, tokens)."""
+        K, B, d = self.shape
+        if n is not None:
+            codes = self.layers[i].read(side, n).to(self.wide)
+            return codes.view(K * B, d, -1)
+        x = self.exact[i, side].to(self.wide).view(K, B, d, EXACT)
+        step, top = self.step[side][i].mT[:, None], self.top[side][i].mT[:, None]
+        return (x / step + top).flatten(0, 1)
+
+
+class PackedLayer:
+    """The tiles of a layer: rows of codes, of 2·K·B·d coordinates, those of the same bits together.
+
+    bits (2, K, d). `size` is how many bytes of `data` are its.
+    """
+
+    def __init__(self, bits: Tensor, batch: int, tiles: int, tile: int, data: Tensor):
+        _, K, d = bits.shape
+        self.tile = tile
+        self.shifts = {w: torch.arange(0, 8, w, dtype=torch.uint8, device=data.device)[:, None]
+                       for w in (1, 2, 4, 8)}
+        bits = bits[:, :, None].expand(2, K, batch, d).reshape(2, -1)           # of rows
+        self.groups = []                # bits, rows by side, their bytes (tiles, rows, bytes)
+        begin = 0
+        for b in BITS[1:]:
+            rows = [(of_side == b).nonzero()[:, 0] for of_side in bits]
+            count = sum(map(len, rows))
+            if count:
+                end = begin + tiles * count * tile * b // 8
+                packed = data[begin:end].view(tiles, count, tile * b // 8)
+                both = torch.cat((rows[0], rows[1] + bits.shape[1])).to(data.device)
+                self.groups.append((b, both, len(rows[0]), packed))
+                begin = end
+        self.size = begin
+        # For `read`: of each row where it lies among those unpacked; the last of them is zero.
+        self.sources, self.counts = [], []
+        for side in (0, 1):
+            found = [group[1][:group[2]] if side == 0 else group[1][group[2]:] - bits.shape[1]
+                     for group in self.groups]
+            found = torch.cat([torch.empty(0, dtype=torch.long, device=data.device), *found])
+            source = torch.full((bits.shape[1],), len(found), device=data.device)
+            source[found] = torch.arange(len(found), device=data.device)
+            self.sources.append(source)
+            self.counts.append(len(found))
+
+    def write(self, codes: Tensor, start: int) -> None:
+        """Codes (2·K·B·d, T) of the tokens from `start` on, uint8."""
+        T = codes.shape[1]
+        for b, rows, _, packed in self.groups:
+            mine = codes[rows]
+            begin, below = 0, b
+            for w in FIELDS[b]:
+                below -= w
+                field = (mine >> below) & (2 ** w - 1)
+                m = self.tile * w // 8                              # bytes of a row
+                done = 0
+                while done < T:         # a run of tokens whose fields are the same of their bytes
+                    n, inside = divmod(start + done, self.tile)
+                    s, j = divmod(inside, m)
+                    run = min(T - done, m - j)
+                    bytes_ = packed[n, :, begin + j:begin + j + run]
+                    bytes_ &= 255 - ((2 ** w - 1) << s * w)
+                    bytes_ |= field[:, done:done + run] << s * w
+                    done += run
+                begin += m
+
+    def read(self, side: int, n: int) -> Tensor:
+        """The codes of a side's K·B·d rows in tile n: (rows, tile) uint8, zero at 0 bits."""
+        unpacked = self.sources[side].new_empty(self.counts[side] + 1, self.tile, dtype=torch.uint8)
+        unpacked[-1] = 0
+        first = 0
+        for b, _, keys, packed in self.groups:
+            part = packed[n, :keys] if side == 0 else packed[n, keys:]
+            unpack(part, b, self.shifts, unpacked[first:first + len(part)])
+            first += len(part)
+        return unpacked.index_select(0, self.sources[side])
+
+
+def unpack(packed: Tensor, bits: int, shifts: dict, out: Tensor) -> None:
+    """Rows of bytes to rows of codes (rows, tile)."""
+    begin = 0
+    for w in FIELDS[bits]:
+        m = out.shape[1] * w // 8
+        part = packed[:, None, begin:begin + m]
+        if begin == 0:
+            fields = out.view(len(out), 8 // w, m)
+            torch.bitwise_right_shift(part, shifts[w], out=fields)
+            fields &= 2 ** w - 1
+        else:
+            low = (part >> shifts[w]) & (2 ** w - 1)
+            out <<= w
+            out |= low.flatten(1)
+        begin += m
