@@ -21,7 +21,7 @@ SCORES = 2 ** 24        # scores computed at a time for a long chunk: 64 MB in f
 
 class Group(NamedTuple):
     """J heads of a layer with the same rank, neighbours in the cache: their blocks as one view."""
-    heads: slice                        # of J · batch matrices, in the order of the blocks
+    matrices: slice                     # of J · batch matrices, in the order of the blocks
     rows: Tensor                                                    # (J·batch, r, max_len)
 
 
@@ -29,31 +29,31 @@ def attend_first(
     groups: tuple,
     q: Tensor,
     k: Tensor,
-    by_value: Tensor | None,
+    to_value_order: Tensor | None,
     window: int | None,
 ) -> Tensor:
     """Attention of the first T tokens, among themselves: (B, T, Σ r over query heads).
 
-    q (K, B, G, T, d), k (K, B, T, d), zero beyond each rank, in the order of the key blocks; values
-    are in the cache by now. They are padded to d: one call serves all heads whatever their ranks.
+    q (K, B, G, T, d), k (K, B, T, d), zero beyond each rank, by key: as key blocks lie. Values are
+    read back from the cache, padded to d, for one call, and put by key; outputs go back by value.
     """
     K, B, _, T, d = q.shape
     _, values = groups
     v = k.new_zeros(K * B, T, d)
-    for heads, rows in values:
+    for matrices, rows in values:
         r = rows.shape[1]
-        v[heads, :, :r] = rows[:, :, :T].mT
-    if by_value is not None:
-        v = moved(v, by_value.argsort(), B)
+        v[matrices, :, :r] = rows[:, :, :T].mT
+    if to_value_order is not None:
+        v = moved(v, to_value_order.argsort(), B)
     q = q.flatten(0, 1)                                             # (K·B, G, T, d)
     k = k.flatten(0, 1)[:, None]                                    # (K·B, 1, T, d)
     a = causal_attention(q, k, v[:, None], window)
-    if by_value is not None:
-        a = moved(a, by_value, B)
+    if to_value_order is not None:
+        a = moved(a, to_value_order, B)
     outputs = []
-    for heads, rows in values:
+    for matrices, rows in values:
         r = rows.shape[1]
-        a_r = a[heads, :, :, :r]                                    # (J·B, G, T, r)
+        a_r = a[matrices, :, :, :r]                                 # (J·B, G, T, r)
         outputs.append(for_row(a_r, B))
     return join(outputs, 2)
 
@@ -78,7 +78,7 @@ def attend_stored(
     begin: int,
     end: int,
     window: int | None,
-    by_value: Tensor | None,
+    to_value_order: Tensor | None,
 ) -> Tensor:
     """Attention of the last T tokens, q (K, B, G, T, d), to tokens begin … end − 1 of a layer.
 
@@ -86,17 +86,18 @@ def attend_stored(
     """
     K, B, G, T, _ = q.shape
     if T == 1:
-        return attend_rows(groups, q, begin, end, None, by_value)
+        return attend_rows(groups, q, begin, end, None, to_value_order)
     token = torch.arange(begin, end, device=q.device)
     now = token[-T:, None]
-    hidden = (token > now) | (token <= now - (window or end))       # (T, tokens)
+    # Without a window nothing is too old: as with one of `end` tokens.
+    unseen = (token > now) | (token <= now - (window or end))       # (T, tokens)
 
     scores_of_one = K * B * G * len(token)
     size = max(1, SCORES // scores_of_one)
-    pieces = zip(q.split(size, dim=3), hidden.split(size), strict=True)
+    pieces = zip(q.split(size, dim=3), unseen.split(size), strict=True)
     outputs = []
-    for part, hidden_part in pieces:
-        outputs.append(attend_rows(groups, part, begin, end, hidden_part, by_value))
+    for part, unseen_part in pieces:
+        outputs.append(attend_rows(groups, part, begin, end, unseen_part, to_value_order))
     return join(outputs, 1)
 
 
@@ -105,37 +106,38 @@ def attend_rows(
     q: Tensor,
     begin: int,
     end: int,
-    hidden: Tensor | None,
-    by_value: Tensor | None,
+    unseen: Tensor | None,
+    to_value_order: Tensor | None,
 ) -> Tensor:
-    """The same for as many queries as have their scores at a time.
+    """Attention of these queries to rows begin … end − 1; their scores are in memory at once.
 
     The G queries that share a key-value head form one matrix: each stored number is read once and
     never repeated. One product for all heads of a rank, and one softmax for all heads.
     """
+    keys, values = groups
     K, B, G, T, d = q.shape
     q = q.flatten(2, 3).flatten(0, 1)                               # (K·B, G·T, d)
     scores = q.new_empty(K * B, G * T, end - begin)
     scale = d ** -0.5
-    for heads, rows in groups[0]:
+    for matrices, rows in keys:
         r = rows.shape[1]
-        q_r = q[heads, :, :r]
-        keys = rows[:, :, begin:end]                                # (J·B, r, tokens)
-        some = scores[heads]
-        torch.baddbmm(some, q_r, keys, beta=0, alpha=scale, out=some)
+        q_r = q[matrices, :, :r]
+        k_r = rows[:, :, begin:end]                                 # (J·B, r, tokens)
+        some = scores[matrices]
+        torch.baddbmm(some, q_r, k_r, beta=0, alpha=scale, out=some)
 
-    if hidden is not None:
+    if unseen is not None:
         by_token = scores.unflatten(1, (G, T))
-        by_token.masked_fill_(hidden, float("-inf"))
+        by_token.masked_fill_(unseen, float("-inf"))
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.softmax(-1, wide).to(q.dtype)
-    if by_value is not None:
-        weights = moved(weights, by_value, B)
+    if to_value_order is not None:
+        weights = moved(weights, to_value_order, B)
 
     outputs = []
-    for heads, rows in groups[1]:
-        values = rows[:, :, begin:end].mT                           # (J·B, tokens, r)
-        a = torch.bmm(weights[heads], values)                       # (J·B, G·T, r)
+    for matrices, rows in values:
+        v_r = rows[:, :, begin:end].mT                              # (J·B, tokens, r)
+        a = torch.bmm(weights[matrices], v_r)                       # (J·B, G·T, r)
         a = a.unflatten(1, (G, T))
         outputs.append(for_row(a, B))
     return join(outputs, 2)

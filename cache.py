@@ -5,21 +5,21 @@ For every layer, for keys and for values, for every key-value head there is a bl
 every token, of k U_r (after RoPE) or of v U_r, where U_r is the first r columns of an orthogonal
 matrix of the head, one for keys and one for values. All lie end to end in one preallocated tensor:
 
-    data = [ layer 0: keys of head 0 | keys of head 1 | … | values of head 0 | … ][ layer 1: … ] …
+    data = [ layer 0: keys of head 0 | keys of head 2 | … | values of head 0 | … ][ layer 1: … ] …
 
-The context costs batch · max_len · Σ r numbers: no padding to the widest head, no list that grows
-by concatenation. Heads of the same rank lie side by side, so that one product serves them all.
+Heads of the same rank are made neighbours: one product serves them all. The context costs
+batch · max_len · Σ r numbers: no padding to the widest head, no list that grows by concatenation.
 Attention happens in the small space, for the G query heads that share a key-value head:
 
     scores = (q U_r)(k U_r)ᵀ / sqrt(d)      queries are turned once, stored keys read as they are
     output = softmax(scores) (v U_r)        r numbers per query head; W_o' = U_rᵀ W_o takes them
 
-This is MatryoshkaKV (arXiv 2410.14731). The value side costs only a bias: U_r is folded into W_v
-and W_o (folding.fold_head). The folded weights belong to the plan, the ranks of all heads, so
-the cache holds them. A head at rank d is stored unturned: all at d give the base model's cache.
+This is MatryoshkaKV (arXiv 2410.14731). U_r of the values is folded into W_v and W_o (folding.py);
+these weights belong to the plan, the ranks of all heads, so the cache holds them. A side of a layer
+all of whose heads are at rank d is stored unturned: the full plan gives the base model's cache.
 
-Coordinate by coordinate, a smaller rank is the first rows of a block: `shrink` takes a cache in use
-to a smaller plan without running any layer again. That is what nesting buys.
+Why rows: a smaller rank is the first of them, so that `shrink` takes a cache in use to a smaller
+plan and runs no layer again, which is what nesting buys; and keys lie as products take them, as kᵀ.
 
     python cache.py                                 # the full cache: its layout and its bytes
     python cache.py --ranks out/ranks.json --budget 0.25        # or --budget alone: uniform ranks
@@ -40,20 +40,20 @@ from model import Model, load
 from plans import plan_arguments, plan_for
 from projection import BUDGETS, LEVELS, SIDES, Projection, check_ranks, uniform_ranks
 
-TILE = 4096             # tokens turned at a time when a full head shrinks
+TILE = 4096             # tokens turned at a time where heads of a side, all at rank d, shrink
 
 
 class KVCache:
     """Keys and values of `batch` sequences of equal length, up to `max_len` tokens, at a plan.
 
     `data` is the one flat tensor, `length` the number of tokens in it, `offsets` (2, L, K) where
-    each block begins, `order` (2, L, K) the heads of a layer as their blocks lie. dtype and device
-    are the model's; since the folded weights stay with it, one cache serves one model. A forward
-    pass calls `begin`; for every layer `fold` and `attend`; then `advance`. ValueError for ranks or
-    sizes that make no sense, and when it is full.
+    each block begins, `head_order` (2, L, K) a layer's heads as their blocks lie. dtype and device
+    are the model's, whose folded weights it holds: one cache serves one model. A forward pass calls
+    `begin`; for every layer `fold` and `attend`; then `advance`. ValueError for ranks or sizes that
+    make no sense, and when it is full.
 
-    `span` is for the kernel: begin and end of what a token attends to, on the device. So is, after
-    `fix_launches`, `position` of the next token: then decoding is the same launches at any length.
+    On the device are `span`, begin and end of what a token attends to, for the kernel, and after
+    `fix_launches` the next `position`: by both, kernel or not, launches are alike at any length.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class KVCache:
         self.ranks = ranks.cpu().long()
         layers = self.ranks.flatten(0, 1).tolist()                  # of keys, then of values
         orders = [heads_by_rank(of_layer) for of_layer in layers]
-        self.order = torch.tensor(orders).view(2, L, K)
+        self.head_order = torch.tensor(orders).view(2, L, K)
 
-        rows = self.ranks.gather(2, self.order) * self.batch        # of blocks, in their order
+        rows = self.ranks.gather(2, self.head_order) * self.batch        # of blocks, in their order
         by_layer = rows.transpose(0, 1)                             # (L, 2, K), as the blocks lie
         ends = by_layer.flatten().cumsum(0).view_as(by_layer)
         starts = (ends - by_layer).transpose(0, 1)
         self.first_rows = torch.empty_like(starts)                  # the same, by head
-        self.first_rows.scatter_(2, self.order, starts)
+        self.first_rows.scatter_(2, self.head_order, starts)
         self.offsets = self.first_rows * self.max_len
 
         total = int(rows.sum())
@@ -111,16 +111,14 @@ class KVCache:
             values = self.group_heads(1, i)
             self.groups.append((keys, values))
 
-            begin = starts[0, i, 0]
-            end = ends[i, 1, -1]
+            begin, end = starts[0, i, 0], ends[i, 1, -1]
             self.layer_rows.append(self.rows[begin:end])
         self.key_bases = [self.key_basis(i) for i in range(L)]
-        # Made when first needed, by `fold` and `places`.
-        self.folded, self.found_places = [None] * L, [None] * L
+        self.folded, self.found_places = [None] * L, [None] * L     # made when first needed
 
     def group_heads(self, side: int, i: int) -> list[Group]:
         """The groups of keys (0) or values (1) of layer i: one where ranks are uniform."""
-        order = self.order[side, i]
+        order = self.head_order[side, i]
         ranks = self.ranks[side, i, order].tolist()
         row = int(self.first_rows[side, i, order[0]])
         groups, first = [], 0
@@ -140,10 +138,10 @@ class KVCache:
         return bool((ranks == self.head_dim).all())
 
     def key_basis(self, i: int) -> Tensor | None:
-        """U_r of layer i, in the order of the key blocks, (K, d, d), zero beyond each rank."""
+        """U_r of layer i's keys, as their blocks lie, (K, d, d), zero beyond each rank."""
         if self.is_full(0, i):
             return None
-        by_key = self.order[0, i]
+        by_key = self.head_order[0, i]
         ranks = self.ranks[0, i]
         kept = torch.arange(self.head_dim) < ranks[:, None, None]   # (K, 1, d)
         basis = self.projection.U_k[i].cpu() * kept
@@ -156,7 +154,7 @@ class KVCache:
         return self.found_places[i]
 
     def find_places(self, i: int, G: int) -> "Places":
-        order = self.order[:, i]
+        order = self.head_order[:, i]
         ranks = self.ranks[:, i]
         by_key, by_value = order
         widths = G * ranks[1, by_value]
@@ -167,12 +165,12 @@ class KVCache:
         table = torch.cat((rows, ranks, columns[None]))
         table = table[:, by_key].to(self.device)
 
-        moved = None
+        to_value_order = None
         if (by_key != by_value).any():
-            moved = by_key.argsort()[by_value].to(self.device)
+            to_value_order = by_key.argsort()[by_value].to(self.device)
         written = find_written(order, ranks, self.batch, G, self.head_dim)
         width = int(ends[-1])
-        return Places(moved, written.to(self.device), table, width)
+        return Places(to_value_order, written.to(self.device), table, width)
 
     # --------------------------------------------------------------------------
     # What a pass calls
@@ -183,15 +181,16 @@ class KVCache:
         ValueError unless the cache suits the model and has room for them.
         """
         self.check_room(model, B, T)
+        is_fixed = self.position is not None and T == 1
         first, last = self.span[:1], self.span[1:]
-        if self.position is not None:
+        if is_fixed:
             torch.add(self.position, 1, out=last)
         elif self.by_kernel and T == 1:
             last.fill_(self.length + 1)
         if window := model.config.sliding_window:
             torch.sub(last, window, out=first)
             first.clamp_(min=0)
-        if self.position is not None:
+        if is_fixed:
             return model.rope.row(self.position)
         return model.rope.rows(self.length, T, self.dtype, self.device)
 
@@ -219,53 +218,53 @@ class KVCache:
 
     def layout(self, i: int) -> folding.Layout:
         return folding.Layout(
-            order=self.order[:, i],
+            head_order=self.head_order[:, i],
             ranks=self.ranks[1, i],
             U=self.projection.U_v[i],
             means=self.projection.mean_v[i],
         )
 
-    def attend(self, i: int, both: Tensor, v: Tensor, window=None) -> Tensor:
+    def attend(self, i: int, qk: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
-        both (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, Σ r); all as W_qkv' makes
+        qk (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, Σ r); all as W_qkv' makes
         them. Returns (B, T, Σ r over query heads), for W_o'.
         """
-        _, _, heads, T, _ = both.shape
+        _, _, heads, T, _ = qk.shape
         groups = self.groups[i]
         places = self.places(i, heads - 1)
-        both = self.turn(i, both)                                   # (K, B, G + 1, T, d)
-        q = both[:, :, :-1]
-        k = both[:, :, -1]
+        qk = self.turn(i, qk)                                       # (K, B, G + 1, T, d)
+        q = qk[:, :, :-1]
+        k = qk[:, :, -1]
         if T > 1:
             self.append(groups, k, v)
         else:
-            self.append_one(i, both, v, places)
-        if self.length == 0 and T > 1:
-            return attend_first(groups, q, k, places.by_value, window)
-        if T == 1 and self.by_kernel:
+            self.append_one(i, qk, v, places)
+        if self.length == 0 and T > 1:                              # prefill
+            return attend_first(groups, q, k, places.to_value_order, window)
+        if T == 1 and self.by_kernel:                               # decode on a GPU
             try:
                 return self.attend_on_gpu(i, q, window, places)
             except (ImportError, OSError, subprocess.SubprocessError, RuntimeError) as error:
                 warn_of_no_kernel(error)
                 self.by_kernel = False
-        if self.position is not None:
+        if T == 1 and self.position is not None:                    # decode at any length
             token = torch.arange(self.max_len, device=self.device)
             begin, end = self.span
             unseen = (token < begin) | (token >= end)
-            return attend_rows(groups, q, 0, self.max_len, unseen, places.by_value)
-        end = self.length + T
+            return attend_rows(groups, q, 0, self.max_len, unseen, places.to_value_order)
+        end = self.length + T                                       # a chunk, or decode on a CPU
         begin = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
-        return attend_stored(groups, q, begin, end, window, places.by_value)
+        return attend_stored(groups, q, begin, end, window, places.to_value_order)
 
-    def turn(self, i: int, both: Tensor) -> Tensor:
+    def turn(self, i: int, qk: Tensor) -> Tensor:
         """q U_r and k U_r, zero beyond r, of (B, K, G + 1, T, d): (K, B, G + 1, T, d)."""
-        both = both.transpose(0, 1)
+        qk = qk.transpose(0, 1)
         basis = self.key_bases[i]
         if basis is None:
-            return both
-        vectors = both.flatten(1, 3)                                # (K, B·(G + 1)·T, d)
-        return torch.bmm(vectors, basis).view(both.shape)
+            return qk
+        vectors = qk.flatten(1, 3)                                  # (K, B·(G + 1)·T, d)
+        return torch.bmm(vectors, basis).view(qk.shape)
 
     def append(self, groups: tuple, k: Tensor, v: Tensor) -> None:
         """Write keys (K, B, T, d) and value coordinates (B, T, Σ r), a group of heads at a time."""
@@ -273,9 +272,9 @@ class KVCache:
         keys, values = groups
         new = slice(self.length, self.length + T)
         k = k.flatten(0, 1).mT                                      # (K·B, d, T)
-        for heads, rows in keys:
+        for matrices, rows in keys:
             r = rows.shape[1]
-            rows[:, :, new] = k[heads, :r]
+            rows[:, :, new] = k[matrices, :r]
 
         begin = 0
         for _, rows in values:
@@ -287,9 +286,9 @@ class KVCache:
             blocks[..., new] = part.permute(2, 0, 3, 1)
             begin = end
 
-    def append_one(self, i: int, both: Tensor, v: Tensor, places: "Places") -> None:
-        """The same for one token, in three operations whatever the ranks."""
-        numbers = torch.cat((both.flatten(), v.flatten()))
+    def append_one(self, i: int, qk: Tensor, v: Tensor, places: "Places") -> None:
+        """Write one token's keys and values, in three operations whatever the ranks."""
+        numbers = torch.cat((qk.flatten(), v.flatten()))
         numbers = numbers.index_select(0, places.written)[:, None]
         rows = self.layer_rows[i]
         if self.position is None:
@@ -304,9 +303,8 @@ class KVCache:
         tokens = self.length + 1 if self.position is None else self.max_len
         tokens = min(tokens, window or tokens)
         scale = self.head_dim ** -0.5
-        table, width = places.table, places.width
-        out = decode_attention(q, self.rows, table, self.span, tokens, width, scale)
-        return out[:, None]
+        sizes = tokens, places.width, scale
+        return decode_attention(q, self.rows, places.table, self.span, *sizes)[:, None]
 
     def fix_launches(self, model: Model) -> None:
         """From now on decode single tokens at `position`, by what does not depend on the length.
@@ -324,13 +322,14 @@ class KVCache:
     def shrink(self, ranks: Tensor) -> None:
         """Take a cache in use to a plan at or below its own; no layer runs again.
 
-        A smaller rank is the first rows of a block. A head at rank d is stored unturned, and is
-        turned now, a tile of tokens at a time. The memory of what is cut off is given back; for a
-        moment both tensors are there. ValueError for a rank above today's.
+        A smaller rank is the first rows of a block. Where all heads of a side of a layer were at
+        rank d, rows are unturned, and are turned now. What is cut off is given back; for a moment
+        both tensors are there. ValueError for a rank above today's, and after `fix_launches`.
         """
         ranks = ranks.cpu()
-        if ranks.shape != self.ranks.shape or (ranks > self.ranks).any():
-            raise ValueError("a cache shrinks to a plan at or below its own")
+        fits = ranks.shape == self.ranks.shape and (ranks <= self.ranks).all()
+        if self.position is not None or not fits:
+            raise ValueError("a cache shrinks before fix_launches, to a plan at or below its own")
         before = copy.copy(self)
         self.lay_out(ranks)
 
@@ -340,6 +339,7 @@ class KVCache:
             if before.folded[i] is not None:
                 layouts = before.layout(i), self.layout(i)
                 self.folded[i] = folding.cut(before.folded[i], *layouts)
+                before.folded[i] = None                             # one layer's twice, not all
 
     def keep(self, before: "KVCache", side: int, i: int, U: Tensor) -> None:
         """Copy the first coordinates of every head; U (K, d, d) turns them if it is due now."""
@@ -361,7 +361,7 @@ class KVCache:
 
 
 def copy_turned(old: Tensor, new: Tensor, U: Tensor) -> None:
-    """The same of one head, (batch, d, length) to (batch, r, length), turned by U (d, d)."""
+    """Copy one head, (batch, d, length) to (batch, r, length), turned by U (d, d), by tiles."""
     U_r = U[:, :new.shape[1]].to(new)
     for start in range(0, old.shape[2], TILE):
         tile = slice(start, start + TILE)
@@ -379,9 +379,9 @@ def heads_by_rank(ranks: list[int]) -> list[int]:
 
 class Places(NamedTuple):
     """Where things of a layer lie, on the device."""
-    by_value: Tensor | None     # (K,) heads as their values lie, among those as their keys lie
+    to_value_order: Tensor | None       # (K,) heads as values lie, by their places as keys lie
     written: Tensor             # a token's rows, among K·B·(G + 1)·d numbers and B·Σ r of values
-    table: Tensor               # for the kernel: (5, K), heads as their keys lie
+    table: Tensor               # (5, K), by key: first rows and ranks of both sides, output column
     width: int                  # of the rows that W_o' takes
 
 
@@ -417,7 +417,7 @@ def warn_of_no_kernel(error: Exception) -> None:
 def show_layout(cache: KVCache, most: int = 8) -> None:
     """The tensor as text: a cell is d/8 numbers per token; `#` is stored, `·` a full cache adds."""
     L, K, d = cache.projection.mean_v.shape
-    print("Layout: for every head 8 cells, each d/8 numbers per token (# stored, · not)\n")
+    print("Layout, heads by number: 8 cells each, of d/8 numbers per token (# stored, · not)\n")
     for i in range(L):
         for side, name in enumerate(SIDES):
             levels = cache.ranks[side, i, :most] * LEVELS // d

@@ -1,14 +1,16 @@
-"""Folding: the value side of the compressed cache costs a bias and nothing else.
+"""Folding: U_r of the values goes into W_v and W_o; what is left of it is a bias.
 
 Values have no RoPE between their weights and the cache, so U_r and U_rᵀ need not be products of
 their own: they vanish into the weights before and after them. Of one head, for rows x W,
 
     W_v' = W_v U_r, b_v' = b_v U_r      make the coordinates v U_r that are cached
     W_o' = U_rᵀ W_o                     takes weighted sums of them, for each of G query heads
-    bias = Σ_h μ (I − P) W_o            what cut-off means add: attention weights sum to one
+    bias = Σ_h μ (I − P) W_o[h]         what cut-off means add: attention weights sum to one
 
-It is the paper's "new linear layer" (arXiv 2410.14731, Figure 2). `cut` makes a smaller plan's from
-a larger one's: of W_v' the first rows, of W_o' the first columns, and μ U for what is cut off.
+It is the paper's "new linear layer" (arXiv 2410.14731, Figure 2). generate.py drops the model's own
+weights, so `cut` makes a smaller plan's from a larger one's. It can: a coordinate of v U does not
+depend on the rank. The first rows of W_v' and columns of W_o' stay; each column dropped goes into
+the bias, times its coordinate's mean, an entry of μ U.
 """
 from typing import NamedTuple
 
@@ -19,8 +21,8 @@ from model import stored_for_rows
 
 
 class Folded(NamedTuple):
-    """A layer's weights for a plan. The rows of W_qkv', as the blocks of keys lie: of each head
-    those of its G queries and of its key; then those of the values, as their blocks lie."""
+    """A layer's weights for a plan. W_qkv' holds, as the blocks of keys lie, of each head the rows
+    of its G queries and of its key; then the rows of the values, as their blocks lie."""
     W_qkv: Tensor                       # (H·d + K·d + Σ r, hidden)
     b_qkv: Tensor | None                # Qwen2 has one
     W_o: Tensor                                                     # (hidden, Σ r over query heads)
@@ -28,8 +30,8 @@ class Folded(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a layer is folded for: the plan and the projection of its values, by head."""
-    order: Tensor                       # (2, K): heads as their keys lie, and as their values lie
+    """What a layer is folded for: ranks, U and means are those of its values, by head."""
+    head_order: Tensor                  # (2, K): heads as their keys lie, and as their values lie
     ranks: Tensor                                                   # (K,) int64
     U: Tensor                                                       # (K, d, d)
     means: Tensor                                                   # (K, d)
@@ -94,8 +96,7 @@ def fold_heads(
     means: what its cut-off coordinates stand for, (n). bias: what an earlier fold added.
     """
     folded = list(heads)
-    for j in layout.order[1].tolist():
-        W_qk, b_qk, *values = heads[j]
+    for j, (W_qk, b_qk, *values) in enumerate(heads):
         device = W_qk.device
         rank = layout.ranks[j]
         U_r = bases[j][:, :rank].to(device)
@@ -115,7 +116,7 @@ def fold_head(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Fold a head's value side into its weights, by the equations above (transposed: as stored).
 
-    W_v (d, hidden), b_v (d) or None, W_o (hidden, G, d); U_r (d, r), mean μ (d). Returns
+    W_v (n, hidden), b_v (n) or None, W_o (hidden, G, n); U_r (n, r), mean (n), n as in Head. Gives
     W_v' (r, hidden), b_v' (r) or None, W_o' (hidden, G, r), and the bias (hidden), in U_r's dtype.
     """
     cut_off = mean - mean @ U_r @ U_r.T                             # μ (I − P)
@@ -131,7 +132,7 @@ def fold_head(
 
 def side_by_side(heads: list[Head], layout: Layout, bias=None) -> Folded:
     """A layer's heads as one matrix before the cache and one behind it."""
-    by_key, by_value = layout.order.tolist()
+    by_key, by_value = layout.head_order.tolist()
     W_qkv, b_qkv, W_o = [], [], []
     for j in by_key:
         W_qkv.append(heads[j].W_qk)
@@ -156,7 +157,7 @@ def cut(folded: Folded, before: Layout, after: Layout) -> Folded:
     """The folded weights of a layer for a smaller plan, from those of a larger one."""
     heads = heads_of_folded(folded, before)
     if after.is_full():
-        return side_by_side(heads, after, folded.bias)
+        return side_by_side(heads, after)._replace(W_o=folded.W_o)      # no second copy
     if before.is_full():
         return fold_heads(heads, after, after.U, after.means, folded.bias)
 
@@ -172,7 +173,7 @@ def cut(folded: Folded, before: Layout, after: Layout) -> Folded:
 
 def heads_of_folded(folded: Folded, layout: Layout) -> list[Head]:
     """The heads that lie side by side, by their numbers 0 … K − 1."""
-    by_key, by_value = layout.order.tolist()
+    by_key, by_value = layout.head_order.tolist()
     K, d = layout.means.shape
     widths = layout.ranks[by_value].tolist()
     G = folded.W_o.shape[1] // sum(widths)

@@ -4,7 +4,7 @@ One layer, for a token's state x (a row), in the order in which data meets it:
 
     q, k, v = split(RMSNorm(x) Wq), split(RMSNorm(x) Wk), split(RMSNorm(x) Wv)
     q, k    = RMSNorm(q), RMSNorm(k)                # Qwen3 alone; Qwen2 adds biases above instead
-    q, k    = RoPE(q), RoPE(k)                      # turned by position · frequency
+    q, k    = RoPE(q), RoPE(k)                      # rotated by position · frequency
     x       = x + softmax(q kᵀ / sqrt(d)) v Wo      # query head h reads key-value head h // G
     x       = x + (silu(RMSNorm(x) Wgate) * RMSNorm(x) Wup) Wdown
 
@@ -228,12 +228,12 @@ class Model(nn.Module):
         checkpointing): one more forward pass, for one layer's memory instead of all layers'.
         """
         x = self.embed(tokens)
-        turns = None if cache is None else cache.begin(self, *tokens.shape)
+        cos_sin = None if cache is None else cache.begin(self, *tokens.shape)
         for i in range(self.config.num_hidden_layers):
             if recompute:
                 x = checkpoint(self.layer, i, x, project, use_reentrant=False)
             else:
-                x = self.layer(i, x, project, observe, cache, turns)
+                x = self.layer(i, x, project, observe, cache, cos_sin)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return x
@@ -249,23 +249,23 @@ class Model(nn.Module):
         """A part as it is, or a copy for states wider than the weights: float32 over bfloat16."""
         return module if dtype == self.dtype else copy.deepcopy(module).to(dtype)
 
-    def layer(self, i: int, x: Tensor, project=None, observe=None, cache=None, turns=None):
+    def layer(self, i: int, x: Tensor, project=None, observe=None, cache=None, cos_sin=None):
         """Layer i over states x (B, T, hidden): of positions 0 … T−1, or behind the cache.
 
-        turns: the cosines and sines of those positions (Rope.rows), which a cache knows.
+        cos_sin: the cosines and sines of those positions (Rope.rows), which a cache knows.
         """
         layer = self.widened(self.layers[i], x.dtype)
         weights = layer.self_attn
         h = layer.input_layernorm(x)
         if cache is not None:
-            a = self.attend_by_cache(i, h, cache, turns)
+            a = self.attend_by_cache(i, h, cache, cos_sin)
         else:
             q, k, v = (self.split_heads(part(h))
                        for part in (weights.q_proj, weights.k_proj, weights.v_proj))
             if weights.q_norm is not None:
                 q, k = weights.q_norm(q), weights.k_norm(k)
-            turns = self.rope.rows(0, x.shape[1], x.dtype, x.device)
-            q, k = rotate(q, *turns), rotate(k, *turns)
+            cos_sin = self.rope.rows(0, x.shape[1], x.dtype, x.device)
+            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
             if observe is not None:
                 observe(i, q, k, v)
             if project is not None:
@@ -275,24 +275,24 @@ class Model(nn.Module):
         x = x + a
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
-    def attend_by_cache(self, i: int, h: Tensor, cache, turns) -> Tensor:
+    def attend_by_cache(self, i: int, h: Tensor, cache, cos_sin) -> Tensor:
         """Layer i's attention to what the cache keeps: (B, T, hidden), from normed states h.
 
         One product makes all: of each key-value head its G queries and then its key, which one
-        rotation turns; then values. Decoding is many small operations, and each one counts.
+        rotation takes; then values. Decoding is many small operations, and each one counts.
         """
         c, weights = self.config, self.layers[i].self_attn
         W_qkv, b_qkv, W_o, bias = cache.fold(i, weights)
         K = c.num_key_value_heads
-        turned = (c.num_attention_heads + K) * c.head_dim
-        both, v = F.linear(h, W_qkv, b_qkv).tensor_split((turned,), dim=-1)
-        both = self.split_heads(both)                               # (B, H + K, T, d)
+        width_qk = (c.num_attention_heads + K) * c.head_dim
+        qk, v = F.linear(h, W_qkv, b_qkv).tensor_split((width_qk,), dim=-1)
+        qk = self.split_heads(qk)                                   # (B, H + K, T, d)
         if weights.q_norm is not None:
-            of_heads = both.unflatten(1, (K, -1))
+            of_heads = qk.unflatten(1, (K, -1))
             q, k = of_heads[:, :, :-1], of_heads[:, :, -1:]
-            both = torch.cat((weights.q_norm(q), weights.k_norm(k)), dim=2).flatten(1, 2)
-        both = rotate(both, *turns).unflatten(1, (K, -1))           # (B, K, G + 1, T, d)
-        a = cache.attend(i, both, v, c.sliding_window)
+            qk = torch.cat((weights.q_norm(q), weights.k_norm(k)), dim=2).flatten(1, 2)
+        qk = rotate(qk, *cos_sin).unflatten(1, (K, -1))             # (B, K, G + 1, T, d)
+        a = cache.attend(i, qk, v, c.sliding_window)
         return F.linear(a, W_o, bias)
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -368,7 +368,7 @@ def frequencies(c: Config) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x (B, heads, T, d): coordinate j turns with j + d/2, as in Hugging Face's layout."""
+    """RoPE on x (B, heads, T, d): coordinates j and j + d/2 rotate, Hugging Face's layout."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, sin)                     # a cos − b sin, b cos + a sin
 

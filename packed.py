@@ -124,19 +124,19 @@ class PackedCache:
         W_o = stored_for_rows(W_o.to(o.weight))
         return Folded(stored_for_rows(W_qkv), b_qkv, W_o, bias.to(W_o))
 
-    def attend(self, i: int, both: Tensor, v: Tensor, window=None) -> Tensor:
+    def attend(self, i: int, qk: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
-        both (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, K·d), turned. Returns
+        qk (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, K·d), turned. Returns
         (B, T, H·d), for W_o'.
         """
         K, B, d = self.shape
-        T = both.shape[3]
+        T = qk.shape[3]
         U, mean = self.rounding.U[0][i], self.rounding.mean[0][i]
-        both = both.transpose(0, 1).to(self.wide)                   # (K, B, G + 1, T, d)
-        both = torch.bmm(both.flatten(1, 3), U).view(both.shape)
-        q = both[:, :, :-1] * self.step[0][i][:, None, None]
-        k = both[:, :, -1] - (mean[:, None] @ U)[:, None]           # (K, B, T, d)
+        qk = qk.transpose(0, 1).to(self.wide)                       # (K, B, G + 1, T, d)
+        qk = torch.bmm(qk.flatten(1, 3), U).view(qk.shape)
+        q = qk[:, :, :-1] * self.step[0][i][:, None, None]
+        k = qk[:, :, -1] - (mean[:, None] @ U)[:, None]             # (K, B, T, d)
         v = v.to(self.wide).view(B, T, K, d).permute(2, 0, 1, 3)
         v = v - (self.rounding.mean[1][i][:, None] @ self.rounding.U[1][i])[:, None]
         self.append(i, k, v)

@@ -1,12 +1,14 @@
 """The cache: the projected model's logits to rounding, from exactly the bytes that ranks say."""
 import itertools
 import json
+import weakref
 from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import GOLDEN, full_cache, random_projection, random_ranks, relative, shape
 
+import folding
 from cache import KVCache
 from model import frequencies, load
 from plans import order_of, read_plan
@@ -151,7 +153,7 @@ def test_blocks_lie_end_to_end_without_padding(model):
         end = 0
         for layer in range(L):
             for side in range(2):
-                order = cache.order[side, layer].tolist()
+                order = cache.head_order[side, layer].tolist()
                 assert sorted(order) == list(range(K))
                 for head in order:
                     assert cache.offsets[side, layer, head] == end
@@ -170,7 +172,7 @@ def test_a_group_is_all_heads_of_a_rank_as_one_view(model):
             for number, (_, rows) in enumerate(groups, 1):
                 rows += number
             for heads, rows in groups:
-                members = cache.order[side, layer].repeat_interleave(2)[heads]
+                members = cache.head_order[side, layer].repeat_interleave(2)[heads]
                 assert (ranks[side, layer, members] == rows.shape[1]).all()
                 blocks = [cache.block(side, layer, j) for j in members[::2]]
                 assert torch.equal(torch.cat(blocks), rows)
@@ -245,6 +247,40 @@ def test_a_cache_never_grows_by_shrinking(model):
     assert (cache.ranks == d // 2).all()
 
 
+def test_a_cache_shrinks_before_its_launches_are_fixed(model):
+    cache = full_cache(model, batch=1, max_len=5)
+    cache.fix_launches(model)
+    with pytest.raises(ValueError, match="before fix_launches"):
+        cache.shrink(cache.ranks // 2)
+
+
+def test_values_that_stay_whole_stay_in_the_models_own_weights(model):
+    """While its keys shrink, a layer makes no second copy of W_o."""
+    cache = full_cache(model, batch=1, max_len=5)
+    W_o = cache.fold(0, model.layers[0].self_attn).W_o
+    small = cache.ranks.clone()
+    small[0] //= 2
+    cache.shrink(small)
+    assert cache.folded[0].W_o is W_o
+
+
+def test_a_layer_is_cut_when_the_larger_ones_before_it_are_gone(model, monkeypatch):
+    cache = full_cache(model, batch=1, max_len=5)
+    for i, layer in enumerate(model.layers):
+        cache.fold(i, layer.self_attn)
+    old = [weakref.ref(folded.W_qkv) for folded in cache.folded]
+    alive = []
+
+    def counting(*layer):
+        alive.append(sum(W() is not None for W in old))
+        return cut(*layer)
+
+    cut = folding.cut
+    monkeypatch.setattr(folding, "cut", counting)
+    cache.shrink(cache.ranks // 2)
+    assert alive == list(range(len(old), 0, -1))
+
+
 # ------------------------------------------------------------------------------
 # The same launches at any length
 
@@ -279,6 +315,19 @@ def test_fixed_launches_keep_to_a_sliding_window():
     fixed.fix_launches(model)
     expected, logits = (through(c, model, tokens[:, 3:], [1] * 22) for c in (plain, fixed))
     assert relative(logits, expected) < 1e-12
+
+
+def test_a_chunk_after_fixed_launches_is_a_chunk(model):
+    model = doubled(model)
+    p, ranks = random_projection(model), random_ranks(model)
+    tokens = torch.randint(3, 96, (2, 21))
+    plain, fixed = (KVCache(p, ranks, 2, max_len=24, dtype=torch.float64) for _ in range(2))
+    for cache in (plain, fixed):
+        model(tokens[:, :9], cache=cache)
+    fixed.fix_launches(model)
+    expected, logits = (through(c, model, tokens[:, 9:], [1, 6, 5]) for c in (plain, fixed))
+    assert relative(logits, expected) < 1e-12
+    assert fixed.position.item() == 21
 
 
 # ------------------------------------------------------------------------------
