@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import common
 from common import peak_memory
 from data import windows
-from evaluate import Distill
+from distance import Distill
 from model import generate, read_config
 from projection import Rotation, plan_at, uniform_ranks
 from train import Run, draw_along, draw_independent, draw_levels
