@@ -301,9 +301,10 @@ def report_arguments(parser, batch: int = 8, windows: int = 64) -> None:
                         help=f"windows of --seq held-out tokens to report on [{windows}]")
 
 
-def passage_arguments(parser) -> None:
-    parser.add_argument("--passages", type=common.within(0, 10 ** 6), default=500,
-                        help="held-out passages to say twice, for the recall; 0 for none [500]")
+def passage_arguments(parser, least: int = 0) -> None:
+    none = "" if least else "; 0 for none"
+    parser.add_argument("--passages", type=common.within(least, 10 ** 6), default=500,
+                        help=f"held-out passages to say twice, for the recall{none} [500]")
 
 
 def held_out_passages(args, held_out: np.ndarray, config, n: int = PASSAGE) -> Tensor | None:
