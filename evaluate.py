@@ -190,15 +190,15 @@ def print_table(base: dict, rows: list[dict]) -> None:
             ("KL, 99.9th percentile", "kl_99.9", ".4f", 1)]
     if "recall" in base:
         print(f"\nRecall of the base model: passages said a second time gain {base['recall']:.2%}")
-        lost.append(("recall, % of base", "recall", ".2f", whole_recall(base)))
+        lost.append(("recall, % of base", "recall", ".2f", whole_recall(base["recall"])))
     print_columns(rows, lost)
     own_plan = {"pca_ordered", "trained_ordered", "pca_searched", "searched"}
     print("\n* with its own rank for every head\n" if own_plan & rows[0].keys() else "")
 
 
-def whole_recall(base: dict) -> float:
+def whole_recall(gain: float) -> float:
     """What makes a recall a percentage of the model's own; NaN where the model has none."""
-    return 100 / base["recall"] if base["recall"] > 0 else math.nan
+    return 100 / gain if gain > 0 else math.nan
 
 
 def print_columns(rows: list[dict], columns: list) -> None:
@@ -229,7 +229,7 @@ def draw(base: dict, rows: list[dict], path: Path) -> None:
             distance.plot(x, kl, **style)
             quality.plot(x, [100 * row[name]["accuracy"] for row in rows], **style)
             for axis in memory:
-                axis.plot(x, [whole_recall(base) * row[name]["recall"] for row in rows], **style)
+                axis.plot(x, [whole_recall(base["recall"]) * row[name]["recall"] for row in rows], **style)
         distance.set(yscale="log", ylabel="KL to the base model, nats per token",
                      title="Distance from the base model")
         quality.axhline(100 * base["accuracy"], color="grey", linestyle="--", label="base model")

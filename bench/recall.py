@@ -15,7 +15,14 @@ sys.path.insert(0, str(ROOT))
 import common
 from data import data_arguments, text_for
 from distance import recall
-from evaluate import CURVES, curves_in, describe, held_out_passages, passage_arguments
+from evaluate import (
+    CURVES,
+    curves_in,
+    describe,
+    held_out_passages,
+    passage_arguments,
+    whole_recall,
+)
 from model import load
 
 LENGTHS = (32, 64, 128, 240)
@@ -47,8 +54,9 @@ def main():
     shown = "".join(f"{gain:8.1%}" for gain in own)
     print(f"  {'gain of the model itself':32s}{shown}", flush=True)
     for name, hook in hooks.items():
-        left = [recall(model, p, hook) / gain for p, gain in zip(passages, own, strict=True)]
-        print(f"  {name:32s}" + "".join(f"{share:8.1%}" for share in left), flush=True)
+        left = [recall(model, p, hook) * whole_recall(gain)
+                for p, gain in zip(passages, own, strict=True)]
+        print(f"  {name:32s}" + "".join(f"{share:7.1f}%" for share in left), flush=True)
 
 
 if __name__ == "__main__":

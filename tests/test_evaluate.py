@@ -34,8 +34,8 @@ def test_the_report_of_a_training_can_be_made_again(trained, tmp_path):
 
 
 def test_a_model_that_gains_nothing_has_no_recall_to_keep(capsys):
-    assert whole_recall({"recall": 0.25}) == 400
-    assert math.isnan(whole_recall({"recall": 0.0}))
+    assert whole_recall(0.25) == 400
+    assert math.isnan(whole_recall(0.0))
     numbers = {"perplexity": 9.0, "accuracy": 0.5, "recall": -0.1}
     curve = numbers | {"kl": 0.0, "same": 1.0, "kl_99.9": 0.0}
     print_table(numbers, [{"budget": 0.5, "pca": curve, "trained": curve}])

@@ -213,7 +213,8 @@ def test_a_run_leaves_a_report_at_seven_budgets(trained):
     assert set(report["base"]) == {"perplexity", "accuracy"}
     for row in report["budgets"]:
         assert set(row) == {"budget", "pca", "trained", "pca_ordered", "trained_ordered"}
-        assert set(row["pca"]) == set(row["trained"]) == {"kl", "perplexity", "accuracy"}
+        measured = {"kl", "perplexity", "accuracy", "same", "kl_99.9"}
+        assert set(row["pca"]) == set(row["trained"]) == measured
     assert report["budgets"][0]["trained"]["kl"] < 1e-6
     assert report["budgets"][0]["pca"]["perplexity"] == report["base"]["perplexity"]
 
