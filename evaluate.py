@@ -229,7 +229,8 @@ def draw(base: dict, rows: list[dict], path: Path) -> None:
             distance.plot(x, kl, **style)
             quality.plot(x, [100 * row[name]["accuracy"] for row in rows], **style)
             for axis in memory:
-                axis.plot(x, [whole_recall(base["recall"]) * row[name]["recall"] for row in rows], **style)
+                recalls = [row[name]["recall"] for row in rows]
+                axis.plot(x, [whole_recall(base["recall"]) * y for y in recalls], **style)
         distance.set(yscale="log", ylabel="KL to the base model, nats per token",
                      title="Distance from the base model")
         quality.axhline(100 * base["accuracy"], color="grey", linestyle="--", label="base model")
