@@ -29,7 +29,8 @@ from torch import Generator, Tensor, nn
 
 import common
 from data import data_arguments, set_apart, text_for
-from evaluate import describe, measure, report_arguments, wide
+from distance import measure, wide
+from evaluate import describe, report_arguments
 from model import Model, load, read_config
 from order import alone, cheapest_first, kl_of_each, pairs_of_columns
 from packed import PackedCache

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import common
 from cache import KVCache
-from evaluate import logits
+from distance import logits
 from model import Model, load, pick
 from plans import plan_arguments, plan_for, read_plan
 from projection import uniform_ranks

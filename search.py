@@ -42,7 +42,8 @@ from torch import Tensor
 
 import common
 from data import data_arguments, random_windows, text_for
-from evaluate import describe, draw_plan, log_probabilities, report, report_arguments, wide
+from distance import log_probabilities, wide
+from evaluate import describe, draw_plan, report, report_arguments
 from model import Model, load
 from plans import order_of
 from projection import BUDGETS, LEVELS, SIDES, Projection, plan_at, shape_of, uniform_ranks

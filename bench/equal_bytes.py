@@ -32,15 +32,15 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
-from data import data_arguments, text_for, windows
-from evaluate import describe, log_probabilities, report_arguments
+from data import data_arguments, text_for
+from distance import PASSAGE, gain_of_copy, log_probabilities, spread_windows
+from evaluate import describe, report_arguments
 from folding import chunks_of_both
 from model import Model, load
 from plans import read_plan
 from projection import Projection, uniform_ranks
 
 GROUP = 32              # tokens of a KIVI group
-PASSAGE = 64            # tokens that are said twice
 WHOLE = 16              # bits of a number that is not rounded
 
 
@@ -176,13 +176,6 @@ def candidates(args, config) -> list:
 # ------------------------------------------------------------------------------
 # The yardsticks
 
-def spread_windows(tokens, count: int, T: int) -> Tensor:
-    """Up to `count` windows of T + 1 tokens, evenly over all of them."""
-    count = min(count, (len(tokens) - 1) // T)
-    stride = (len(tokens) - 1) // count
-    return windows(tokens, torch.arange(count) * stride, T)
-
-
 def distances(model: Model, tokens: Tensor, states) -> tuple[float, float]:
     """KL to the model in nats per token, and the share of tokens with the same likeliest next."""
     kl = same = 0.0
@@ -192,19 +185,6 @@ def distances(model: Model, tokens: Tensor, states) -> tuple[float, float]:
             kl += (log_p.exp() * (log_p - log_q)).sum().item()
             same += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
     return kl / tokens[:, 1:].numel(), same / tokens[:, 1:].numel()
-
-
-def recall(model: Model, passages: Tensor, states) -> float:
-    """How much more often the next token is right in the second copy than in the first."""
-    n = passages.shape[1]
-    right = torch.zeros(2)
-    for part in passages.split(16):
-        twice = torch.cat((part, part), 1)
-        predicted = model.head(states(model, twice)).argmax(-1)
-        hits = (predicted[:, :-1] == twice[:, 1:]).float()
-        right += torch.stack([hits[:, :n - 1].sum(), hits[:, n:].sum()])
-    first, second = (right / (len(passages) * (n - 1))).tolist()
-    return second - first
 
 
 @torch.no_grad()
@@ -226,13 +206,12 @@ def main():
     _, held_out = text_for(args, model.config)
     tokens = spread_windows(held_out, args.windows, args.seq)
     passages = spread_windows(held_out, args.passages, PASSAGE)[:, 1:]
-    plain = hooked(None)
-    own = recall(model, passages, plain)
+    own = gain_of_copy(model, passages, model.hidden)
     print(f"\nThe model itself gains {own:.3f} in the second copy of {len(passages)} passages\n")
     print(f"  {'bytes':>6s}   {'':22s} {'KL':>8s}   {'top-1':>6s}   {'recall':>6s}")
     for name, share, states in rows:
         kl, same = distances(model, tokens, states)
-        kept = recall(model, passages, states) / own
+        kept = gain_of_copy(model, passages, partial(states, model)) / own
         print(f"  {share:6.1%}   {name:22s} {kl:8.4f}   {same:6.1%}   {kept:6.1%}", flush=True)
 
 

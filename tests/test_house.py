@@ -9,7 +9,7 @@ from conftest import ROOT
 
 ORDER = (
     "common", "model", "data", "projection", "folding", "plans", "kernel", "attention", "cache",
-    "evaluate", "order", "train", "search", "rounding", "packed", "bits", "generate",
+    "distance", "evaluate", "order", "train", "search", "rounding", "packed", "bits", "generate",
 )
 LESSON = ("projection", "folding", "cache", "attention", "kernel", "order", "train", "search")
 NAMES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
