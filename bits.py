@@ -29,8 +29,8 @@ from torch import Generator, Tensor, nn
 
 import common
 from data import data_arguments, set_apart, text_for
-from distance import measure, wide
-from evaluate import describe, report_arguments
+from distance import measure, recall, wide
+from evaluate import describe, held_out_passages, passage_arguments, report_arguments
 from model import Model, load, read_config
 from order import alone, cheapest_first, kl_of_each, pairs_of_columns
 from packed import PackedCache
@@ -219,21 +219,29 @@ class Clamped:
         return self.project(layer, k, v)
 
 
-def report(model: Model, held_out, bits: Bits, args) -> list[dict]:
-    """Measure and print a row for every budget."""
+@torch.no_grad()
+def report(model: Model, held_out, bits: Bits, args, passages) -> list[dict]:
+    """Measure and print a row for every budget; recall on passages (N, n), if any."""
     hooks = {budget: Clamped(bits.rounding, bits.plan(budget)) for budget in BUDGETS}
     base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
     print(f"\nHeld-out text in windows of {args.seq}, base model: perplexity "
           f"{base['perplexity']:.3f}, accuracy {base['accuracy']:.2%}\n")
-    print("  a token   in all |  bits |       KL   perplexity   accuracy | clamped")
+    own = recall(model, passages) if passages is not None else math.nan
+    columns = "      KL   perplexity   accuracy     same   recall"
+    print(f"  a token   in all |  bits | {columns} | clamped")
     rows = []
     for budget, result in results.items():
         mean = bits.plan(budget).double().mean().item()
         clamped = hooks[budget].beyond / max(1, hooks[budget].count)
         row = {"budget": mean / WHOLE, "in_all": total_share(mean, args.seq), "clamped": clamped}
+        left = math.nan
+        if passages is not None:
+            row["recall"] = recall(model, passages, bits.at(budget))
+            left = row["recall"] / own
         rows.append(row | result)
         print(f"  {row['budget']:7.2%}  {row['in_all']:7.2%} | {mean:5.2f} | {result['kl']:8.5f}   "
-              f"{result['perplexity']:10.3f}   {result['accuracy']:8.2%} | {clamped:7.2%}")
+              f"{result['perplexity']:10.3f}   {result['accuracy']:8.2%}  {result['same']:7.2%}  "
+              f"{left:7.2%} | {clamped:7.2%}")
     return rows
 
 
@@ -259,6 +267,7 @@ def options():
     parser = common.arguments(__doc__, several=True)
     data_arguments(parser)
     report_arguments(parser, batch=4)
+    passage_arguments(parser)
     add = parser.add_argument
     add("--proj", type=Path, help="projections to start from [the query-aware basis]")
     add("--steps", type=common.within(1, 10 ** 7), default=240, help="[240]")
@@ -337,7 +346,8 @@ def main():
     if common.RANK == 0:
         print(f"\nCalibration, paths and training took {time.time() - began:.0f} s")
         bits = trained()
-        rows = report(model, held_out, bits, args)
+        passages = held_out_passages(args, held_out, config)
+        rows = report(model, held_out, bits, args, passages)
         file = args.out / "bits.json"
         with common.blame("--out"):
             bits.save(file, {"seq": args.seq, "loss": run.said["loss"], "budgets": rows})

@@ -12,8 +12,8 @@ Field s of byte j belongs to token s · m + j, where m is the number of such byt
 shift and a mask over whole rows, and the tokens come out in their order. A tile is unpacked while
 it is attended to; no other copy of the past exists. The codes are never turned back:
 
-    q · k̂ = Σ (q U)_j Δ_j code_j + …    what is left out is the same for all tokens: softmax ignores it
-    Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ     folded into W_o and a bias; Σ a = 1
+    q · k̂ = Σ (q U)_j Δ_j code_j + …    the rest is the same for all tokens: softmax ignores it
+    Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ     folded into W_o and a bias, as Σ a = 1
 
 An exact token takes part as codes that are not whole: x / Δ + top.
 """
