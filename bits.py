@@ -42,10 +42,10 @@ from rounding import (
     WHOLE,
     Rounding,
     bits_at,
-    grid,
     path_of_rows,
     path_to_rows,
     same_bits,
+    usual_multiples,
 )
 from train import VALID, train
 
@@ -110,15 +110,17 @@ class TrainedRounding(nn.Module):
         covariances = torch.stack(moments.covariances())
         self.covariances = covariances.to(start.mean_v)             # (2, L, K, d, d)
         zeros = torch.zeros_like(self.covariances[..., 0])
-        self.log_factor = nn.Parameter(zeros)                       # (2, L, K, d)
+        self.log_spread = nn.Parameter(zeros)                       # (2, L, K, d), of a deviation
+        multiples = usual_multiples(*zeros.shape[:3])
+        self.log_multiples = nn.Parameter(multiples.to(zeros).clamp(min=1e-9).log())
 
     def forward(self, dtype: torch.dtype | None = None) -> Rounding:
         p = self.rotation(dtype)
         U = torch.stack((p.U_k, p.U_v))
         variance = (U * (self.covariances.to(U) @ U)).sum(-2)       # along each column
         deviation = variance.clamp(min=1e-12).sqrt()
-        factor = self.log_factor.exp().to(U)
-        return Rounding(p, self.mean_k.to(U), deviation * factor)
+        spread = deviation * self.log_spread.exp().to(U)
+        return Rounding(p, self.mean_k.to(U), spread, self.log_multiples.exp().to(U))
 
 
 def draw_bits(B: int, config, generator: Generator, path: list) -> Tensor:
@@ -210,7 +212,7 @@ class Clamped:
             mean = self.rounding.mean[side][layer][:, None]
             x = (x.to(mean) - mean) @ self.rounding.U[side][layer]
             bits = self.plan[side, layer]
-            step, top = grid(bits, self.rounding.spread[side, layer])
+            step, top = self.rounding.grid(side, layer, bits)
             code = x / step + top
             beyond = (code - top).abs() > top + 0.5
             stored = (top > 0).expand_as(beyond)
@@ -237,7 +239,7 @@ def report(model: Model, held_out, bits: Bits, args, passages) -> list[dict]:
         left = math.nan
         if passages is not None:
             row["recall"] = recall(model, passages, bits.at(budget))
-            left = row["recall"] / own
+            left = row["recall"] / own if own else math.nan
         rows.append(row | result)
         print(f"  {row['budget']:7.2%}  {row['in_all']:7.2%} | {mean:5.2f} | {result['kl']:8.5f}   "
               f"{result['perplexity']:10.3f}   {result['accuracy']:8.2%}  {result['same']:7.2%}  "

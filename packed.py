@@ -24,7 +24,7 @@ from torch import Tensor
 
 from folding import Folded, chunks_of_both
 from model import Model, stored_for_rows
-from rounding import BITS, EXACT, Rounding, check_bits, grid, to_code
+from rounding import BITS, EXACT, Rounding, check_bits, to_code
 
 TILE = 1024             # tokens, about
 FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
@@ -72,7 +72,7 @@ class PackedCache:
             layer = PackedLayer(by_coordinate[:, i], batch, tiles, self.tile, self.data[begin:])
             self.layers.append(layer)
             begin += layer.size
-        grids = [[grid(bits[side, i], self.rounding.spread[side, i]) for i in range(L)]
+        grids = [[self.rounding.grid(side, i, bits[side, i]) for i in range(L)]
                  for side in (0, 1)]
         self.step, self.top = ([[pair[n] for pair in side] for side in grids] for n in (0, 1))
         self.folded = [None] * L
@@ -181,7 +181,7 @@ class PackedCache:
             codes = self.codes(i, 0, n)[..., :tokens.stop - tokens.start]
             scores[..., tokens] = q @ codes
         scores *= d ** -0.5
-        if T > 1 or first:
+        if hidden.any():
             scores.unflatten(1, (G, T)).masked_fill_(hidden, -math.inf)
         weights = scores.softmax(-1)
         a = torch.zeros_like(q)
