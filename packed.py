@@ -141,13 +141,16 @@ class PackedCache:
         v = v - (self.rounding.mean[1][i][:, None] @ self.rounding.U[1][i])[:, None]
         self.append(i, k, v)
 
-        token = torch.arange(self.length + T, device=self.device)
+        end = self.length + T
+        token = torch.arange(end, device=self.device)
         now = token[-T:, None]
-        hidden = (token > now) | (token <= now - (window or len(token)))
+        unseen = (token > now) | (token <= now - (window or end))
+        if T == 1 and not window:
+            unseen = torch.zeros(1, 0)                              # a new token sees all
         first = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
-        size = max(1, SCORES // (q[:, :, :, 0, 0].numel() * len(token)))
-        pieces = zip(q.split(size, 3), hidden.split(size), strict=True)
-        outputs = [self.attend_piece(i, part, unseen, first) for part, unseen in pieces]
+        size = max(1, SCORES // (q[:, :, :, 0, 0].numel() * end))
+        pieces = zip(q.split(size, 3), unseen.split(size), strict=True)
+        outputs = [self.attend_piece(i, part, some, first, end) for part, some in pieces]
         return torch.cat(outputs, dim=1).to(self.dtype)
 
     # --------------------------------------------------------------------------
@@ -170,19 +173,21 @@ class PackedCache:
     # --------------------------------------------------------------------------
     # Reading
 
-    def attend_piece(self, i: int, q: Tensor, hidden: Tensor, first: int) -> Tensor:
-        """Attention of queries (K, B, G, T, d) to all tokens from `first` on: (B, T, K·G·d)."""
+    def attend_piece(self, i: int, q: Tensor, unseen: Tensor, first: int, end: int) -> Tensor:
+        """Attention of queries (K, B, G, T, d) to tokens from `first` to `end`: (B, T, K·G·d).
+
+        unseen (T, end): which tokens a query does not see; empty where it sees all.
+        """
         K, B, G, T, d = q.shape
         q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
-        end = hidden.shape[1]
         tiles = list(self.tiles_of(end, first))
         scores = q.new_full((K * B, G * T, end), -math.inf)
         for tokens, n in tiles:
             codes = self.codes(i, 0, n)[..., :tokens.stop - tokens.start]
             scores[..., tokens] = q @ codes
         scores *= d ** -0.5
-        if hidden.any():
-            scores.unflatten(1, (G, T)).masked_fill_(hidden, -math.inf)
+        if unseen.numel():
+            scores.unflatten(1, (G, T)).masked_fill_(unseen, -math.inf)
         weights = scores.softmax(-1)
         a = torch.zeros_like(q)
         for tokens, n in tiles:

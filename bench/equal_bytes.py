@@ -12,6 +12,7 @@ they combine. This script measures them with one yardstick, the bytes of a token
                     kept exactly (arXiv 2402.02750). Read in chunks of 32; the exact group, 32
                     tokens of 16 bits whatever the length, comes on top of the bytes shown
     ranks x int4    the coordinates that a plan keeps, in 4 bits with a scale and a zero
+    bits            as bits.py trained them, where --out has bits.json; its 4 exact tokens come on top
 
 KL is the distance from the model on held-out text, in nats per token; top-1 the share of tokens
 whose likeliest next token stays the same. Recall: held-out passages of 64 tokens, followed by
@@ -32,6 +33,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
+from bits import load_bits
 from data import data_arguments, text_for
 from distance import PASSAGE, gain_of_copy, log_probabilities, spread_windows
 from evaluate import describe, report_arguments
@@ -170,6 +172,12 @@ def candidates(args, config) -> list:
             rows.append((f"ranks {budget:.1%} x int4", share, hooked(hook)))
         uniform = uniform_ranks(0.25, config)
         rows.append(("uniform ranks 25.0%", 0.25, hooked(p.at(uniform))))
+    if (args.out / "bits.json").exists():
+        with common.blame("--out"):
+            bits = load_bits(args.out / "bits.json")
+        for budget in (0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875):
+            share = bits.plan(budget).double().mean().item() / WHOLE
+            rows.append((f"bits {budget:.2%}", share, hooked(bits.at(budget))))
     return sorted(rows, key=lambda row: -row[1])
 
 
