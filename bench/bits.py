@@ -1,7 +1,7 @@
 """What bits.py's parts are worth, and what its packed cache costs.
 
-    ladder      KL on held-out text of the same bits everywhere, of bits along a path, both untrained;
-                of a path on the basis that train.py trained for ranks; and of what bits.py trained
+    ladder      KL on held-out text of the same bits everywhere and of bits along a path, untrained;
+                of a path on the basis that train.py trained for ranks; of what bits.py trained
     position    KL by quarters of the model's length: keys drift with their position, as RoPE turns
                 their mean; untrained, from moments over whole windows and over a quarter of them
     other text  how much larger the KL is on Python's sources than on its documentation, for bits
@@ -21,12 +21,13 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from equal_bytes import by_token
+
 import common
 from bits import TrainedRounding, find_path, load_bits
 from cache import KVCache
 from data import data_arguments, encode, python_documents, text_for
 from distance import log_probabilities, measure, spread_windows
-from equal_bytes import by_token
 from evaluate import describe, report_arguments
 from model import load
 from projection import Projection, calibrate, uniform_ranks
@@ -86,7 +87,8 @@ def position(model, tokens, held_out, trained, args) -> None:
         for budget in (0.1875, 0.125):
             quarters = kl_by_quarter(model, x, at(budget))
             shown = "".join(f"{kl:9.4f}" for kl in quarters)
-            print(f"  {name:28s} {budget:7.2%} {shown}   last / first {quarters[3] / quarters[0]:.2f}")
+            ratio = quarters[3] / quarters[0]
+            print(f"  {name:28s} {budget:7.2%} {shown}   last / first {ratio:.2f}")
 
 
 def at_budget(rounding, path, config, budget: float):
@@ -135,8 +137,9 @@ def speed(model, trained, args) -> None:
             ours, its = step_time(model, packed, n), step_time(model, full, n)
             ratios.append(ours / its)
         ratios.sort()
-        print(f"  {budget:7.2%}  {ratios[len(ratios) // 2]:.3f} [{ratios[0]:.3f} … {ratios[-1]:.3f}]"
-              f"   {packed.data.nbytes:,} bytes for {full.data.nbytes // 2:,} in 16 bits")
+        median = ratios[len(ratios) // 2]
+        print(f"  {budget:7.2%}  {median:.3f} [{ratios[0]:.3f} … {ratios[-1]:.3f}]   "
+              f"{packed.data.nbytes:,} bytes for {full.data.nbytes // 2:,} in 16 bits")
 
 
 def resident() -> int:

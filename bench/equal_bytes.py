@@ -12,7 +12,7 @@ they combine. This script measures them with one yardstick, the bytes of a token
                     kept exactly (arXiv 2402.02750). Read in chunks of 32; the exact group, 32
                     tokens of 16 bits whatever the length, comes on top of the bytes shown
     ranks x int4    the coordinates that a plan keeps, in 4 bits with a scale and a zero
-    bits            as bits.py trained them, where --out has bits.json; its 4 exact tokens come on top
+    bits            as bits.py trained them, if --out has bits.json; 4 exact tokens come on top
 
 KL is the distance from the model on held-out text, in nats per token; top-1 the share of tokens
 whose likeliest next token stays the same. Recall: held-out passages of 64 tokens, followed by
