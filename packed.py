@@ -75,9 +75,15 @@ class PackedCache:
             layer = PackedLayer(by_coordinate[:, i], batch, tiles, self.tile, self.data[begin:])
             self.layers.append(layer)
             begin += layer.size
-        grids = [[self.rounding.grid(side, i, bits[side, i]) for i in range(L)]
-                 for side in (0, 1)]
-        self.step, self.top = ([[pair[n] for pair in side] for side in grids] for n in (0, 1))
+        self.step, self.top, self.centre = [], [], []               # of each layer, (2, K, 1, d)
+        for i in range(L):
+            grids = [self.rounding.grid(side, i, bits[side, i]) for side in (0, 1)]
+            step, top = (torch.stack(of_sides) for of_sides in zip(*grids, strict=True))
+            turned = [self.rounding.mean[side][i][:, None] @ self.rounding.U[side][i]
+                      for side in (0, 1)]
+            self.step.append(step)
+            self.top.append(top)
+            self.centre.append(torch.stack(turned))
         self.folded = [None] * L
         self.workspace = torch.empty(K * batch * d, self.tile, dtype=self.wide, device=device)
 
@@ -110,7 +116,7 @@ class PackedCache:
         K, _, d = self.shape
         U = self.rounding.U[1][i]                                   # (K, d, d)
         mean = self.rounding.mean[1][i][:, None]                    # (K, 1, d)
-        step, top = self.step[1][i], self.top[1][i]                 # (K, 1, d)
+        step, top = self.step[i][1], self.top[i][1]                 # (K, 1, d)
         q, k, v, o = weights.q_proj, weights.k_proj, weights.v_proj, weights.o_proj
         W_v = v.weight.to(U).unflatten(0, (K, d))                   # (K, d, hidden)
         W_v = (U.mT @ W_v).flatten(0, 1).to(v.weight)
@@ -136,14 +142,13 @@ class PackedCache:
         """
         K, B, d = self.shape
         T = both.shape[3]
-        U, mean = self.rounding.U[0][i], self.rounding.mean[0][i]
+        U = self.rounding.U[0][i]
         both = both.transpose(0, 1).to(self.wide)                   # (K, B, G + 1, T, d)
         both = torch.bmm(both.flatten(1, 3), U).view(both.shape)
-        q = both[:, :, :-1] * self.step[0][i][:, None, None]
-        k = both[:, :, -1] - (mean[:, None] @ U)[:, None]           # (K, B, T, d)
-        v = v.to(self.wide).view(B, T, K, d).permute(2, 0, 1, 3)
-        v = v - (self.rounding.mean[1][i][:, None] @ self.rounding.U[1][i])[:, None]
-        self.append(i, k, v)
+        q = both[:, :, :-1] * self.step[i][0][:, None, None]
+        v = v.to(self.wide).view(B, T, K, d).permute(2, 0, 1, 3)    # (K, B, T, d)
+        new = torch.stack((both[:, :, -1], v))
+        self.append(i, new - self.centre[i][:, :, None])
 
         end = self.length + T
         token = torch.arange(end, device=self.device)
@@ -160,19 +165,17 @@ class PackedCache:
     # --------------------------------------------------------------------------
     # Writing
 
-    def append(self, i: int, k: Tensor, v: Tensor) -> None:
-        """Write coordinates (K, B, T, d): the first tokens exactly, the others as codes."""
-        T = k.shape[2]
+    def append(self, i: int, new: Tensor) -> None:
+        """Write coordinates (2, K, B, T, d): the first tokens exactly, the others as codes."""
+        T = new.shape[3]
         exact = min(T, max(0, EXACT - self.length))
         if exact:
-            rows = torch.stack((k, v))[:, :, :, :exact].flatten(1, 2)
+            rows = new[:, :, :, :exact].flatten(1, 2)
             self.exact[i][..., self.length:self.length + exact] = rows.mT
-        if exact == T:
-            return
-        k = to_code(k[:, :, exact:], self.step[0][i][:, None], self.top[0][i][:, None])
-        v = to_code(v[:, :, exact:], self.step[1][i][:, None], self.top[1][i][:, None])
-        codes = torch.stack((k, v)).mT                              # (2, K, B, d, T)
-        self.layers[i].write(codes.flatten(0, 3), self.length + exact - EXACT)
+        if exact < T:
+            step, top = self.step[i][:, :, None], self.top[i][:, :, None]
+            codes = to_code(new[:, :, :, exact:], step, top).mT     # (2, K, B, d, T)
+            self.layers[i].write(codes.flatten(0, 3), self.length + exact - EXACT)
 
     # --------------------------------------------------------------------------
     # Reading
@@ -185,7 +188,7 @@ class PackedCache:
         K, B, G, T, d = q.shape
         q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
         tiles = list(self.tiles_of(end, first))
-        scores = q.new_full((K * B, G * T, end), -math.inf)
+        scores = q.new_full((K * B, G * T, end), -math.inf if first else 0)
         for tokens, n in tiles:
             codes = self.codes(i, 0, n)[..., :tokens.stop - tokens.start]
             scores[..., tokens] = q @ codes
@@ -215,7 +218,7 @@ class PackedCache:
             codes = self.workspace.copy_(self.layers[i].read(side, n))
             return codes.view(K * B, d, -1)
         x = self.exact[i, side].to(self.wide).view(K, B, d, EXACT)
-        step, top = self.step[side][i].mT[:, None], self.top[side][i].mT[:, None]
+        step, top = self.step[i][side].mT[:, None], self.top[i][side].mT[:, None]
         return (x / step + top).flatten(0, 1)
 
 
@@ -233,7 +236,8 @@ class PackedLayer:
             self.shifts[w] = shifts[:, None]
             self.masks[w] = torch.tensor(2 ** w - 1, dtype=torch.uint8, device=data.device)
         _, K, d = bits.shape
-        bits = bits[:, :, None].expand(2, K, batch, d).reshape(2, -1)       # of rows
+        bits = bits[:, :, None].expand(2, K, batch, d)
+        bits = bits.reshape(2, -1)                                  # of rows
         self.groups = []                # of rows of the same bits: (bits, rows of keys, their bytes)
         found = ([], [])                # rows of keys, of values, as the groups have them
         fields = []
