@@ -45,7 +45,6 @@ from rounding import (
     path_of_rows,
     path_to_rows,
     same_bits,
-    usual_multiples,
 )
 from train import VALID, train
 
@@ -111,8 +110,6 @@ class TrainedRounding(nn.Module):
         self.covariances = covariances.to(start.mean_v)             # (2, L, K, d, d)
         zeros = torch.zeros_like(self.covariances[..., 0])
         self.log_spread = nn.Parameter(zeros)                       # (2, L, K, d), of a deviation
-        multiples = usual_multiples(*zeros.shape[:3])
-        self.log_multiples = nn.Parameter(multiples.to(zeros).clamp(min=1e-9).log())
 
     def forward(self, dtype: torch.dtype | None = None) -> Rounding:
         p = self.rotation(dtype)
@@ -120,7 +117,7 @@ class TrainedRounding(nn.Module):
         variance = (U * (self.covariances.to(U) @ U)).sum(-2)       # along each column
         deviation = variance.clamp(min=1e-12).sqrt()
         spread = deviation * self.log_spread.exp().to(U)
-        return Rounding(p, self.mean_k.to(U), spread, self.log_multiples.exp().to(U))
+        return Rounding(p, self.mean_k.to(U), spread)
 
 
 def draw_bits(B: int, config, generator: Generator, path: list) -> Tensor:
@@ -272,7 +269,7 @@ def options():
     passage_arguments(parser)
     add = parser.add_argument
     add("--proj", type=Path, help="projections to start from [the query-aware basis]")
-    add("--steps", type=common.within(1, 10 ** 7), default=240, help="[240]")
+    add("--steps", type=common.within(1, 10 ** 7), default=300, help="[300]")
     add("--lr", type=common.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
     parser.set_defaults(seq=None, accumulate=1, ce=0.0, amp=False, checkpoint=None)
     return parser.parse_args()

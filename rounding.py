@@ -4,13 +4,12 @@ Beyond the paper. A rank keeps a coordinate in 16 bits or not at all; between th
 Keys and values are turned as before, x = (k − μ) U, and coordinate j becomes one of 2^b codes:
 
     code = round(x / Δ + top), clamped to 0 … 2^b − 1        top = (2^b − 1) / 2
-    x̂    = (code − top) Δ                                    Δ = m_b · s_j
+    x̂    = (code − top) Δ                                    Δ = STEP[b] · s_j
 
 The codes lie evenly around zero, which is none of them (a mid-rise quantiser); at 0 bits x̂ is 0,
-so that k̂ is the mean. A coordinate's spread s_j, and the multiple m_b that a head has for each
-number of bits, belong to the model and not to a token: they cost no bytes. Coordinates come in
-blocks of d/8, and all of a block have the same bits. A plan of bits is (2, L, K, 8), one of BITS
-for each block; its mean / 16 is its budget, the share of a 16-bit cache.
+so that k̂ is the mean. A coordinate's spread s_j belongs to the model and not to a token: it costs no
+bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits is
+(2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit cache.
 
 The first tokens of a sequence, which every later one attends to, are exact: x in bfloat16. They
 come on top of a budget.
@@ -36,23 +35,22 @@ ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 0.001041, 8: 0
 
 
 class Rounding:
-    """Projections U, and of what is turned by them the means, spreads and multiples.
+    """Projections U, and of what is turned by them the means and spreads.
 
     p: Projection, whose mean_v the values are turned around; mean_k (L, K, d) likewise; spread
-    (2, L, K, d), keys and values, in turned coordinates; multiples (2, L, K, 9), for 0 to 8 bits.
+    (2, L, K, d), keys and values, in turned coordinates.
     """
 
-    def __init__(self, p: Projection, mean_k: Tensor, spread: Tensor, multiples: Tensor):
+    def __init__(self, p: Projection, mean_k: Tensor, spread: Tensor):
         L, K, d = p.mean_v.shape
-        found = tuple(mean_k.shape), tuple(spread.shape), tuple(multiples.shape)
-        if found != ((L, K, d), (2, L, K, d), (2, L, K, max(BITS) + 1)):
-            raise ValueError(f"mean_k, spread and multiples of shapes {found}; expected (L, K, d), "
-                             f"(2, L, K, d) and (2, L, K, 9) with (L, K, d) = {(L, K, d)}")
+        found = tuple(mean_k.shape), tuple(spread.shape)
+        if found != ((L, K, d), (2, L, K, d)):
+            raise ValueError(f"mean_k and spread of shapes {found}; expected (L, K, d) and "
+                             f"(2, L, K, d) with (L, K, d) = {(L, K, d)}")
         self.p = p
         self.U = p.U_k, p.U_v
         self.mean = mean_k, p.mean_v
         self.spread = spread
-        self.multiples = multiples
 
     def at(self, bits: Tensor):
         """The hook `project=` that simulates a plan: (layer, k, v) -> (k̂, v̂), of the same shapes.
@@ -82,16 +80,14 @@ class Rounding:
 
     def grid(self, side: int, layer: int, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Δ and top (…, K, 1, d) of a layer's keys or values at bits (…, K, 8) of its blocks."""
-        return grid(bits, self.spread[side, layer], self.multiples[side, layer])
+        return grid(bits, self.spread[side, layer])
 
     def tensors(self) -> dict[str, Tensor]:
-        mine = {"mean_k": self.mean[0], "spread": self.spread, "multiples": self.multiples}
-        return self.p.tensors() | mine
+        return self.p.tensors() | {"mean_k": self.mean[0], "spread": self.spread}
 
     @staticmethod
     def of(tensors: dict) -> "Rounding":
-        rest = (tensors[name] for name in ("mean_k", "spread", "multiples"))
-        return Rounding(Projection.of(tensors), *rest)
+        return Rounding(Projection.of(tensors), tensors["mean_k"], tensors["spread"])
 
     def to(self, device, dtype=None) -> "Rounding":
         return Rounding.of({name: x.to(device, dtype) for name, x in self.tensors().items()})
@@ -111,18 +107,13 @@ class Rounding:
             raise ValueError(f"{path}: {error}") from None
 
 
-def usual_multiples(*heads: int) -> Tensor:
-    """STEP for each of the heads, (*heads, 9)."""
-    table = torch.tensor([STEP.get(b, 0.0) for b in range(max(BITS) + 1)])
-    return table.repeat(*heads, 1)
-
-
-def grid(bits: Tensor, spread: Tensor, multiples: Tensor) -> tuple[Tensor, Tensor]:
-    """Δ and top, (…, K, 1, d), for bits (…, K, 8); of K heads spread (K, d), multiples (K, 9)."""
+def grid(bits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Δ and top, (…, K, 1, d), for bits (…, K, 8) of blocks of coordinates with spread (K, d)."""
     d = spread.shape[-1]
     bits = bits.to(spread.device).repeat_interleave(d // LEVELS, -1)
-    multiples = multiples.expand(*bits.shape[:-1], -1)
-    step = multiples.gather(-1, bits) * spread                      # (…, K, d)
+    steps = [STEP.get(b, 0.0) for b in range(max(BITS) + 1)]
+    steps = torch.tensor(steps).to(spread)
+    step = steps[bits] * spread                                     # (…, K, d)
     top = (2.0 ** bits.to(spread) - 1) / 2
     return step[..., None, :], top[..., None, :]
 

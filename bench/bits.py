@@ -148,6 +148,7 @@ def resident() -> int:
 
 def memory(model, trained, tokens: int = 65536) -> None:
     """Fill a cache with random codes; what a pass needs beside it comes and goes."""
+    trained.cache(0.125, 1, 64).data.random_(0, 256)        # what PyTorch needs once
     before = resident()
     cache = trained.cache(0.125, 1, tokens)
     cache.data.random_(0, 256)

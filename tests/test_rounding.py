@@ -18,7 +18,6 @@ from rounding import (
     path_to_rows,
     same_bits,
     to_code,
-    usual_multiples,
 )
 
 
@@ -26,8 +25,7 @@ def random_rounding(model, dtype=torch.float32) -> Rounding:
     L, K, d = shape(model)
     p = random_projection(model).to(None, dtype)
     spread = 0.2 + torch.rand(2, L, K, d)
-    multiples = usual_multiples(2, L, K) * (0.8 + torch.rand(2, L, K, 9) / 2)
-    return Rounding(p, torch.randn(L, K, d, dtype=dtype), spread.to(dtype), multiples.to(dtype))
+    return Rounding(p, torch.randn(L, K, d, dtype=dtype), spread.to(dtype))
 
 
 def random_bits(model, *batch) -> torch.Tensor:
@@ -77,7 +75,7 @@ def test_the_hook_rounds_number_by_number(model, batch):
         expected = mean[L - 1, h].clone()
         for j in range(d):
             n = int(of_head[j // (d // 8)])
-            step = r.multiples[side, L - 1, h, n].item() * r.spread[side, L - 1, h, j].item()
+            step = STEP[n] * r.spread[side, L - 1, h, j].item()
             top = (2 ** n - 1) / 2
             code = min(max(round(y[j].item() / step + top), 0), 2 ** n - 1)
             expected += (code - top) * step * U[L - 1, h, :, j]
@@ -105,7 +103,7 @@ def test_nothing_is_left_of_zero_bits_but_the_mean(model):
 
 def test_the_gradient_goes_straight_through_and_stops_at_the_clamp():
     x = torch.tensor([[-9.0, -0.4, 0.3, 9.0]], requires_grad=True)
-    step, top = grid(torch.full((1, 8), 2), torch.ones(1, 8), usual_multiples(1))
+    step, top = grid(torch.full((1, 8), 2), torch.ones(1, 8))
     to_code(x, step[0, 0, :4], top[0, 0, :4]).sum().backward()
     expected = [0, 1 / STEP[2], 1 / STEP[2], 0]
     assert x.grad[0].tolist() == pytest.approx(expected)
