@@ -238,7 +238,7 @@ class PackedLayer:
         _, K, d = bits.shape
         bits = bits[:, :, None].expand(2, K, batch, d)
         bits = bits.reshape(2, -1)                                  # of rows
-        self.groups = []                # of rows of the same bits: (bits, rows of keys, their bytes)
+        self.groups = []                # rows of the same bits: (bits, rows of keys, their bytes)
         found = ([], [])                # rows of keys, of values, as the groups have them
         fields = []
         self.size = 0

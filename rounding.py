@@ -7,9 +7,10 @@ Keys and values are turned as before, x = (k − μ) U, and coordinate j becomes
     x̂    = (code − top) Δ                                    Δ = STEP[b] · s_j
 
 The codes lie evenly around zero, which is none of them (a mid-rise quantiser); at 0 bits x̂ is 0,
-so that k̂ is the mean. A coordinate's spread s_j belongs to the model and not to a token: it costs no
-bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits is
-(2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit cache.
+so that k̂ is the mean. A coordinate's spread s_j belongs to the model and not to a token: it costs
+no bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits
+is (2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit
+cache.
 
 The first tokens of a sequence, which every later one attends to, are exact: x in bfloat16. They
 come on top of a budget.

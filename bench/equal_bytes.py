@@ -20,8 +20,9 @@ themselves; how much more often the next token is right in the second copy than 
 share of the model's own gain. Nothing here is trained or tuned; ranks come as train.py and
 search.py left them.
 
-    python bench/equal_bytes.py                     # what train.py and search.py left in out/
+    python bench/equal_bytes.py     # what train.py, search.py and bits.py left in out/
 """
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,7 @@ def candidates(args, config) -> list:
     with common.blame("--out"):
         p = Projection.load(args.out / "projections.safetensors")
         p.check_fits(config)
-        for budget in (0.75, 0.5, 0.375, 0.25):
+        for budget in (0.75, 0.5, 0.375, 0.25, 0.1875):
             _, ranks = read_plan(args.out / "ranks.json", config, budget)
             rows.append((f"ranks {budget:.1%}", budget, hooked(p.at(ranks))))
             hook = partial(by_rank_and_token, p=p, ranks=ranks, bits=4)
@@ -195,6 +196,37 @@ def distances(model: Model, tokens: Tensor, states) -> tuple[float, float]:
     return kl / tokens[:, 1:].numel(), same / tokens[:, 1:].numel()
 
 
+CURVES = {      # names without their numbers: label, colour, marker
+    "ranks": ("ranks: trained, searched", "C2", "^"),
+    "int": ("int8 to int2, a scale per token and head", "C7", "s"),
+    "KIVI": ("KIVI, 4 and 2 bits", "C5", "P"),
+    "ranks x int": ("those ranks in int4", "C8", "v"),
+    "bits": ("bits: trained for them", "C4", "D"),
+}
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """KL and recall against bytes."""
+    with common.picture(path, columns=2, width=11, height=4.5) as (distance, memory):
+        for curve, (label, color, marker) in CURVES.items():
+            mine = [row for row in rows if re.sub(r"[\d.%]+", "", row["name"]).split() ==
+                    curve.split()]
+            x = [100 * row["bytes"] for row in mine]
+            style = {"label": label, "color": color, "marker": marker}
+            distance.plot(x, [row["kl"] for row in mine], **style)
+            memory.plot(x, [100 * row["recall"] for row in mine], **style)
+        distance.set(yscale="log", ylabel="KL to the base model, nats per token")
+        memory.set(ylim=(0, 105), ylabel="recall, % of the model's own")
+        distance.legend(title="lower is better")
+        ticks = [5, 6.25, 9.4, 12.5, 18.75, 25, 37.5, 50, 75]
+        for axis in (distance, memory):
+            axis.set(xscale="log", xlabel="bytes of a token, % of a 16-bit cache")
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+            axis.invert_xaxis()
+            axis.grid(alpha=0.3)
+
+
 @torch.no_grad()
 def main():
     parser = common.arguments(__doc__)
@@ -217,10 +249,16 @@ def main():
     own = gain_of_copy(model, passages, model.hidden)
     print(f"\nThe model itself gains {own:.3f} in the second copy of {len(passages)} passages\n")
     print(f"  {'bytes':>6s}   {'':22s} {'KL':>8s}   {'top-1':>6s}   {'recall':>6s}")
+    found = []
     for name, share, states in rows:
         kl, same = distances(model, tokens, states)
         kept = gain_of_copy(model, passages, partial(states, model)) / own
         print(f"  {share:6.1%}   {name:22s} {kl:8.4f}   {same:6.1%}   {kept:6.1%}", flush=True)
+        found.append({"name": name, "bytes": share, "kl": kl, "same": same, "recall": kept})
+    with common.blame("--out"):
+        common.write_json(args.out / "equal_bytes.json", {"rows": found}, indent=1)
+        draw(found, args.out / "equal_bytes.png")
+    print(f"Saved {args.out / 'equal_bytes.json'} and .png")
 
 
 if __name__ == "__main__":
