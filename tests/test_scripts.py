@@ -19,7 +19,8 @@ from projection import Projection, calibrate
 from train import draw_along, draw_independent, draw_levels
 
 SCRIPTS = [
-    "model", "data", "projection", "kernel", "cache", "evaluate", "train", "search", "generate"]
+    "model", "data", "projection", "kernel", "cache", "evaluate", "order", "train", "search", "bits",
+    "generate"]
 
 
 # ------------------------------------------------------------------------------
@@ -73,6 +74,29 @@ def test_at_the_end_of_the_chain_decoding_follows_the_projected_model(chain):
         assert logits[0, -1].argmax() == token
         text.append(token)
     assert len(text) > 3
+
+
+def test_what_was_trained_along_an_order_needs_no_search(chain, tmp_path):
+    folder, options = chain
+    second = folder / "second"
+    config = read_config(CKPT / "config.json")
+    trained_along = read(second / "train.json")["order"]
+    searched = read(second / "ranks.json")
+    assert order_of(searched["path"], config).tolist() == trained_along
+    assert searched["evaluations"] <= len(trained_along) + 1
+    options = [*options, "--proj", second / "projections.safetensors", "--out", tmp_path]
+    call("search", *options, "--lazy")
+    assert order_of(read(tmp_path / "ranks.json")["path"], config).tolist() != trained_along
+
+
+def test_an_order_for_another_model_is_refused(chain, tmp_path, refusal):
+    folder, options = chain
+    for name in ("projections.safetensors", "train.json"):
+        shutil.copy(folder / "second" / name, tmp_path)
+    said = read(tmp_path / "train.json") | {"order": [0, 1, 2]}
+    (tmp_path / "train.json").write_text(json.dumps(said))
+    options = [*options, "--proj", tmp_path / "projections.safetensors", "--out", tmp_path]
+    assert "order for another model" in refusal("search", *options)
 
 
 def test_a_training_along_an_order_reports_on_the_plans_of_the_order(chain):
