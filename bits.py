@@ -29,7 +29,8 @@ from torch import Generator, Tensor, nn
 
 import common
 from data import data_arguments, set_apart, text_for
-from evaluate import describe, measure, report_arguments, wide
+from distance import measure, recall, wide
+from evaluate import describe, held_out_passages, passage_arguments, report_arguments
 from model import Model, load, read_config
 from order import alone, cheapest_first, kl_of_each, pairs_of_columns
 from packed import PackedCache
@@ -41,7 +42,6 @@ from rounding import (
     WHOLE,
     Rounding,
     bits_at,
-    grid,
     path_of_rows,
     path_to_rows,
     same_bits,
@@ -109,15 +109,15 @@ class TrainedRounding(nn.Module):
         covariances = torch.stack(moments.covariances())
         self.covariances = covariances.to(start.mean_v)             # (2, L, K, d, d)
         zeros = torch.zeros_like(self.covariances[..., 0])
-        self.log_factor = nn.Parameter(zeros)                       # (2, L, K, d)
+        self.log_spread = nn.Parameter(zeros)                       # (2, L, K, d), of a deviation
 
     def forward(self, dtype: torch.dtype | None = None) -> Rounding:
         p = self.rotation(dtype)
         U = torch.stack((p.U_k, p.U_v))
         variance = (U * (self.covariances.to(U) @ U)).sum(-2)       # along each column
         deviation = variance.clamp(min=1e-12).sqrt()
-        factor = self.log_factor.exp().to(U)
-        return Rounding(p, self.mean_k.to(U), deviation * factor)
+        spread = deviation * self.log_spread.exp().to(U)
+        return Rounding(p, self.mean_k.to(U), spread)
 
 
 def draw_bits(B: int, config, generator: Generator, path: list) -> Tensor:
@@ -209,7 +209,7 @@ class Clamped:
             mean = self.rounding.mean[side][layer][:, None]
             x = (x.to(mean) - mean) @ self.rounding.U[side][layer]
             bits = self.plan[side, layer]
-            step, top = grid(bits, self.rounding.spread[side, layer])
+            step, top = self.rounding.grid(side, layer, bits)
             code = x / step + top
             beyond = (code - top).abs() > top + 0.5
             stored = (top > 0).expand_as(beyond)
@@ -218,21 +218,29 @@ class Clamped:
         return self.project(layer, k, v)
 
 
-def report(model: Model, held_out, bits: Bits, args) -> list[dict]:
-    """Measure and print a row for every budget."""
+@torch.no_grad()
+def report(model: Model, held_out, bits: Bits, args, passages) -> list[dict]:
+    """Measure and print a row for every budget; recall on passages (N, n), if any."""
     hooks = {budget: Clamped(bits.rounding, bits.plan(budget)) for budget in BUDGETS}
     base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
     print(f"\nHeld-out text in windows of {args.seq}, base model: perplexity "
           f"{base['perplexity']:.3f}, accuracy {base['accuracy']:.2%}\n")
-    print("  a token   in all |  bits |       KL   perplexity   accuracy | clamped")
+    own = recall(model, passages) if passages is not None else math.nan
+    columns = "      KL   perplexity   accuracy     same   recall"
+    print(f"  a token   in all |  bits | {columns} | clamped")
     rows = []
     for budget, result in results.items():
         mean = bits.plan(budget).double().mean().item()
         clamped = hooks[budget].beyond / max(1, hooks[budget].count)
         row = {"budget": mean / WHOLE, "in_all": total_share(mean, args.seq), "clamped": clamped}
+        left = math.nan
+        if passages is not None:
+            row["recall"] = recall(model, passages, bits.at(budget))
+            left = row["recall"] / own if own else math.nan
         rows.append(row | result)
         print(f"  {row['budget']:7.2%}  {row['in_all']:7.2%} | {mean:5.2f} | {result['kl']:8.5f}   "
-              f"{result['perplexity']:10.3f}   {result['accuracy']:8.2%} | {clamped:7.2%}")
+              f"{result['perplexity']:10.3f}   {result['accuracy']:8.2%}  {result['same']:7.2%}  "
+              f"{left:7.2%} | {clamped:7.2%}")
     return rows
 
 
@@ -258,9 +266,10 @@ def options():
     parser = common.arguments(__doc__, several=True)
     data_arguments(parser)
     report_arguments(parser, batch=4)
+    passage_arguments(parser)
     add = parser.add_argument
     add("--proj", type=Path, help="projections to start from [the query-aware basis]")
-    add("--steps", type=common.within(1, 10 ** 7), default=240, help="[240]")
+    add("--steps", type=common.within(1, 10 ** 7), default=300, help="[300]")
     add("--lr", type=common.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
     parser.set_defaults(seq=None, accumulate=1, ce=0.0, amp=False, checkpoint=None)
     return parser.parse_args()
@@ -336,7 +345,8 @@ def main():
     if common.RANK == 0:
         print(f"\nCalibration, paths and training took {time.time() - began:.0f} s")
         bits = trained()
-        rows = report(model, held_out, bits, args)
+        passages = held_out_passages(args, held_out, config)
+        rows = report(model, held_out, bits, args, passages)
         file = args.out / "bits.json"
         with common.blame("--out"):
             bits.save(file, {"seq": args.seq, "loss": run.said["loss"], "budgets": rows})

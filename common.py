@@ -53,7 +53,7 @@ def arguments(doc: str, several: bool = False) -> argparse.ArgumentParser:
     `several`: the script may run in several processes (torchrun).
     """
     if WORLD > 1 and not several:
-        fail("torchrun: only train.py runs in several processes; use python")
+        fail("torchrun: only train.py and bits.py run in several processes; use python")
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = fail

@@ -1,14 +1,13 @@
-"""How far a compressed model is from the model, on text it never saw.
+"""The report: how far the compressed models in a folder are from the model, on held-out text.
 
-    KL          Σ p log(p / q), the model's next-token distribution p against the compressed one's
-                q, the mean over tokens, in nats per token: 0 is the model itself
-    perplexity  exp of the mean −log q(next token); accuracy: how often q's likeliest token is it
+    distance    KL, perplexity, accuracy, and recall: held-out passages of 64 tokens, followed by
+                themselves, and how much of what the model gains in the second copy is left
+                (distance.py)
     questions   multiple choice by log-likelihood, through the real cache: the measure of the paper
                 (MatryoshkaKV, arXiv 2410.14731, section 4.1)
 
-The first two come from windows of held-out text with keys and values projected (`project=`); the
-cache gives the same logits. The KL is also what training minimises (Distill). A curve of the report
-is a projection with a plan, the ranks of all heads, for every budget, the share of the cache kept.
+A curve of the report is a projection with a plan, the ranks of all heads, for every budget, the
+share of the cache kept.
 
     python evaluate.py                                  # what train.py and search.py left in out/
     python evaluate.py --tasks demo/questions.jsonl
@@ -29,124 +28,11 @@ from torch import Tensor
 
 import common
 from cache import KVCache
-from data import data_arguments, text_for, windows
+from data import data_arguments, text_for
+from distance import PASSAGE, logits, measure, recall, spread_windows
 from model import Model, load
 from plans import read_plan
 from projection import BUDGETS, LEVELS, SIDES, Projection, uniform_ranks
-
-# ------------------------------------------------------------------------------
-# Distance from the model
-
-def log_probabilities(model: Model, *states: Tensor):
-    """log p of states (n, hidden) behind the model's last norm, of the same tokens, by chunks.
-
-    Yields (slice of the tokens, log p of the first states, of the second, …), never all at once.
-    """
-    for start in range(0, len(states[0]), common.CHUNK):
-        rows = slice(start, start + common.CHUNK)
-        yield rows, *(logits(x[rows], model.lm_head.weight).log_softmax(-1) for x in states)
-
-
-def logits(x: Tensor, W: Tensor) -> Tensor:
-    """x Wᵀ of states (n, hidden) and W (vocab, hidden), in float32 or float64.
-
-    In a bfloat16 result small KLs drown and likeliest tokens tie, so its weights are widened, 8,192
-    rows of the vocabulary at a time.
-    """
-    x = x.to(wide(x.dtype))
-    if x.dtype == W.dtype:
-        return x @ W.T
-    return torch.cat([x @ piece.to(x.dtype).T for piece in W.split(2 ** 13)], dim=-1)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that probabilities are computed in: float32, or float64 for a float64 model."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-@torch.no_grad()
-def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit: int):
-    """The model, and the model with each hook `project=`, over at most `limit` windows of T tokens.
-
-    Returns ({"perplexity", "accuracy"} of the base, {name: {"kl", "perplexity", "accuracy"}}).
-    ValueError where a cross-entropy is not a number, or beyond any sense.
-    """
-    count = min(limit, (len(tokens) - 1) // T)
-    stride = (len(tokens) - 1) // count             # spread evenly over all of the held-out text
-    base = torch.zeros(3, dtype=torch.float64)
-    totals = {name: torch.zeros(3, dtype=torch.float64) for name in hooks}
-    for starts in (torch.arange(count) * stride).split(B):
-        block = windows(tokens, starts, T).to(model.device)
-        x, y = block[:, :-1], block[:, 1:].flatten()
-        teacher = model.norm(model.hidden(x)).flatten(0, 1)
-        for rows, log_p in log_probabilities(model, teacher):
-            base += sums(log_p, log_p, y[rows])
-        for name, project in hooks.items():
-            student = model.norm(model.hidden(x, project)).flatten(0, 1)
-            for rows, log_p, log_q in log_probabilities(model, teacher, student):
-                totals[name] += sums(log_p, log_q, y[rows])
-    _, perplexity, accuracy = means(base, count * T)
-    results = {}
-    for name, total in totals.items():
-        kl, ppl, right = means(total, count * T)
-        results[name] = {"kl": kl, "perplexity": ppl, "accuracy": right}
-    return {"perplexity": perplexity, "accuracy": accuracy}, results
-
-
-def sums(log_p: Tensor, log_q: Tensor, y: Tensor) -> Tensor:
-    """Over tokens (n, vocab): KL(p ‖ q), the cross-entropy of q, and its right guesses; (3,)."""
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    cross_entropy = -log_q.gather(1, y[:, None])
-    right = log_q.argmax(-1) == y
-    return torch.stack([x.double().sum() for x in (kl, cross_entropy, right)]).cpu()
-
-
-def means(total: Tensor, n: int) -> tuple[float, float, float]:
-    """KL, perplexity and accuracy from sums over n tokens."""
-    kl, cross_entropy, accuracy = (total / n).tolist()
-    if not cross_entropy < 700:                     # exp would overflow; NaN is not below either
-        raise ValueError(f"a cross-entropy of {cross_entropy:.3g} nats per token: are the weights "
-                         "whole?")
-    return kl, math.exp(cross_entropy), accuracy
-
-
-class Distill(torch.autograd.Function):
-    """(1 − c) KL(p_teacher ‖ p_student) + c · cross-entropy, and the KL: means over T, (B,) each.
-
-    The loss of training. Its gradient for the student's logits is q − ((1 − c) p + c · onehot),
-    taken in the same pass, chunk by chunk, while the probabilities are at hand: no logits are kept
-    for the backward pass. Student and teacher are normed states (B, T, hidden).
-    """
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, model: Model, targets: Tensor, c: float):
-        B, T, _ = student.shape
-        s, t = student.flatten(0, 1), teacher.flatten(0, 1)
-        y = targets.flatten()[:, None]
-        gradient = torch.empty_like(s)
-        kl = s.new_zeros(B * T, dtype=wide(s.dtype))
-        cross_entropy = torch.zeros_like(kl)
-        for rows, log_q, log_p in log_probabilities(model, s, t):
-            target = log_p.exp()                                    # what q should be
-            kl[rows] = log_p.sub_(log_q).mul_(target).sum(-1)       # Σ p log(p / q)
-            if c > 0:
-                cross_entropy[rows] = -log_q.gather(1, y[rows])[:, 0]
-                share = torch.full_like(target[:, :1], c)
-                target.mul_(1 - c).scatter_add_(1, y[rows], share)
-            by_logits = log_q.exp_().sub_(target)
-            gradient[rows] = by_logits.to(s.dtype) @ model.lm_head.weight
-        ctx.save_for_backward(gradient.view_as(student))
-        kl = kl.view(B, T).mean(1)
-        cross_entropy = cross_entropy.view(B, T).mean(1)
-        ctx.mark_non_differentiable(kl)
-        return (1 - c) * kl + c * cross_entropy, kl
-
-    @staticmethod
-    def backward(ctx, by_loss: Tensor, _):
-        gradient, = ctx.saved_tensors
-        by_token = by_loss[:, None, None] / gradient.shape[1]
-        return gradient * by_token.to(gradient), None, None, None, None
-
 
 # ------------------------------------------------------------------------------
 # Multiple choice
@@ -259,9 +145,10 @@ CURVES = {      # name in files: heading in tables, label and style in pictures
 }
 
 
-def write_report(model, held_out, curves: dict, args, path: Path, said: dict, more=dict) -> None:
+def write_report(model, held_out, curves: dict, args, path: Path, said: dict, more=dict,
+                 passages=None) -> None:
     """Report on `curves`; write rows, `said` and what `more` gives to `path`, and a picture."""
-    base, rows = report(model, held_out, curves, args)
+    base, rows = report(model, held_out, curves, args, passages=passages)
     said = said | more() | {"base": base, "budgets": rows}
     with common.blame("--out"):
         common.write_json(path, said, indent=1)
@@ -269,9 +156,10 @@ def write_report(model, held_out, curves: dict, args, path: Path, said: dict, mo
     print(f"Saved {path} and {path.with_suffix('.png')}")
 
 
-def report(model: Model, held_out: np.ndarray, curves: dict, args, budgets=BUDGETS):
+def report(model: Model, held_out: np.ndarray, curves: dict, args, budgets=BUDGETS, passages=None):
     """Measure `curves`, {name: (projection, function from a budget to a plan)}, and print a table.
 
+    passages (N, n): what recall is measured on, if at all.
     Returns what the base model has, and a row for every budget.
     """
     hooks = {}
@@ -279,34 +167,59 @@ def report(model: Model, held_out: np.ndarray, curves: dict, args, budgets=BUDGE
         hooks |= {(name, b): projection.at(plan(b)) for b in budgets if b < 1}
     with common.blame("--ckpt"):
         base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
-    same = {"kl": 0.0} | base                       # at full ranks a curve is the model itself
-    rows = [{"budget": budget} | {name: results.get((name, budget), same) for name in curves}
+    # At full ranks a curve is the model itself.
+    full = {"kl": 0.0} | base | {"same": 1.0, "kl_99.9": 0.0}
+    if passages is not None:
+        base["recall"] = full["recall"] = recall(model, passages)
+        for key, hook in hooks.items():
+            results[key]["recall"] = recall(model, passages, hook)
+    rows = [{"budget": budget} | {name: results.get((name, budget), full) for name in curves}
             for budget in budgets]
     print_table(base, rows)
     return base, rows
 
 
 def print_table(base: dict, rows: list[dict]) -> None:
+    """Two tables side by side would be too wide: means first, then what is lost of the model."""
+    print(f"\nHeld-out text, base model: perplexity {base['perplexity']:.3f}, accuracy "
+          f"{base['accuracy']:.2%}")
+    print_columns(rows, [("KL to the base model", "kl", ".5f", 1),
+                         ("perplexity", "perplexity", ".3f", 1),
+                         ("accuracy, %", "accuracy", ".2f", 100)])
+    lost = [("same likeliest, %", "same", ".2f", 100),
+            ("KL, 99.9th percentile", "kl_99.9", ".4f", 1)]
+    if "recall" in base:
+        print(f"\nRecall of the base model: passages said a second time gain {base['recall']:.2%}")
+        lost.append(("recall, % of base", "recall", ".2f", whole_recall(base["recall"])))
+    print_columns(rows, lost)
+    own_plan = {"pca_ordered", "trained_ordered", "pca_searched", "searched"}
+    print("\n* with its own rank for every head\n" if own_plan & rows[0].keys() else "")
+
+
+def whole_recall(gain: float) -> float:
+    """What makes a recall a percentage of the model's own; NaN where the model has none."""
+    return 100 / gain if gain > 0 else math.nan
+
+
+def print_columns(rows: list[dict], columns: list) -> None:
+    """Of every column, (title, key, format, factor), what each curve has at each budget."""
     names = [name for name in rows[0] if name != "budget"]
     headings = "".join(f"{CURVES[name][0]:>11s}" for name in names)
-    columns = (("KL to the base model", "kl", ".5f", 1), ("perplexity", "perplexity", ".3f", 1),
-               ("accuracy, %", "accuracy", ".2f", 100))
-    print(f"\nHeld-out text, base model: perplexity {base['perplexity']:.3f}, accuracy "
-          f"{base['accuracy']:.2%}\n")
-    print("   cache" + "".join(f" | {title:^{len(headings)}s}" for title, *_ in columns))
+    print("\n   cache" + "".join(f" | {title:^{len(headings)}s}" for title, *_ in columns))
     print("        " + f" | {headings}" * len(columns))
     for row in rows:
         line = f"  {row['budget']:6.1%}"
         for _, key, form, scale in columns:
             line += " | " + "".join(f"{scale * row[name][key]:11{form}}" for name in names)
         print(line)
-    print("\n* with its own rank for every head\n" if "*" in headings else "")
 
 
 def draw(base: dict, rows: list[dict], path: Path) -> None:
-    """KL and accuracy against the budget."""
+    """KL, accuracy, and recall where it was measured, against the budget."""
     x = [100 * row["budget"] for row in rows]
-    with common.picture(path, columns=2) as (distance, quality):
+    columns = 3 if "recall" in base else 2
+    with common.picture(path, columns, width=5 * columns) as axes:
+        distance, quality, *memory = axes
         for name in rows[0]:
             if name == "budget":
                 continue
@@ -315,11 +228,17 @@ def draw(base: dict, rows: list[dict], path: Path) -> None:
             kl = [row[name]["kl"] if row["budget"] < 1 else math.nan for row in rows]   # not log 0
             distance.plot(x, kl, **style)
             quality.plot(x, [100 * row[name]["accuracy"] for row in rows], **style)
+            for axis in memory:
+                recalls = [row[name]["recall"] for row in rows]
+                axis.plot(x, [whole_recall(base["recall"]) * y for y in recalls], **style)
         distance.set(yscale="log", ylabel="KL to the base model, nats per token",
                      title="Distance from the base model")
         quality.axhline(100 * base["accuracy"], color="grey", linestyle="--", label="base model")
         quality.set(ylabel="accuracy of the next token, %", title="Quality on held-out text")
-        for axis in (distance, quality):
+        for axis in memory:
+            axis.axhline(100, color="grey", linestyle="--", label="base model")
+            axis.set(ylabel="recall, % of the base model's", title="Passages said a second time")
+        for axis in axes:
             axis.set(xlabel="size of the KV cache, % of full", xticks=x)
             axis.invert_xaxis()
             axis.grid(alpha=0.3)
@@ -383,6 +302,21 @@ def report_arguments(parser, batch: int = 8, windows: int = 64) -> None:
                         help=f"windows of --seq held-out tokens to report on [{windows}]")
 
 
+def passage_arguments(parser, least: int = 0) -> None:
+    none = "" if least else "; 0 for none"
+    parser.add_argument("--passages", type=common.within(least, 10 ** 6), default=500,
+                        help=f"held-out passages to say twice, for the recall{none} [500]")
+
+
+def held_out_passages(args, held_out: np.ndarray, config, n: int = PASSAGE) -> Tensor | None:
+    """--passages of n tokens (N, n), of fewer where the model has no positions for two; or None."""
+    if not args.passages:
+        return None
+    n = min(n, config.max_position_embeddings // 2)
+    with common.blame("--passages"):
+        return spread_windows(held_out, args.passages, n)[:, 1:]
+
+
 def curves_in(folder: Path, model: Model) -> dict:
     """What train.py and search.py left in a folder, as curves."""
     config = model.config
@@ -422,6 +356,7 @@ def main():
     parser = common.arguments(__doc__)
     data_arguments(parser)
     report_arguments(parser)
+    passage_arguments(parser)
     parser.add_argument("--tasks", type=Path,
                         help="a .jsonl of multiple-choice questions to answer at every budget")
     args = parser.parse_args()
@@ -440,9 +375,11 @@ def main():
             plan(BUDGETS[-1])                       # fail now if a path ends too early
     print(describe(args.ckpt, model))
     _, held_out = text_for(args, model.config)
+    passages = held_out_passages(args, held_out, model.config)
 
     tasks = partial(report_tasks, model, curves, args) if args.tasks else dict
-    write_report(model, held_out, curves, args, args.out / "evaluation.json", {}, tasks)
+    write_report(model, held_out, curves, args, args.out / "evaluation.json", {}, tasks,
+                 passages)
 
 
 if __name__ == "__main__":

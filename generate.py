@@ -11,16 +11,19 @@ runs again, and decoding goes on.
     python generate.py --budget 0.375 --prompt "Return the "        # the same rank everywhere
     python generate.py --ranks out/ranks.json --budget 0.25 --prompt "Return the "
     python generate.py --ranks out/ranks.json --budget 1 --shrink-to 0.25 --at 50
+    python generate.py --bits out/bits.json --budget 0.125 --prompt "Return the "    # rounded
 """
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import common
+from bits import load_bits
 from cache import KVCache
-from evaluate import logits
+from distance import logits
 from model import Model, load, pick
 from plans import plan_arguments, plan_for, read_plan
 from projection import uniform_ranks
@@ -100,7 +103,8 @@ def fold(model: Model, cache: KVCache) -> int:
 
 def options():
     parser = common.arguments(__doc__)
-    plan_arguments(parser)
+    plan_arguments(parser, lowest=0.01)
+    parser.add_argument("--bits", type=Path, help="a file of bits.py; --budget goes below 0.125")
     common.prompt_arguments(parser)
     parser.add_argument("--shrink-to", type=common.within(0.125, 1.0),
                         help="the budget that the cache shrinks to on the way")
@@ -109,6 +113,10 @@ def options():
     parser.add_argument("--graph", action="store_true",
                         help="decode by a CUDA graph; not yet timed on a GPU")
     args = parser.parse_args()
+    if args.bits and (args.ranks or args.graph or args.shrink_to is not None):
+        common.fail("--bits: goes with none of --ranks, --graph and --shrink-to")
+    if args.bits is None and (args.budget or 1) < 0.125:
+        common.fail(f"--budget {args.budget}: ranks go down to 0.125; below that only --bits does")
     if args.graph and args.shrink_to is not None:
         common.fail("--graph: is recorded for one layout of the cache; not with --shrink-to")
     if args.shrink_to is None and args.at:
@@ -140,15 +148,23 @@ def main():
     with common.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
         tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
-    projection, ranks = plan_for(args, model)
-    smaller = smaller_plan(args, model, ranks) if args.shrink_to else None
     with common.blame("--prompt"):
         prompt = common.encode_prompt(tokenizer, args.prompt)
     room = len(prompt) + args.tokens
     room = (room + 15) // 16 * 16               # rows of 16-byte pieces, which a GPU loads whole
-    cache = KVCache(projection, ranks, 1, room, dtype, device)
+    smaller = None
+    if args.bits:
+        with common.blame("--bits"):
+            bits = load_bits(args.bits)
+            bits.rounding.p.check_fits(model.config)
+            cache = bits.cache(args.budget or 0.125, 1, room, dtype, device)
+    else:
+        projection, ranks = plan_for(args, model)
+        smaller = smaller_plan(args, model, ranks) if args.shrink_to else None
+        cache = KVCache(projection, ranks, 1, room, dtype, device)
     folded = fold(model, cache)
-    full = uniform_ranks(1.0, model.config).sum().item() * cache.max_len * dtype.itemsize
+    full = uniform_ranks(1.0, model.config).sum().item() * cache.max_len
+    full *= 2 if args.bits else dtype.itemsize          # bits: of a 16-bit cache, as everywhere
 
     def size() -> str:
         return f"{cache.data.nbytes:,} bytes, {cache.data.nbytes / full:.1%} of the full {full:,}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import common
 from data import data_arguments, text_for
-from evaluate import measure
+from distance import measure
 from model import Model, load
 from projection import LEVELS, SIDES, Moments, Projection, calibrate, plan_at, uniform_ranks
 

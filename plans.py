@@ -14,12 +14,12 @@ from model import Model
 from projection import LEVELS, SIDES, Projection, check_ranks, plan_at, shape_of, uniform_ranks
 
 
-def plan_arguments(parser) -> None:
+def plan_arguments(parser, lowest: float = 0.125) -> None:
     add = parser.add_argument
     add("--proj", type=Path, default=Path("out/projections.safetensors"),
         help="projections, for --ranks and --budget [out/projections.safetensors]")
     add("--ranks", type=Path, help="a file of search.py, such as out/ranks.json")
-    add("--budget", type=common.within(0.125, 1.0),
+    add("--budget", type=common.within(lowest, 1.0),
         help="share of the cache to keep: a prefix of --ranks, or without it uniform ranks")
 
 

@@ -4,12 +4,13 @@ Beyond the paper. A rank keeps a coordinate in 16 bits or not at all; between th
 Keys and values are turned as before, x = (k − μ) U, and coordinate j becomes one of 2^b codes:
 
     code = round(x / Δ + top), clamped to 0 … 2^b − 1        top = (2^b − 1) / 2
-    x̂    = (code − top) Δ                                    Δ = (multiple for b bits) · s_j
+    x̂    = (code − top) Δ                                    Δ = STEP[b] · s_j
 
 The codes lie evenly around zero, which is none of them (a mid-rise quantiser); at 0 bits x̂ is 0,
-so that k̂ is the mean. A coordinate's spread s_j belongs to the model, not to a token: it costs no
-bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits is
-(2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit cache.
+so that k̂ is the mean. A coordinate's spread s_j belongs to the model and not to a token: it costs
+no bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits
+is (2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit
+cache.
 
 The first tokens of a sequence, which every later one attends to, are exact: x in bfloat16. They
 come on top of a budget.
@@ -35,16 +36,18 @@ ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 0.001041, 8: 0
 
 
 class Rounding:
-    """Projections U, and for every coordinate of them its mean and spread.
+    """Projections U, and of what is turned by them the means and spreads.
 
     p: Projection, whose mean_v the values are turned around; mean_k (L, K, d) likewise; spread
-    (2, L, K, d), keys and values, in the turned coordinates.
+    (2, L, K, d), keys and values, in turned coordinates.
     """
 
     def __init__(self, p: Projection, mean_k: Tensor, spread: Tensor):
-        if mean_k.shape != p.mean_v.shape or spread.shape != (2, *mean_k.shape):
-            raise ValueError(f"mean_k {list(mean_k.shape)}, spread {list(spread.shape)}; expected "
-                             f"(L, K, d) and (2, L, K, d) of mean_v {list(p.mean_v.shape)}")
+        L, K, d = p.mean_v.shape
+        found = tuple(mean_k.shape), tuple(spread.shape)
+        if found != ((L, K, d), (2, L, K, d)):
+            raise ValueError(f"mean_k and spread of shapes {found}; expected (L, K, d) and "
+                             f"(2, L, K, d) with (L, K, d) = {(L, K, d)}")
         self.p = p
         self.U = p.U_k, p.U_v
         self.mean = mean_k, p.mean_v
@@ -68,8 +71,7 @@ class Rounding:
         """x̂ of keys or values (B, K, T, d), by the equations above."""
         U = self.U[side][layer]
         mean = self.mean[side][layer][:, None]                      # (K, 1, d)
-        spread = self.spread[side, layer]
-        step, top = grid(bits, spread)
+        step, top = self.grid(side, layer, bits)
         coordinates = (x.to(U) - mean) @ U
         exact = coordinates[:, :, :EXACT].bfloat16()
         code = to_code(coordinates[:, :, EXACT:], step, top)
@@ -77,20 +79,29 @@ class Rounding:
         x_hat = coordinates @ U.mT + mean
         return x_hat.to(x)
 
+    def grid(self, side: int, layer: int, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Δ and top (…, K, 1, d) of a layer's keys or values at bits (…, K, 8) of its blocks."""
+        return grid(bits, self.spread[side, layer])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.p.tensors() | {"mean_k": self.mean[0], "spread": self.spread}
+
+    @staticmethod
+    def of(tensors: dict) -> "Rounding":
+        return Rounding(Projection.of(tensors), tensors["mean_k"], tensors["spread"])
+
     def to(self, device, dtype=None) -> "Rounding":
-        mean_k = self.mean[0].to(device, dtype)
-        return Rounding(self.p.to(device, dtype), mean_k, self.spread.to(device, dtype))
+        return Rounding.of({name: x.to(device, dtype) for name, x in self.tensors().items()})
 
     def save(self, path: Path) -> None:
-        mine = {"mean_k": self.mean[0], "spread": self.spread}
-        common.write_tensors(path, self.p.tensors() | mine)
+        common.write_tensors(path, self.tensors())
 
     @staticmethod
     def load(path: Path) -> "Rounding":
         """Read what `save` wrote. ValueError names the file."""
         tensors = common.read_tensors(path)
         try:
-            return Rounding(Projection.of(tensors), tensors["mean_k"], tensors["spread"])
+            return Rounding.of(tensors)
         except KeyError as missing:
             raise ValueError(f"{path}: no tensor {missing}; did bits.py write it?") from None
         except ValueError as error:
@@ -101,11 +112,11 @@ def grid(bits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
     """Δ and top, (…, K, 1, d), for bits (…, K, 8) of blocks of coordinates with spread (K, d)."""
     d = spread.shape[-1]
     bits = bits.to(spread.device).repeat_interleave(d // LEVELS, -1)
-    bits = bits[..., None, :]                                       # (…, K, 1, d)
     steps = [STEP.get(b, 0.0) for b in range(max(BITS) + 1)]
-    steps = torch.tensor(steps, dtype=spread.dtype, device=spread.device)
+    steps = torch.tensor(steps).to(spread)
+    step = steps[bits] * spread                                     # (…, K, d)
     top = (2.0 ** bits.to(spread) - 1) / 2
-    return steps[bits] * spread[:, None], top
+    return step[..., None, :], top[..., None, :]
 
 
 def to_code(x: Tensor, step: Tensor, top: Tensor) -> Tensor:

@@ -21,11 +21,15 @@ whatever weights; on a GPU, products over 2-byte weights are TF32. The noise tha
 measured. Increases below it are ordered by those of a deeper cut, per eighth: columns are sorted,
 so a deeper cut loses more, and its increase is not noise.
 
+Projections that train.py trained along an order need no search: that order is the path, as it is
+better on held-out text than what a search finds on 1,024 tokens afterwards (docs/results.md). Then
+only its KLs are measured; `--lazy` searches all the same.
+
 The order goes down to 12.5%: every rank keeps d/8, since a head without keys would attend blindly.
 The plan for any larger budget is made by a prefix of it; a file's "path" is the order with its KLs.
 
     python search.py                        # out/projections.safetensors -> out/ranks.json, .png
-    python search.py --budget 0.25 --exact  # Algorithm 1 as it is
+    python search.py --budget 0.25 --exact  # Algorithm 1 as it is; --lazy: the search above
     python search.py --pca                  # for plain PCA -> out/ranks_pca.json, .png
 """
 import heapq
@@ -38,7 +42,8 @@ from torch import Tensor
 
 import common
 from data import data_arguments, random_windows, text_for
-from evaluate import describe, draw_plan, log_probabilities, report, report_arguments, wide
+from distance import log_probabilities, wide
+from evaluate import describe, draw_plan, report, report_arguments
 from model import Model, load
 from plans import order_of
 from projection import BUDGETS, LEVELS, SIDES, Projection, plan_at, shape_of, uniform_ranks
@@ -151,7 +156,7 @@ class Cost:
 
 
 # ------------------------------------------------------------------------------
-# The two searches; each yields the candidate that it has just lowered
+# The two searches, and none; each yields the candidate that it has just lowered
 
 def exact(cost: Cost):
     """Algorithm 1: every candidate is measured in every round."""
@@ -177,6 +182,29 @@ def lazy(cost: Cost):
             next_step = GROWTH * key[0], key[1]
             heapq.heappush(heap, (next_step, candidate))
         yield candidate
+
+
+def along(cost: Cost, order: Tensor):
+    """No search: the order of lowerings that the projections were trained along."""
+    for place in order.tolist():
+        row, head = divmod(place, cost.ranks.shape[2])
+        candidate = (*divmod(row, cost.ranks.shape[1]), head)
+        cost.lower(candidate)
+        yield candidate
+
+
+def order_beside(proj: Path, config) -> Tensor | None:
+    """The order in the train.json beside projections, if they were trained along one."""
+    file = proj.parent / "train.json"
+    if not file.exists():
+        return None
+    order = common.read_json(file).get("order")
+    if order is None:
+        return None
+    heads = uniform_ranks(1.0, config).numel()
+    if sorted(order) != sorted(list(range(heads)) * (LEVELS - 1)):
+        raise ValueError(f"{file}: an order for another model")
+    return torch.tensor(order)
 
 
 # ------------------------------------------------------------------------------
@@ -214,6 +242,7 @@ def options():
     add("--budget", type=common.within(0.125, 1.0), default=0.375,
         help="of the plan spelled out in the file, whose path always goes to 12.5%% [0.375]")
     add("--exact", action="store_true", help="Algorithm 1 as it is")
+    add("--lazy", action="store_true", help="search, also if --proj was trained along an order")
     add("--pca", action="store_true", help="search for the plain PCA that is in --proj")
     return parser.parse_args()
 
@@ -231,6 +260,10 @@ def main():
         projection = Projection.load(args.proj, "pca_" if args.pca else "")
         projection.check_fits(config)
         projection = projection.to(device)
+    order = None
+    if not (args.exact or args.lazy or args.pca):
+        with common.blame("--proj"):
+            order = order_beside(args.proj, config)
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
 
@@ -244,6 +277,10 @@ def main():
         common.fail(f"--ckpt: {args.ckpt}: the KL is {cost.kl}; are the weights whole?")
     print(f"{heads} ranks to lower in {rounds} rounds on {args.batch * args.seq:,} tokens; "
           f"rounding moves the KL by {cost.noise:.1e}")
+    search = exact if args.exact else lazy
+    if order is not None:
+        print("The path is the order that these projections were trained along")
+        search = partial(along, order=order)
     uniform = partial(uniform_ranks, config=config)
     budgets = [level / LEVELS for level in range(LEVELS - 1, 0, -1)]
     uniform_kl = {budget: cost.measure(uniform(budget), 0)[0] for budget in budgets}
@@ -254,7 +291,7 @@ def main():
     progress = common.Progress(rounds, "lowering")
     reached = 1.0
     try:
-        for side, layer, head in (exact if args.exact else lazy)(cost):
+        for side, layer, head in search(cost):
             path.append([SIDES[side], layer, head, cost.kl])
             reached = 1 - len(path) / (heads * LEVELS)
             progress(len(path), f"budget {reached:6.1%}  KL {cost.kl:.5f}  {cost.passes:,} passes")

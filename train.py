@@ -40,7 +40,8 @@ from torch import Generator, Tensor
 
 import common
 from data import data_arguments, random_windows, set_apart, text_for
-from evaluate import Distill, describe, measure, report_arguments, wide, write_report
+from distance import Distill, measure, wide
+from evaluate import describe, report_arguments, write_report
 from model import Model, load, read_config
 from order import find_order
 from plans import read_plan

@@ -22,7 +22,8 @@ import common
 import train
 from bench.tools import complete_training, training_arguments
 from data import data_arguments, text_for
-from evaluate import measure, report_arguments
+from distance import measure
+from evaluate import report_arguments
 from model import Model, load
 from projection import (
     BUDGETS,

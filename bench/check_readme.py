@@ -25,7 +25,7 @@ from bench.tools import arguments
 SMALL = {
     "train.py": "--steps 3 --batch 2 --seq 64 --windows 2",
     "search.py": "--batch 1 --seq 16 --windows 2",
-    "evaluate.py": "--batch 2 --seq 64 --windows 2",
+    "evaluate.py": "--batch 2 --seq 64 --windows 2 --passages 2",
     "bench/ablations.py": "--steps 3 --batch 2 --seq 64 --windows 2",
     "bench/training.py": "--steps 3 --batch 2 --seq 64",
     "bench/cache.py": "--rounds 1 --tokens 512",
@@ -33,6 +33,7 @@ SMALL = {
     "bench/generate.py": "--rounds 1",
     "bench/kernel.py": "--capability 80",
     "bench/laptop.py": "--steps 8 --batch 2 --seq 64",
+    "bench/recall.py": "--passages 2",
     "bench/resident_memory.py": "--tokens 4096",
 }
 QUESTIONS = 8           # that are left of demo/questions.jsonl

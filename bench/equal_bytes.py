@@ -12,6 +12,7 @@ they combine. This script measures them with one yardstick, the bytes of a token
                     kept exactly (arXiv 2402.02750). Read in chunks of 32; the exact group, 32
                     tokens of 16 bits whatever the length, comes on top of the bytes shown
     ranks x int4    the coordinates that a plan keeps, in 4 bits with a scale and a zero
+    bits            as bits.py trained them, if --out has bits.json; 4 exact tokens come on top
 
 KL is the distance from the model on held-out text, in nats per token; top-1 the share of tokens
 whose likeliest next token stays the same. Recall: held-out passages of 64 tokens, followed by
@@ -19,8 +20,9 @@ themselves; how much more often the next token is right in the second copy than 
 share of the model's own gain. Nothing here is trained or tuned; ranks come as train.py and
 search.py left them.
 
-    python bench/equal_bytes.py                     # what train.py and search.py left in out/
+    python bench/equal_bytes.py     # what train.py, search.py and bits.py left in out/
 """
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -32,15 +34,16 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
-from data import data_arguments, text_for, windows
-from evaluate import describe, log_probabilities, report_arguments
+from bits import load_bits
+from data import data_arguments, text_for
+from distance import PASSAGE, gain_of_copy, log_probabilities, spread_windows
+from evaluate import describe, report_arguments
 from folding import chunks_of_both
 from model import Model, load
 from plans import read_plan
 from projection import Projection, uniform_ranks
 
 GROUP = 32              # tokens of a KIVI group
-PASSAGE = 64            # tokens that are said twice
 WHOLE = 16              # bits of a number that is not rounded
 
 
@@ -162,7 +165,7 @@ def candidates(args, config) -> list:
     with common.blame("--out"):
         p = Projection.load(args.out / "projections.safetensors")
         p.check_fits(config)
-        for budget in (0.75, 0.5, 0.375, 0.25):
+        for budget in (0.75, 0.5, 0.375, 0.25, 0.1875):
             _, ranks = read_plan(args.out / "ranks.json", config, budget)
             rows.append((f"ranks {budget:.1%}", budget, hooked(p.at(ranks))))
             hook = partial(by_rank_and_token, p=p, ranks=ranks, bits=4)
@@ -170,18 +173,17 @@ def candidates(args, config) -> list:
             rows.append((f"ranks {budget:.1%} x int4", share, hooked(hook)))
         uniform = uniform_ranks(0.25, config)
         rows.append(("uniform ranks 25.0%", 0.25, hooked(p.at(uniform))))
+    if (args.out / "bits.json").exists():
+        with common.blame("--out"):
+            bits = load_bits(args.out / "bits.json")
+        for budget in (0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875):
+            share = bits.plan(budget).double().mean().item() / WHOLE
+            rows.append((f"bits {budget:.2%}", share, hooked(bits.at(budget))))
     return sorted(rows, key=lambda row: -row[1])
 
 
 # ------------------------------------------------------------------------------
 # The yardsticks
-
-def spread_windows(tokens, count: int, T: int) -> Tensor:
-    """Up to `count` windows of T + 1 tokens, evenly over all of them."""
-    count = min(count, (len(tokens) - 1) // T)
-    stride = (len(tokens) - 1) // count
-    return windows(tokens, torch.arange(count) * stride, T)
-
 
 def distances(model: Model, tokens: Tensor, states) -> tuple[float, float]:
     """KL to the model in nats per token, and the share of tokens with the same likeliest next."""
@@ -194,17 +196,35 @@ def distances(model: Model, tokens: Tensor, states) -> tuple[float, float]:
     return kl / tokens[:, 1:].numel(), same / tokens[:, 1:].numel()
 
 
-def recall(model: Model, passages: Tensor, states) -> float:
-    """How much more often the next token is right in the second copy than in the first."""
-    n = passages.shape[1]
-    right = torch.zeros(2)
-    for part in passages.split(16):
-        twice = torch.cat((part, part), 1)
-        predicted = model.head(states(model, twice)).argmax(-1)
-        hits = (predicted[:, :-1] == twice[:, 1:]).float()
-        right += torch.stack([hits[:, :n - 1].sum(), hits[:, n:].sum()])
-    first, second = (right / (len(passages) * (n - 1))).tolist()
-    return second - first
+CURVES = {      # names without their numbers: label, colour, marker
+    "ranks": ("ranks: trained, searched", "C2", "^"),
+    "int": ("int8 to int2, a scale per token and head", "C7", "s"),
+    "KIVI": ("KIVI, 4 and 2 bits", "C5", "P"),
+    "ranks x int": ("those ranks in int4", "C8", "v"),
+    "bits": ("bits: trained for them", "C4", "D"),
+}
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """KL and recall against bytes."""
+    with common.picture(path, columns=2, width=11, height=4.5) as (distance, memory):
+        for curve, (label, color, marker) in CURVES.items():
+            mine = [row for row in rows if re.sub(r"[\d.%]+", "", row["name"]).split() ==
+                    curve.split()]
+            x = [100 * row["bytes"] for row in mine]
+            style = {"label": label, "color": color, "marker": marker}
+            distance.plot(x, [row["kl"] for row in mine], **style)
+            memory.plot(x, [100 * row["recall"] for row in mine], **style)
+        distance.set(yscale="log", ylabel="KL to the base model, nats per token")
+        memory.set(ylim=(0, 105), ylabel="recall, % of the model's own")
+        distance.legend(title="lower is better")
+        ticks = [5, 6.25, 9.4, 12.5, 18.75, 25, 37.5, 50, 75]
+        for axis in (distance, memory):
+            axis.set(xscale="log", xlabel="bytes of a token, % of a 16-bit cache")
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+            axis.invert_xaxis()
+            axis.grid(alpha=0.3)
 
 
 @torch.no_grad()
@@ -226,14 +246,19 @@ def main():
     _, held_out = text_for(args, model.config)
     tokens = spread_windows(held_out, args.windows, args.seq)
     passages = spread_windows(held_out, args.passages, PASSAGE)[:, 1:]
-    plain = hooked(None)
-    own = recall(model, passages, plain)
+    own = gain_of_copy(model, passages, model.hidden)
     print(f"\nThe model itself gains {own:.3f} in the second copy of {len(passages)} passages\n")
     print(f"  {'bytes':>6s}   {'':22s} {'KL':>8s}   {'top-1':>6s}   {'recall':>6s}")
+    found = []
     for name, share, states in rows:
         kl, same = distances(model, tokens, states)
-        kept = recall(model, passages, states) / own
+        kept = gain_of_copy(model, passages, partial(states, model)) / own
         print(f"  {share:6.1%}   {name:22s} {kl:8.4f}   {same:6.1%}   {kept:6.1%}", flush=True)
+        found.append({"name": name, "bytes": share, "kl": kl, "same": same, "recall": kept})
+    with common.blame("--out"):
+        common.write_json(args.out / "equal_bytes.json", {"rows": found}, indent=1)
+        draw(found, args.out / "equal_bytes.png")
+    print(f"Saved {args.out / 'equal_bytes.json'} and .png")
 
 
 if __name__ == "__main__":

@@ -1,121 +1,45 @@
-"""The distance from the model, and questions through the cache: as their definitions have them."""
+"""The report of a folder, and questions through the cache."""
 import importlib
 import json
 import math
 import shutil
 import sys
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (
     DEMO,
     call,
-    mean_kl,
     random_projection,
     random_ranks,
-    random_start,
-    relative,
     small,
 )
 
 from cache import KVCache
-from data import windows
-from evaluate import Distill, answer, choice_scores, logits, measure, read_questions
-from projection import Projection, Rotation, uniform_ranks
-
-# ------------------------------------------------------------------------------
-# The loss
-
-@pytest.mark.parametrize("c", [0.0, 0.75, 1.0])
-def test_the_loss_and_its_gradient_are_those_of_the_definition(model, c, monkeypatch):
-    monkeypatch.setattr("common.CHUNK", 7)      # several chunks, the last one not full
-    model = model.double()
-    teacher, student = torch.randn(2, 3, 11, 32, dtype=torch.float64)
-    targets = torch.randint(0, 96, (3, 11))
-    weights = torch.randn(3, dtype=torch.float64)
-
-    student.requires_grad_()
-    loss, kl = Distill.apply(student, teacher, model, targets, c)
-    (loss * weights).sum().backward()
-
-    other = student.detach().clone().requires_grad_()
-    log_p, log_q = (model.lm_head(x).log_softmax(-1) for x in (teacher, other))
-    by_token = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    expected_kl = by_token.mean(1)
-    cross_entropy = F.cross_entropy(log_q.mT, targets, reduction="none").mean(1)
-    expected = (1 - c) * expected_kl + c * cross_entropy
-    (expected * weights).sum().backward()
-    assert relative(kl, expected_kl) < 1e-12
-    assert relative(loss, expected) < 1e-12
-    assert relative(student.grad, other.grad) < 1e-12
-
-
-def test_logits_of_a_bfloat16_model_keep_float32_digits():
-    x, W = torch.randn(5, 64).bfloat16(), torch.randn(20000, 64).bfloat16()
-    assert relative(logits(x, W), x.double() @ W.double().T) < 1e-6
-
-
-def test_a_full_rank_student_has_no_loss(model, tokens):
-    full = uniform_ranks(1.0, model.config)[:, :, None].expand(-1, -1, len(tokens), -1)
-    teacher = model.norm(model.hidden(tokens))
-    project = Rotation(random_start(model))().at(full)
-    student = model.norm(model.hidden(tokens, project))
-    _, kl = Distill.apply(student, teacher, model, tokens, 0.0)
-    assert kl.abs().max() < 1e-6
-
+from evaluate import answer, choice_scores, print_table, read_questions, whole_recall
+from projection import Projection, uniform_ranks
 
 # ------------------------------------------------------------------------------
 # The report
 
-def test_the_report_is_that_of_whole_logits(model, monkeypatch):
-    monkeypatch.setattr("common.CHUNK", 17)
-    tokens = np.random.default_rng(0).integers(3, 96, 5 * 31 + 1)
-    project = random_start(model).at(uniform_ranks(0.375, model.config))
-    base, results = measure(model, tokens, {"x": project}, B=2, T=30, limit=5)
-    block = windows(tokens, torch.arange(5) * 31, 30)
-    x, y = block[:, :-1], block[:, 1:]
-    log_p, log_q = (model.double()(x, project=f).log_softmax(-1) for f in (None, project))
-    assert results["x"]["kl"] == pytest.approx(mean_kl(log_p, log_q), rel=1e-4)
-    for log, got in ((log_p, base), (log_q, results["x"])):
-        cross_entropy = F.nll_loss(log.flatten(0, 1), y.flatten())
-        right = (log.argmax(-1) == y).double().mean()
-        assert got["perplexity"] == pytest.approx(cross_entropy.exp().item(), rel=1e-4)
-        assert got["accuracy"] == pytest.approx(right.item())
-
-
-def test_windows_are_spread_over_all_of_the_held_out_text(model):
-    seen = []
-    tokens = np.arange(1000) % 90
-    plain = model.hidden
-
-    def hidden(x, *hooks):
-        seen.extend(x[:, 0].tolist())
-        return plain(x, *hooks)
-
-    model.hidden = hidden
-    measure(model, tokens, {}, B=3, T=9, limit=4)
-    assert seen == [(249 * i) % 90 for i in range(4)]
-
-
-@pytest.mark.parametrize("factor", [1e10, math.nan, math.inf])
-def test_weights_that_make_no_sense_are_said_to_be_broken(model, factor):
-    model.lm_head.weight.data = model.lm_head.weight * factor
-    tokens = np.random.default_rng(0).integers(3, 96, 100)
-    with pytest.raises(ValueError, match="weights"):
-        measure(model, tokens, {}, B=2, T=9, limit=4)
-
-
 def test_the_report_of_a_training_can_be_made_again(trained, tmp_path):
     out = shutil.copytree(trained / "out", tmp_path / "out")
-    call("evaluate", *small(trained), "--windows", 32, "--out", out)
+    call("evaluate", *small(trained), "--windows", 32, "--passages", 0, "--out", out)
     before, again = (json.loads((out / f"{name}.json").read_text())
                      for name in ("train", "evaluation"))
     kept = ("budget", "pca", "trained")
     rows = [{name: row[name] for name in kept} for row in before["budgets"]]
     assert again == {"base": before["base"], "budgets": rows}
     assert (out / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_model_that_gains_nothing_has_no_recall_to_keep(capsys):
+    assert whole_recall(0.25) == 400
+    assert math.isnan(whole_recall(0.0))
+    numbers = {"perplexity": 9.0, "accuracy": 0.5, "recall": -0.1}
+    curve = numbers | {"kl": 0.0, "same": 1.0, "kl_99.9": 0.0}
+    print_table(numbers, [{"budget": 0.5, "pca": curve, "trained": curve}])
+    assert capsys.readouterr().out.split()[-2:] == ["nan", "nan"]
 
 
 # ------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 ORDER = (
     "common", "model", "data", "projection", "folding", "plans", "kernel", "attention", "cache",
-    "evaluate", "order", "train", "search", "rounding", "packed", "bits", "generate",
+    "distance", "evaluate", "order", "train", "search", "rounding", "packed", "bits", "generate",
 )
 LESSON = ("projection", "folding", "cache", "attention", "kernel", "order", "train", "search")
 NAMES = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
@@ -67,8 +67,8 @@ def test_no_line_is_wider_than_a_hundred_columns(folder):
     assert not wide
 
 
-def test_the_lesson_has_at_most_2300_lines():
-    assert sum(len(source(name).splitlines()) for name in LESSON) <= 2300
+def test_the_lesson_has_at_most_2350_lines():
+    assert sum(len(source(name).splitlines()) for name in LESSON) <= 2350
 
 
 @pytest.mark.parametrize("name", LESSON)

@@ -11,7 +11,7 @@ from conftest import CKPT, DEMO, GOLDEN, call, random_projection, relative, scri
 from safetensors.torch import load_file, save_file
 
 from cache import KVCache
-from evaluate import measure
+from distance import measure, recall, spread_windows
 from generate import decode
 from model import load, read_config
 from plans import order_of, read_plan
@@ -19,7 +19,8 @@ from projection import Projection, calibrate
 from train import draw_along, draw_independent, draw_levels
 
 SCRIPTS = [
-    "model", "data", "projection", "kernel", "cache", "evaluate", "train", "search", "generate"]
+    "model", "data", "projection", "kernel", "cache", "evaluate", "order", "train", "search", "bits",
+    "generate"]
 
 
 # ------------------------------------------------------------------------------
@@ -75,6 +76,29 @@ def test_at_the_end_of_the_chain_decoding_follows_the_projected_model(chain):
     assert len(text) > 3
 
 
+def test_what_was_trained_along_an_order_needs_no_search(chain, tmp_path):
+    folder, options = chain
+    second = folder / "second"
+    config = read_config(CKPT / "config.json")
+    trained_along = read(second / "train.json")["order"]
+    searched = read(second / "ranks.json")
+    assert order_of(searched["path"], config).tolist() == trained_along
+    assert searched["evaluations"] <= len(trained_along) + 1
+    options = [*options, "--proj", second / "projections.safetensors", "--out", tmp_path]
+    call("search", *options, "--lazy")
+    assert order_of(read(tmp_path / "ranks.json")["path"], config).tolist() != trained_along
+
+
+def test_an_order_for_another_model_is_refused(chain, tmp_path, refusal):
+    folder, options = chain
+    for name in ("projections.safetensors", "train.json"):
+        shutil.copy(folder / "second" / name, tmp_path)
+    said = read(tmp_path / "train.json") | {"order": [0, 1, 2]}
+    (tmp_path / "train.json").write_text(json.dumps(said))
+    options = [*options, "--proj", tmp_path / "projections.safetensors", "--out", tmp_path]
+    assert "order for another model" in refusal("search", *options)
+
+
 def test_a_training_along_an_order_reports_on_the_plans_of_the_order(chain):
     folder, _ = chain
     report = read(folder / "second" / "train.json")
@@ -97,10 +121,12 @@ def test_an_evaluation_repeats_what_the_training_said(chain):
     folder, _ = chain
     evaluation, report = (read(folder / "second" / f"{name}.json")
                           for name in ("evaluation", "train"))
+    del evaluation["base"]["recall"]                # which trainings do not measure
     assert evaluation["base"] == report["base"]
     for row, before in zip(evaluation["budgets"], report["budgets"], strict=True):
-        assert {name: row[name] for name in ("pca", "trained")} == \
-               {name: before[name] for name in ("pca", "trained")}
+        for name in ("pca", "trained"):
+            del row[name]["recall"]
+            assert row[name] == before[name]
 
 
 @pytest.mark.parametrize("curve, prefix, file", [
@@ -110,9 +136,11 @@ def test_a_searched_curve_is_of_its_own_projections_and_plans(chain, curve, pref
     second, model = folder / "second", load(CKPT)
     p = Projection.load(second / "projections.safetensors", prefix)
     held_out = np.load(folder / "tokens.npy")[-200:]
+    passages = spread_windows(held_out, 500, 32)[:, 1:]     # twice 32: the model's positions
     for row in read(second / "evaluation.json")["budgets"]:
         _, ranks = read_plan(second / file, model.config, row["budget"])
         _, results = measure(model, held_out, {"": p.at(ranks)}, B=2, T=16, limit=2)
+        results[""]["recall"] = recall(model, passages, p.at(ranks))
         assert row[curve] == pytest.approx(results[""], abs=1e-6)
 
 
@@ -283,6 +311,7 @@ def wrong(tmp_path_factory):
     np.save(folder / "floats.npy", np.zeros(5000))
     np.save(folder / "square.npy", np.zeros((50, 50), dtype=int))
     np.save(folder / "short.npy", np.full(30, 5))
+    np.save(folder / "few.npy", np.full(200, 5))
     whole = (folder / "tokens.npy").read_bytes()
     for length in (4, 9, 50, 127, 1000):
         (folder / f"cut{length}.npy").write_bytes(whole[:length])
@@ -411,6 +440,7 @@ CASES = [       # the script and its options; the words that the line must hold
     ("train --data image.png", "--data image.png"),
     ("train --data done", "--data done"),
     ("evaluate --data short.npy", "--data short.npy too short"),
+    ("evaluate --data few.npy --seq 16", "--passages too short 20 32"),
     ("search --seq 5000", "--data tokens.npy too short"),
     ("projection --data short.npy", "--data short.npy too short"),
     ("data --data cut50.npy", "--data cut50.npy"),
@@ -431,6 +461,7 @@ CASES = [       # the script and its options; the words that the line must hold
     ("search --budget 0.1", "--budget 0.1"),
     ("search --budget half", "--budget half"),
     ("evaluate --windows 0", "--windows 0"),
+    ("evaluate --passages -1", "--passages -1"),
     ("model --tokens 0", "--tokens 0"),
     ("generate --temperature -1", "--temperature -1"),
     ("generate --budget 0.1", "--budget 0.1"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import common
 from common import peak_memory
 from data import windows
-from evaluate import Distill
+from distance import Distill
 from model import generate, read_config
 from projection import Rotation, plan_at, uniform_ranks
 from train import Run, draw_along, draw_independent, draw_levels
@@ -213,7 +213,8 @@ def test_a_run_leaves_a_report_at_seven_budgets(trained):
     assert set(report["base"]) == {"perplexity", "accuracy"}
     for row in report["budgets"]:
         assert set(row) == {"budget", "pca", "trained", "pca_ordered", "trained_ordered"}
-        assert set(row["pca"]) == set(row["trained"]) == {"kl", "perplexity", "accuracy"}
+        measured = {"kl", "perplexity", "accuracy", "same", "kl_99.9"}
+        assert set(row["pca"]) == set(row["trained"]) == measured
     assert report["budgets"][0]["trained"]["kl"] < 1e-6
     assert report["budgets"][0]["pca"]["perplexity"] == report["base"]["perplexity"]
 

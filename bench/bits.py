@@ -1,0 +1,189 @@
+"""What bits.py's parts are worth, and what its packed cache costs.
+
+    ladder      KL on held-out text of the same bits everywhere and of bits along a path, untrained;
+                of a path on the basis that train.py trained for ranks; of what bits.py trained
+    position    KL by quarters of the model's length: keys drift with their position, as RoPE turns
+                their mean; untrained, from moments over whole windows and over a quarter of them
+    other text  how much larger the KL is on Python's sources than on its documentation, for bits
+                and for int4 and int2 with a scale per token and head
+    speed       a decode step at --length tokens, against the full cache; medians of --runs pairs
+    memory      how much the resident set grows, against what the cache says it takes
+
+    python bench/bits.py                            # what train.py and bits.py left in out/
+"""
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from equal_bytes import by_token
+
+import common
+from bits import TrainedRounding, find_path, load_bits
+from cache import KVCache
+from data import data_arguments, encode, python_documents, text_for
+from distance import log_probabilities, measure, spread_windows
+from evaluate import describe, report_arguments
+from model import load
+from projection import Projection, calibrate, uniform_ranks
+from rounding import bits_at, same_bits
+
+BUDGETS = 0.25, 0.1875, 0.125, 0.09375, 0.0625
+
+
+def untrained(model, tokens, args, seq: int, start=None):
+    """A rounding of a start, by default the query-aware one, over windows of `seq`; and a path."""
+    moments = calibrate(model, tokens, args.batch * args.seq // seq, seq, args.seed)
+    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
+    rounding = TrainedRounding(start or moments.query_aware(W_o), moments)()
+    return rounding, find_path(model, rounding, moments, W_o, tokens, args)
+
+
+def ladder(model, tokens, held_out, trained, start, args) -> None:
+    config = model.config
+    rows = {}
+    for name, basis in (("untrained", None), ("trained for ranks", start)):
+        rounding, path = untrained(model, tokens, args, args.seq, basis)
+        for budget in BUDGETS:
+            if basis is None and budget * 16 in (1, 2, 3, 4):
+                same = same_bits(int(budget * 16), config)
+                rows["the same bits everywhere, untrained", budget] = rounding.at(same)
+            plan = bits_at(path, config, budget)
+            rows[f"bits along a path, basis {name}", budget] = rounding.at(plan)
+    for budget in BUDGETS:
+        rows["bits along a path, trained for bits", budget] = trained.at(budget)
+    _, results = measure(model, held_out, rows, args.batch, args.seq, args.windows)
+    print("\nKL" + " " * 41 + "".join(f"{budget:>9.2%}" for budget in BUDGETS))
+    for name in dict.fromkeys(name for name, _ in rows):
+        found = [results.get((name, budget)) for budget in BUDGETS]
+        shown = [f"{result['kl']:9.4f}" if result else " " * 8 + "-" for result in found]
+        print(f"  {name:40s} " + "".join(shown))
+
+
+def kl_by_quarter(model, x: Tensor, project) -> list[float]:
+    total = torch.zeros(4, dtype=torch.float64)
+    for part in x.split(4):
+        teacher, student = (model.norm(model.hidden(part, hook)).flatten(0, 1)
+                            for hook in (None, project))
+        kl = [(log_p.exp() * (log_p - log_q)).sum(-1)
+              for _, log_p, log_q in log_probabilities(model, teacher, student)]
+        total += torch.cat(kl).view(len(part), 4, -1).mean(2).sum(0)
+    return (total / len(x)).tolist()
+
+
+def position(model, tokens, held_out, trained, args) -> None:
+    x = spread_windows(held_out, args.windows, args.seq)[:, :-1]
+    rows = {"trained": trained.at}
+    for seq in (args.seq, args.seq // 4):
+        rounding, path = untrained(model, tokens, args, seq)
+        rows[f"untrained, windows of {seq}"] = partial(at_budget, rounding, path, model.config)
+    print(f"\nKL by position, quarters of {args.seq} tokens")
+    for name, at in rows.items():
+        for budget in (0.1875, 0.125):
+            quarters = kl_by_quarter(model, x, at(budget))
+            shown = "".join(f"{kl:9.4f}" for kl in quarters)
+            ratio = quarters[3] / quarters[0]
+            print(f"  {name:28s} {budget:7.2%} {shown}   last / first {ratio:.2f}")
+
+
+def at_budget(rounding, path, config, budget: float):
+    return rounding.at(bits_at(path, config, budget))
+
+
+def other_text(model, held_out, trained, args) -> None:
+    _, sources = python_documents(sources=True)
+    tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
+    other = encode(tokenizer, sources)
+    hooks = {f"bits {budget:.2%}": trained.at(budget) for budget in (0.25, 0.125, 0.0625)}
+    hooks |= {f"int{bits}": partial(by_token, bits=bits) for bits in (4, 2)}
+    kls = []
+    for text in (held_out, other):
+        _, results = measure(model, text, hooks, args.batch, args.seq, args.windows)
+        kls.append({name: result["kl"] for name, result in results.items()})
+    print("\nKL on            documentation    sources    ratio")
+    for name in hooks:
+        own, others = kls[0][name], kls[1][name]
+        print(f"  {name:14s} {own:13.5f} {others:10.5f} {others / own:8.2f}")
+
+
+def step_time(model, cache, length: int) -> float:
+    """Seconds of one decode step behind `length` tokens of whatever is in the cache."""
+    token = torch.tensor([[5]])
+    times = []
+    for _ in range(5):
+        cache.length = length
+        began = time.perf_counter()
+        model(token, cache=cache)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def speed(model, trained, args) -> None:
+    n = args.length
+    full = KVCache(
+        Projection.identity(model.config), uniform_ranks(1.0, model.config), 1, n + 8)
+    full.data.normal_()
+    print(f"\nA decode step at {n:,} tokens, share of the full cache's time (float32)")
+    for budget in (0.25, 0.125, 0.0625):
+        packed = trained.cache(budget, 1, n + 8)
+        packed.data[packed.exact.nbytes:].random_(0, 256)
+        ratios = []
+        for _ in range(args.runs):
+            ours, its = step_time(model, packed, n), step_time(model, full, n)
+            ratios.append(ours / its)
+        ratios.sort()
+        median = ratios[len(ratios) // 2]
+        print(f"  {budget:7.2%}  {median:.3f} [{ratios[0]:.3f} … {ratios[-1]:.3f}]   "
+              f"{packed.data.nbytes:,} bytes for {full.data.nbytes // 2:,} in 16 bits")
+
+
+def resident() -> int:
+    return common.linux_says("self/status", "VmRSS")
+
+
+def memory(model, trained, tokens: int = 65536) -> None:
+    """Fill a cache with random codes; what a pass needs beside it comes and goes."""
+    trained.cache(0.125, 1, 64).data.random_(0, 256)        # what PyTorch needs once
+    before = resident()
+    cache = trained.cache(0.125, 1, tokens)
+    cache.data.random_(0, 256)
+    grown = resident() - before
+    print(f"\n{tokens:,} tokens at 12.5%: data {cache.data.nbytes:,} bytes, the resident set grew "
+          f"by {grown:,}: {grown / cache.data.nbytes:.3f}")
+
+
+@torch.no_grad()
+def main():
+    parser = common.arguments(__doc__)
+    data_arguments(parser)
+    report_arguments(parser, batch=4)
+    count = common.within(1, 10 ** 6)
+    parser.add_argument("--length", type=count, default=4096, help="[4096]")
+    parser.add_argument("--runs", type=count, default=5, help="[5]")
+    parser.set_defaults(seq=512)
+    args = parser.parse_args()
+    common.prepare(args)
+    with common.blame("--ckpt"):
+        model = load(args.ckpt)
+    with common.blame("--out"):
+        trained = load_bits(args.out / "bits.json")
+        start = Projection.load(args.out / "projections.safetensors")
+        start.check_fits(model.config)
+    print(describe(args.ckpt, model))
+    tokens, held_out = text_for(args, model.config)
+    memory(model, trained)
+    speed(model, trained, args)
+    common.keep_freed_memory()
+    ladder(model, tokens, held_out, trained, start, args)
+    position(model, tokens, held_out, trained, args)
+    if args.data is None:
+        other_text(model, held_out, trained, args)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,63 @@
+"""Recall by distance: what is left of the model's gain when a passage is said again, by its length.
+
+A token of the second copy is found as many tokens back as the passage is long, so longer passages
+ask the cache for what lies further back. Lengths whose twice exceeds the model's positions are left
+out. Rows are the curves of evaluate.py at one budget.
+
+    python bench/recall.py                          # what train.py and search.py left in out/
+    python bench/recall.py --budget 0.5
+"""
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common
+from data import data_arguments, text_for
+from distance import recall
+from evaluate import (
+    CURVES,
+    curves_in,
+    describe,
+    held_out_passages,
+    passage_arguments,
+    whole_recall,
+)
+from model import load
+
+LENGTHS = (32, 64, 128, 240)
+
+
+def main():
+    parser = common.arguments(__doc__)
+    data_arguments(parser)
+    passage_arguments(parser, least=1)
+    parser.add_argument("--budget", type=common.within(0.125, 1.0), default=0.25,
+                        help="share of the cache that is kept [0.25]")
+    args = parser.parse_args()
+    args.seq = 1
+    device, dtype = common.prepare(args)
+    common.keep_freed_memory()
+    with common.blame("--ckpt"):
+        model = load(args.ckpt, device, dtype)
+    config = model.config
+    with common.blame("--out"):
+        curves = curves_in(args.out, model)
+        hooks = {CURVES[name][1]: p.at(plan(args.budget)) for name, (p, plan) in curves.items()}
+    print(describe(args.ckpt, model))
+    _, held_out = text_for(args, config)
+    lengths = [n for n in LENGTHS if 2 * n <= config.max_position_embeddings]
+    passages = [held_out_passages(args, held_out, config, n) for n in lengths]
+
+    print(f"\n  {'tokens of a passage':32s}" + "".join(f"{n:>8d}" for n in lengths))
+    own = [recall(model, p) for p in passages]
+    shown = "".join(f"{gain:8.1%}" for gain in own)
+    print(f"  {'gain of the model itself':32s}{shown}", flush=True)
+    for name, hook in hooks.items():
+        left = [recall(model, p, hook) * whole_recall(gain)
+                for p, gain in zip(passages, own, strict=True)]
+        print(f"  {name:32s}" + "".join(f"{share:7.1f}%" for share in left), flush=True)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,156 @@
+"""Rounding: the grid, the hook, the gradient, and plans of bits."""
+import math
+
+import pytest
+import torch
+from conftest import random_projection, shape
+
+from rounding import (
+    BITS,
+    ERROR,
+    EXACT,
+    STEP,
+    Rounding,
+    bits_at,
+    check_bits,
+    grid,
+    path_of_rows,
+    path_to_rows,
+    same_bits,
+    to_code,
+)
+
+
+def random_rounding(model, dtype=torch.float32) -> Rounding:
+    L, K, d = shape(model)
+    p = random_projection(model).to(None, dtype)
+    spread = 0.2 + torch.rand(2, L, K, d)
+    return Rounding(p, torch.randn(L, K, d, dtype=dtype), spread.to(dtype))
+
+
+def random_bits(model, *batch) -> torch.Tensor:
+    L, K, _ = shape(model)
+    return torch.tensor(BITS)[torch.randint(0, len(BITS), (2, L, *batch, K, 8))]
+
+
+def random_path(model) -> torch.Tensor:
+    """All lowerings of all blocks, in a random order."""
+    blocks = same_bits(8, model.config).numel()
+    place = torch.arange(blocks).repeat(6)[torch.randperm(6 * blocks)]
+    seen, rows = {}, []
+    for block in place.tolist():
+        seen[block] = seen.get(block, 6) - 1
+        rows.append((block, BITS[seen[block]]))
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("bits", BITS[1:])
+def test_steps_are_the_best_for_a_normal_distribution(bits):
+    """Against a sum over a fine grid: the error is what the table says, and no step is better."""
+    x = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    density = torch.exp(-x ** 2 / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
+    top = torch.tensor((2 ** bits - 1) / 2, dtype=torch.float64)
+
+    def error(step: float) -> float:
+        x_hat = (to_code(x, step, top) - top) * step
+        return ((x - x_hat).square() * density).sum().item()
+
+    least = error(STEP[bits])
+    assert least == pytest.approx(ERROR[bits], rel=0.13 if bits == 8 else 0.01)
+    assert all(least <= error(STEP[bits] * factor) * 1.001 for factor in (0.9, 0.97, 1.03, 1.1))
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_the_hook_rounds_number_by_number(model, batch):
+    """Against a loop over coordinates in plain Python."""
+    L, K, d = shape(model)
+    r, bits = random_rounding(model, torch.float64), random_bits(model, *batch)
+    x = torch.randn(2, K, EXACT + 2, d, dtype=torch.float64)
+    k_hat, v_hat = r.at(bits)(L - 1, x, x)
+    for side, (U, mean, found) in enumerate(((r.p.U_k, r.mean[0], k_hat),
+                                             (r.p.U_v, r.p.mean_v, v_hat))):
+        b, h, t = 1, K - 1, EXACT + 1
+        of_head = bits[side, L - 1][(b,) * len(batch)][h]
+        y = (x[b, h, t] - mean[L - 1, h]) @ U[L - 1, h]
+        expected = mean[L - 1, h].clone()
+        for j in range(d):
+            n = int(of_head[j // (d // 8)])
+            step = STEP[n] * r.spread[side, L - 1, h, j].item()
+            top = (2 ** n - 1) / 2
+            code = min(max(round(y[j].item() / step + top), 0), 2 ** n - 1)
+            expected += (code - top) * step * U[L - 1, h, :, j]
+        assert torch.allclose(found[b, h, t], expected, atol=1e-6)
+
+
+def test_the_first_tokens_are_exact_in_bfloat16(model):
+    L, K, d = shape(model)
+    x = torch.randn(2, K, 9, d)
+    k_hat, v_hat = random_rounding(model).at(same_bits(0, model.config))(0, x, x)
+    for found in (k_hat, v_hat):
+        assert torch.allclose(found[:, :, :EXACT], x[:, :, :EXACT], atol=0.1)
+        assert not torch.equal(found[:, :, :EXACT], x[:, :, :EXACT])
+
+
+def test_nothing_is_left_of_zero_bits_but_the_mean(model):
+    _, K, d = shape(model)
+    r = random_rounding(model)
+    x = torch.randn(2, K, 9, d)
+    k_hat, v_hat = r.at(same_bits(0, model.config))(0, x, x)
+    for mean, found in zip(r.mean, (k_hat, v_hat), strict=True):
+        expected = mean[0][:, None].expand_as(found)
+        assert torch.allclose(found[:, :, EXACT:], expected[:, :, EXACT:])
+
+
+def test_the_gradient_goes_straight_through_and_stops_at_the_clamp():
+    x = torch.tensor([[-9.0, -0.4, 0.3, 9.0]], requires_grad=True)
+    step, top = grid(torch.full((1, 8), 2), torch.ones(1, 8))
+    to_code(x, step[0, 0, :4], top[0, 0, :4]).sum().backward()
+    expected = [0, 1 / STEP[2], 1 / STEP[2], 0]
+    assert x.grad[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.31, 0.125, 0.01])
+def test_a_plan_is_the_largest_prefix_of_its_path_within_the_budget(model, budget):
+    path = random_path(model)
+    plan = bits_at(path, model.config, budget)
+    steps = torch.full((plan.numel(),), 8)
+    most = budget * 16 * plan.numel()
+    for place, after in path.tolist():
+        if steps.sum() <= most:
+            break
+        steps[place] = after
+    assert torch.equal(plan.flatten(), steps)
+    check_bits(plan, random_projection(model))
+
+
+def test_a_path_that_ends_too_early_is_refused(model):
+    with pytest.raises(ValueError, match="ends at"):
+        bits_at(random_path(model)[:5], model.config, 0.125)
+
+
+def test_a_path_is_read_as_it_was_written(model):
+    path = random_path(model)
+    assert torch.equal(path_of_rows(path_to_rows(path, model.config), model.config), path)
+
+
+@pytest.mark.parametrize("rows", [
+    [["keys", 0, 0, 0, 4]], [["keys", 0, 0, 9, 6]], [["both", 0, 0, 0, 6]], [[1, 2]], 5,
+    [["keys", 99, 0, 0, 6]], [["values", 0, 0, 0, 6], ["values", 0, 0, 0, 6]]])
+def test_rows_that_are_no_path_are_refused(model, rows):
+    with pytest.raises(ValueError, match="not a path of bits"):
+        path_of_rows(rows, model.config)
+
+
+def test_bits_of_another_shape_or_number_are_refused(model):
+    r = random_rounding(model)
+    with pytest.raises(ValueError, match="5 bits"):
+        r.at(same_bits(5, model.config))
+    with pytest.raises(ValueError, match="bits of shape"):
+        r.at(same_bits(4, model.config)[..., :4])
+
+
+def test_a_rounding_is_read_as_it_was_written(model, tmp_path):
+    r = random_rounding(model)
+    r.save(tmp_path / "bits.safetensors")
+    again = Rounding.load(tmp_path / "bits.safetensors")
+    assert all(torch.equal(x, again.tensors()[name]) for name, x in r.tensors().items())
