@@ -34,8 +34,8 @@ def attend_first(
 ) -> Tensor:
     """Attention of the first T tokens, among themselves: (B, T, Σ r over query heads).
 
-    q (K, B, G, T, d), k (K, B, T, d), zero beyond each rank, by key: as key blocks lie. Values are
-    read back from the cache, padded to d, for one call, and put by key; outputs go back by value.
+    q (K, B, G, T, d), k (K, B, T, d), in key order, zero beyond each rank. Values are read back from
+    the cache, padded to d and brought into key order; outputs go back into value order.
     """
     K, B, _, T, d = q.shape
     _, values = groups

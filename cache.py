@@ -379,7 +379,7 @@ def heads_by_rank(ranks: list[int]) -> list[int]:
 
 class Places(NamedTuple):
     """Where things of a layer lie, on the device."""
-    to_value_order: Tensor | None       # (K,) heads as values lie, by their places as keys lie
+    to_value_order: Tensor | None       # (K,) places by key of heads by value; None: alike
     written: Tensor             # a token's rows, among K·B·(G + 1)·d numbers and B·Σ r of values
     table: Tensor               # (5, K), by key: first rows and ranks of both sides, output column
     width: int                  # of the rows that W_o' takes
