@@ -34,8 +34,8 @@ def attend_first(
 ) -> Tensor:
     """Attention of the first T tokens, among themselves: (B, T, Σ r over query heads).
 
-    q (K, B, G, T, d), k (K, B, T, d), in key order, zero beyond each rank. Values are read back from
-    the cache, padded to d and brought into key order; outputs go back into value order.
+    q (K, B, G, T, d), k (K, B, T, d), in key order, zero beyond each rank. Values are read back
+    from the cache, padded to d and brought into key order; outputs go back into value order.
     """
     K, B, _, T, d = q.shape
     _, values = groups

@@ -342,7 +342,7 @@ class Rope:
         return self.cos[start:end], self.sin[start:end]
 
     def row(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """What `rotate` takes for one position that is on the device, (1,) int64, and in the table."""
+        """What `rotate` takes for one position on the device, (1,) int64, and in the table."""
         return self.cos.index_select(0, position), self.sin.index_select(0, position)
 
     @torch.inference_mode(False)    # the table outlives a generation, and training may use it next

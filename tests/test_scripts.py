@@ -19,8 +19,8 @@ from projection import Projection, calibrate
 from train import draw_along, draw_independent, draw_levels
 
 SCRIPTS = [
-    "model", "data", "projection", "kernel", "cache", "evaluate", "order", "train", "search", "bits",
-    "generate"]
+    "model", "data", "projection", "kernel", "cache", "evaluate", "order", "train", "search",
+    "bits", "generate"]
 
 
 # ------------------------------------------------------------------------------
