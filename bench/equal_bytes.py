@@ -197,7 +197,7 @@ def distances(model: Model, tokens: Tensor, states) -> tuple[float, float]:
 
 
 CURVES = {      # names without their numbers: label, colour, marker
-    "ranks": ("ranks: trained, searched", "C2", "^"),
+    "ranks": ("ranks: trained along their order", "C2", "^"),
     "int": ("int8 to int2, a scale per token and head", "C7", "s"),
     "KIVI": ("KIVI, 4 and 2 bits", "C5", "P"),
     "ranks x int": ("those ranks in int4", "C8", "v"),
