@@ -27,7 +27,7 @@ CURVES = (              # folder, name in its file, label, colour, marker, line
     ("uniform", "trained", "trained for equal ranks, same rank everywhere", "C0", "o", "--"),
     (None, "pca_searched", "PCA: no training, searched ranks", "C3", "v", "-"),
     ("start", "searched", "query-aware start: no training, searched ranks", "C4", "D", "-"),
-    ("order", "searched", "trained along the order, searched ranks", "C2", "^", "-"),
+    ("order", "searched", "trained along an order, ranks along it", "C2", "^", "-"),
 )
 
 
