@@ -2,7 +2,7 @@
 
 A token of the second copy is found as many tokens back as the passage is long, so longer passages
 ask the cache for what lies further back. Lengths whose twice exceeds the model's positions are left
-out. Rows are the curves of evaluate.py at one budget.
+out. Rows are the curves of evaluate.py at one budget, and bits where bits.py left some.
 
     python bench/recall.py                          # what train.py and search.py left in out/
     python bench/recall.py --budget 0.5
@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
+from bits import load_bits
 from data import data_arguments, text_for
 from distance import recall
 from evaluate import (
@@ -44,6 +45,9 @@ def main():
     with common.blame("--out"):
         curves = curves_in(args.out, model)
         hooks = {CURVES[name][1]: p.at(plan(args.budget)) for name, (p, plan) in curves.items()}
+        if (args.out / "bits.json").exists():
+            bits = load_bits(args.out / "bits.json")
+            hooks |= {f"bits, {share:.2%}": bits.at(share) for share in (0.125, 0.0625)}
     print(describe(args.ckpt, model))
     _, held_out = text_for(args, config)
     lengths = [n for n in LENGTHS if 2 * n <= config.max_position_embeddings]
