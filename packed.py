@@ -23,6 +23,7 @@ import math
 import torch
 from torch import Tensor
 
+from cache import KVCache
 from folding import Folded, chunks_of_both
 from model import Model, stored_for_rows
 from rounding import BITS, EXACT, Rounding, check_bits, to_code
@@ -54,6 +55,7 @@ class PackedCache:
         self.dtype = dtype
         self.wide = torch.promote_types(dtype, torch.float32)       # attention's
         self.rounding = rounding.to(device, self.wide)
+        self.projection = self.rounding.p
         self.bits, self.batch, self.max_len = bits, batch, max_len
         self.length = 0
         L, K, d = rounding.p.mean_v.shape
@@ -90,17 +92,11 @@ class PackedCache:
     # --------------------------------------------------------------------------
     # What a pass calls
 
+    check_room = KVCache.check_room
+
     def begin(self, model: Model, B: int, T: int) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines of T more tokens. ValueError unless they fit."""
-        self.rounding.p.check_fits(model.config)
-        if self.dtype != model.dtype or self.device != model.device:
-            raise ValueError(f"a cache of {self.dtype} on {self.device} for a model in "
-                             f"{model.dtype} on {model.device}")
-        if B != self.batch:
-            raise ValueError(f"{B} sequences for a cache made for {self.batch}")
-        if self.length + T > self.max_len:
-            raise ValueError(f"the cache is full: it holds {self.length} of {self.max_len} tokens "
-                             f"and {T} more were passed")
+        self.check_room(model, B, T)
         return model.rope.rows(self.length, T, self.dtype, self.device)
 
     def advance(self, T: int) -> None:
