@@ -30,9 +30,10 @@ EXACT = 4               # tokens at the beginning of a sequence
 WHOLE = 16              # bits of a number that is not rounded
 
 # Of b bits, for a normal distribution with a spread of 1: the step with the least mean square
-# error, and that error (J. Max, Quantizing for Minimum Distortion, 1960, Table II).
+# error, and that error. The values that J. Max computes in "Quantizing for Minimum Distortion"
+# (1960); tests/test_rounding.py integrates them.
 STEP = {0: 1.0, 1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 6: 0.1041, 8: 0.0308}
-ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 0.001041, 8: 0.0000951}
+ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 0.001040, 8: 0.0000877}
 
 
 class Rounding:
@@ -122,7 +123,8 @@ def grid(bits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
 def to_code(x: Tensor, step: Tensor, top: Tensor) -> Tensor:
     """Codes of coordinates x (…, T, d): whole numbers from 0 to 2 · top."""
     code = RoundThrough.apply(x / step + top)
-    return code.clamp(torch.zeros_like(top), 2 * top)
+    code = code.clamp(torch.zeros_like(top), 2 * top)
+    return code * (top > 0)             # at 0 bits x̂ is constant, and passes no gradient either
 
 
 class RoundThrough(torch.autograd.Function):
