@@ -87,18 +87,24 @@ def attend_stored(
     K, B, G, T, _ = q.shape
     if T == 1:
         return attend_rows(groups, q, begin, end, None, to_value_order)
-    token = torch.arange(begin, end, device=q.device)
-    now = token[-T:, None]
-    # Without a window nothing is too old: as with one of `end` tokens.
-    unseen = (token > now) | (token <= now - (window or end))       # (T, tokens)
-
-    scores_of_one = K * B * G * len(token)
+    unseen = unseen_tokens(begin, end, T, window, q.device)
+    scores_of_one = K * B * G * (end - begin)
     size = max(1, SCORES // scores_of_one)
     pieces = zip(q.split(size, dim=3), unseen.split(size), strict=True)
     outputs = []
     for part, unseen_part in pieces:
         outputs.append(attend_rows(groups, part, begin, end, unseen_part, to_value_order))
     return join(outputs, 1)
+
+
+def unseen_tokens(begin: int, end: int, T: int, window: int | None, device) -> Tensor:
+    """Which of tokens begin … end − 1 the last T of them do not see, (T, end − begin) bool.
+
+    The future, and what the window leaves behind: without one nothing, as with one of `end` tokens.
+    """
+    token = torch.arange(begin, end, device=device)
+    now = token[-T:, None]
+    return (token > now) | (token <= now - (window or end))
 
 
 def attend_rows(

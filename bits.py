@@ -1,16 +1,18 @@
 """Train for rounding, and say how many bits each block of coordinates deserves.
 
 Beyond the paper. rounding.py rounds a coordinate to few bits; which ones deserve how many is the
-question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a block of d/8. Again
+question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a block of d/8.
 
-  path        a block costs (how far rounding is off) × (who reads it) × (what its head matters, one
-              measurement each: 2LK passes). Water-filling (order.py) takes bits where that is
-              cheapest, from 8 down to nothing; a prefix of the path makes a plan for any budget.
+  path        a block costs (how far rounding is off) × (who reads it) × (what its head matters: the
+              KL with its keys, or its values, alone at 2 bits, in 2LK passes). Water-filling
+              (order.py) takes bits where that is cheapest, from 8 down to nothing; a prefix of the
+              path makes a plan for any budget.
   training    is train.py's own loop, with plans of random budgets along the path, each block at
-              most one step off. Rounding has no gradient, so the gradient of x is taken for it.
-              What learns: all entries of A (rounding sees turns within a block too), means and
-              spreads. The path is found anew after a quarter of the steps.
-  objective   the mean of log(KL + 0.0001): the KL at 4 bits is some hundred times below that of 1.
+              most one step off. Rounding has no gradient, so that of x is taken for it, up to the
+              last code; beyond it there is none. What learns: all entries of A (rounding sees turns
+              within a block too), means and spreads. The path is found anew after a quarter of the
+              steps.
+  objective   the mean of log(KL + 0.0001): 0.001, as in train.py, would hide the KLs at 4 bits.
 
 The start is the query-aware basis over the calibration text; --proj takes the one in a file.
 
@@ -30,9 +32,15 @@ from torch import Generator, Tensor, nn
 import common
 from data import data_arguments, set_apart, text_for
 from distance import measure, recall, wide
-from evaluate import describe, held_out_passages, passage_arguments, report_arguments
+from evaluate import (
+    describe,
+    held_out_passages,
+    passage_arguments,
+    report_arguments,
+    whole_recall,
+)
 from model import Model, load, read_config
-from order import alone, cheapest_first, kl_of_each, pairs_of_columns
+from order import alone, cheapest_first, kl_of_each, output_weights, pairs_of_columns
 from packed import PackedCache
 from projection import LEVELS, Moments, Projection, Rotation, calibrate
 from rounding import (
@@ -56,16 +64,9 @@ TRIED = 2               # bits of the head whose cost is measured, while all oth
 # The path
 
 @torch.no_grad()
-def find_path(
-    model: Model,
-    rounding: Rounding,
-    moments: Moments,
-    W_o: list[Tensor],
-    tokens,
-    args,
-) -> Tensor:
+def find_path(model: Model, rounding: Rounding, moments: Moments, tokens, args) -> Tensor:
     """Lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits after."""
-    by_pair = pairs_of_columns(moments, rounding.p, W_o)
+    by_pair = pairs_of_columns(moments, rounding.p, output_weights(model))
     by_column = by_pair.diagonal(dim1=-2, dim2=-1).cpu()            # (2, L, K, d)
     by_block = by_column.unflatten(-1, (LEVELS, -1)).sum(-1)        # (2, L, K, 8)
 
@@ -109,23 +110,23 @@ class TrainedRounding(nn.Module):
         covariances = torch.stack(moments.covariances())
         self.covariances = covariances.to(start.mean_v)             # (2, L, K, d, d)
         zeros = torch.zeros_like(self.covariances[..., 0])
-        self.log_spread = nn.Parameter(zeros)                       # (2, L, K, d), of a deviation
+        self.log_factor = nn.Parameter(zeros)                       # log(spread / deviation)
 
     def forward(self, dtype: torch.dtype | None = None) -> Rounding:
         p = self.rotation(dtype)
         U = torch.stack((p.U_k, p.U_v))
         variance = (U * (self.covariances.to(U) @ U)).sum(-2)       # along each column
         deviation = variance.clamp(min=1e-12).sqrt()
-        spread = deviation * self.log_spread.exp().to(U)
+        spread = deviation * self.log_factor.exp().to(U)
         return Rounding(p, self.mean_k.to(U), spread)
 
 
-def draw_bits(B: int, config, generator: Generator, path: list) -> Tensor:
-    """Plans (2, L, B, K, 8) of B random budgets along path[0], 0.9 to 4.5 bits on average."""
+def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
+    """Plans (2, L, B, K, 8) of B random budgets along the path, 0.9 to 4.5 bits on average."""
     low, high = math.log(0.9), math.log(4.5)
     uniform = torch.rand(B, generator=generator)
     means = (low + (high - low) * uniform).exp()
-    plans = [bits_at(path[0], config, mean / WHOLE) for mean in means.tolist()]
+    plans = [bits_at(path, config, mean / WHOLE) for mean in means.tolist()]
     plans = torch.stack(plans, dim=2)
 
     bits = torch.tensor(BITS)
@@ -206,12 +207,9 @@ class Clamped:
 
     def __call__(self, layer: int, k: Tensor, v: Tensor):
         for side, x in enumerate((k, v)):
-            mean = self.rounding.mean[side][layer][:, None]
-            x = (x.to(mean) - mean) @ self.rounding.U[side][layer]
-            bits = self.plan[side, layer]
-            step, top = self.rounding.grid(side, layer, bits)
-            code = x / step + top
-            beyond = (code - top).abs() > top + 0.5
+            rounded = self.rounding.coordinates(side, layer, x[:, :, EXACT:])
+            step, top = self.rounding.grid(side, layer, self.plan[side, layer])
+            beyond = (rounded / step).abs() > top + 0.5
             stored = (top > 0).expand_as(beyond)
             self.beyond += (beyond & stored).sum().item()
             self.count += stored.sum().item()
@@ -225,7 +223,7 @@ def report(model: Model, held_out, bits: Bits, args, passages) -> list[dict]:
     base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
     print(f"\nHeld-out text in windows of {args.seq}, base model: perplexity "
           f"{base['perplexity']:.3f}, accuracy {base['accuracy']:.2%}\n")
-    own = recall(model, passages) if passages is not None else math.nan
+    whole = whole_recall(recall(model, passages)) if passages is not None else math.nan
     columns = "      KL   perplexity   accuracy     same   recall"
     print(f"  a token   in all |  bits | {columns} | clamped")
     rows = []
@@ -233,14 +231,14 @@ def report(model: Model, held_out, bits: Bits, args, passages) -> list[dict]:
         mean = bits.plan(budget).double().mean().item()
         clamped = hooks[budget].beyond / max(1, hooks[budget].count)
         row = {"budget": mean / WHOLE, "in_all": total_share(mean, args.seq), "clamped": clamped}
-        left = math.nan
+        left = math.nan                                             # of the model's own, in %
         if passages is not None:
             row["recall"] = recall(model, passages, bits.at(budget))
-            left = row["recall"] / own if own else math.nan
+            left = row["recall"] * whole
         rows.append(row | result)
         print(f"  {row['budget']:7.2%}  {row['in_all']:7.2%} | {mean:5.2f} | {result['kl']:8.5f}   "
               f"{result['perplexity']:10.3f}   {result['accuracy']:8.2%}  {result['same']:7.2%}  "
-              f"{left:7.2%} | {clamped:7.2%}")
+              f"{left:6.2f}% | {clamped:7.2%}")
     return rows
 
 
@@ -249,14 +247,19 @@ def draw(rows: list[dict], path: Path) -> None:
     with common.picture(path, width=6) as axis:
         x = [100 * row["budget"] for row in rows]
         axis.plot(x, [row["kl"] for row in rows], color="C4", marker="D", label="bits, trained")
-        ticks = [5, 6.25, 9.4, 12.5, 18.75, 25, 37.5, 50]
-        axis.set(xscale="log", yscale="log", xlabel="bytes of a token, % of a 16-bit cache",
-                 ylabel="KL to the base model, nats per token")
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.minorticks_off()
-        axis.invert_xaxis()
-        axis.grid(alpha=0.3)
+        axis.set(yscale="log", ylabel="KL to the base model, nats per token")
+        show_bytes(axis)
         axis.legend()
+
+
+def show_bytes(axis) -> None:
+    """A logarithmic axis of bytes, from many to few."""
+    ticks = [5, 6.25, 9.4, 12.5, 18.75, 25, 37.5, 50, 75]
+    axis.set(xscale="log", xlabel="bytes of a token, % of a 16-bit cache")
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3)
 
 
 # ------------------------------------------------------------------------------
@@ -276,16 +279,15 @@ def options():
 
 
 def begin(args, model: Model, tokens):
-    """The start and what is known of it: (rounding, moments, W_o)."""
+    """The start and what is known of its text: (rounding, moments)."""
     moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
-    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
-    start = moments.query_aware(W_o)
+    start = moments.query_aware(output_weights(model))
     if args.proj:
         with common.blame("--proj"):
             start = Projection.load(args.proj)
             start.check_fits(model.config)
     start = start.to(model.device, wide(model.dtype))
-    return TrainedRounding(start, moments), moments, W_o
+    return TrainedRounding(start, moments), moments
 
 
 def main():
@@ -304,15 +306,12 @@ def main():
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
     began = time.time()
     with common.blame("--ckpt"):
-        rounding, moments, W_o = begin(args, model, tokens)
+        rounding, moments = begin(args, model, tokens)
 
     def path_now() -> Tensor:
         with torch.no_grad():
-            return find_path(model, rounding(), moments, W_o, tokens, args)
+            return find_path(model, rounding(), moments, tokens, args)
 
-    path = [path_now()]         # `draw` sees the one that replaces it
-    seconds = time.time() - began
-    print(f"Calibrated, and a path of {len(path[0])} lowerings found in {seconds:.0f} s")
     for parameter in rounding.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run = SimpleNamespace(
@@ -320,15 +319,18 @@ def main():
         rotation=rounding,
         optimizer=torch.optim.Adam(rounding.parameters()),
         said={"step": 0, "loss": []},
+        path=path_now(),
     )
+    seconds = time.time() - began
+    print(f"Calibrated, and a path of {len(run.path)} lowerings found in {seconds:.0f} s")
 
     def trained() -> Bits:
         with torch.no_grad():
-            return Bits(rounding(torch.float64).to(None, torch.float32), path[0], config)
+            return Bits(rounding(torch.float64).to(None, torch.float32), run.path, config)
 
     def after_step(step: int) -> None:
         if step == args.steps // 4:
-            path[0] = path_now()
+            run.path = path_now()
         if common.RANK == 0 and len(valid) and (step % 60 == 0 or step == args.steps):
             now = trained()
             hooks = {budget: now.at(budget) for budget in (0.25, 0.125, 0.0625)}
@@ -336,7 +338,9 @@ def main():
             shown = {f"{budget:.2%}": round(result["kl"], 5) for budget, result in results.items()}
             print(f"\nKL on validation text: {shown}", file=sys.stderr)
 
-    draw_plans = partial(draw_bits, path=path)
+    def draw_plans(B: int, config, generator: Generator) -> Tensor:
+        return draw_bits(B, config, generator, run.path)
+
     hook = partial(bits_hook, batch=args.batch)
     try:
         train(run, model, tokens, draw_plans, hook, 1e-4, after_step)

@@ -62,7 +62,7 @@ def spread_windows(tokens: np.ndarray, count: int, T: int) -> Tensor:
     ValueError where the tokens do not fill one.
     """
     if len(tokens) <= T:
-        raise ValueError(f"too short, {len(tokens)} held-out tokens for passages of {T}")
+        raise ValueError(f"too short, {len(tokens)} tokens for windows of {T}")
     count = min(count, (len(tokens) - 1) // T)
     stride = (len(tokens) - 1) // count
     return windows(tokens, torch.arange(count) * stride, T)

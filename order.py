@@ -25,10 +25,16 @@ from projection import LEVELS, SIDES, Moments, Projection, calibrate, plan_at, u
 MEASURED = 2, 6         # levels
 
 
-def errors(moments: Moments, p: Projection, W_o: list[Tensor]) -> Tensor:
-    """The mean square error of a head's scores, and outputs, at levels 0 … 8: (2, L, K, 9).
+def output_weights(model: Model) -> list[Tensor]:
+    """W_o (hidden, H·d) of every layer, as stored."""
+    return [layer.self_attn.o_proj.weight for layer in model.layers]
 
-    By the equation above, as if what is cached knew nothing of who reads it. float64.
+
+def errors(moments: Moments, p: Projection, W_o: list[Tensor]) -> Tensor:
+    """How far off a head's scores, and outputs, are at levels 0 … 8: (2, L, K, 9).
+
+    By the equation above, up to a factor for each head, and as if what is cached knew nothing of
+    who reads it. float64.
     """
     pairs = pairs_of_columns(moments, p, W_o)
     by_level = []
@@ -40,7 +46,10 @@ def errors(moments: Moments, p: Projection, W_o: list[Tensor]) -> Tensor:
 
 
 def pairs_of_columns(moments: Moments, p: Projection, W_o: list[Tensor]) -> Tensor:
-    """E[xᵢxⱼ] E[yᵢyⱼ] for columns i and j: (2, L, K, d, d) float64."""
+    """E[xᵢxⱼ] E[yᵢyⱼ] for columns i and j: (2, L, K, d, d) float64.
+
+    Up to a factor for each head, since y is summed: c, or a weight, takes it up.
+    """
     cached = torch.stack(moments.covariances())                     # (2, L, K, d, d)
     read = torch.stack((moments.qq, moments.readers(W_o)))
     U = torch.stack((p.U_k, p.U_v)).double()
@@ -55,7 +64,7 @@ def costs_of(error: Tensor, kl: Tensor) -> Tensor:
     kl = kl.clamp(min=1e-12).log()
     measured = error[:, MEASURED]
     power = kl.diff() / measured.diff()                             # (2LK, 1)
-    power = power.nan_to_num(1).clamp(0.5, 2)                       # 0.98 to 1.68 on the demo
+    power = power.nan_to_num(1).clamp(0.5, 2)                       # beyond that it is noise
     first_kl = kl[:, :1]
     first_error = measured[:, :1]
     costs = first_kl + power * (error - first_error)
@@ -92,20 +101,13 @@ def alone(full: Tensor, values: tuple) -> list[Tensor]:
 
 
 @torch.no_grad()
-def find_order(
-    model: Model,
-    p: Projection,
-    moments: Moments,
-    W_o: list[Tensor],
-    tokens,
-    args,
-) -> Tensor:
+def find_order(model: Model, p: Projection, moments: Moments, tokens, args) -> Tensor:
     """An order (n,) of lowerings, places in the flattened (2, L, K), down to level 1 everywhere."""
     full = uniform_ranks(1.0, model.config)
     eighth = model.config.head_dim // LEVELS
     plans = alone(full, [level * eighth for level in MEASURED])
     kl = kl_of_each(model, plans, p.at, tokens, args)
-    error = errors(moments, p, W_o)
+    error = errors(moments, p, output_weights(model))
     error = error.flatten(0, 2).cpu()                               # (2LK, 9)
     costs = costs_of(error, kl.view(-1, 2))
     steps = costs[:, 1:-1] - costs[:, 2:]                           # to levels 1, …, 7
@@ -126,9 +128,9 @@ def main():
         model = load(args.ckpt, device, dtype)
     tokens, _ = text_for(args, model.config)
     moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
-    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
-    start = moments.query_aware(W_o).to(device)
-    order = find_order(model, start, moments, W_o, tokens, args)
+    start = moments.query_aware(output_weights(model))
+    start = start.to(device)
+    order = find_order(model, start, moments, tokens, args)
     for budget in (0.75, 0.5, 0.25):
         ranks = plan_at(order, model.config, budget)
         print(f"\nThe plan at {budget:.0%}: ranks of the heads of each layer")

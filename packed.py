@@ -1,37 +1,42 @@
 """A cache of rounded coordinates, packed: what a plan of bits promises is what memory holds.
 
 The interface is that of cache.py: `model(tokens, cache=cache)`. Everything lies in one flat tensor
-of bytes, `data`. First the exact tokens, in bfloat16; then for every layer tiles of many tokens. In
-a tile the coordinates of the same bits lie side by side, keys and then values, a row each; a row
-of 3 bits is one of 2-bit fields followed by one of 1-bit fields:
+of bytes, `data`: first the exact tokens, in bfloat16, then the layers. A layer groups its
+coordinates by their bits. A group lies in tiles of n tokens, one after the other, and in each every
+coordinate, of keys and then of values, has a row of codes, n / 8 · bits bytes:
 
-    bits    fields          a tile of n tokens, n / 8 · bits bytes
-    3       2, 1            [ tokens 0 … n−1, 2 bits each ][ the same, 1 bit each ]
+    bits    fields      a row
+    3       2, 1        [ the upper two bits of tokens 0 … n−1 ][ the last bit of the same ]
+    6       4, 2        [ the upper four ][ the last two ]
+    others  all         [ the bits of tokens 0 … n−1 ]
 
-Field s of byte j belongs to token s · m + j, where m is the number of such bytes: so unpacking is a
-shift and a mask over whole rows, and the tokens come out in their order. A tile is unpacked while
-it is attended to, in a workspace for one; no other copy of the past exists. The codes are never
-turned back:
+Of m bytes of fields, field s of byte j belongs to token s · m + j: so unpacking is a shift and a
+mask over whole rows, and the tokens come out in their order. A tile is unpacked while it is
+attended to, in a workspace for one; no other copy of the past exists. Attention reads the codes:
 
-    q · k̂ = Σ (q U)_j Δ_j code_j + …    the rest is the same for all tokens: softmax ignores it
-    Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ     folded into W_o and a bias, as Σ a = 1
+    q · k̂ = Σ (q U)_j Δ_j code_j + q · μ − Σ (q U)_j Δ_j top_j
+    Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ            a: attention's weights, Σ a = 1
 
-An exact token takes part as codes that are not whole: x / Δ + top.
+What follows the first sum of a score is the same for all tokens, and softmax does not see it. A
+value's codes become coordinates v U again when they are summed, a single vector for each query;
+W_o' = Uᵀ W_o takes them (folding.py). An exact token takes part as codes that are not whole,
+x / Δ + top.
 """
 import math
 
 import torch
 from torch import Tensor
 
+from attention import SCORES, unseen_tokens
 from cache import KVCache
-from folding import Folded, chunks_of_both
-from model import Model, stored_for_rows
+from folding import Folded, Layout, fold_heads, heads_of
+from model import Model
+from projection import LEVELS
 from rounding import BITS, EXACT, Rounding, check_bits, to_code
 
-TILE = 2 ** 20          # numbers that are unpacked at a time, about, but of
-LEAST = 256             # tokens at least
+TILE = 2 ** 20          # numbers that are unpacked at a time, about
+LEAST = 256             # tokens of a tile at least, however many numbers they are
 FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
-SCORES = 2 ** 24        # scores computed at a time
 
 
 class PackedCache:
@@ -61,33 +66,38 @@ class PackedCache:
         L, K, d = rounding.p.mean_v.shape
         self.shape = K, batch, d
 
-        most = max(LEAST, TILE // (K * batch * d))                    # tokens
+        most = max(LEAST, TILE // (K * batch * d))                  # tokens
         tiles = math.ceil(max_len / most)
         self.tile = math.ceil(max_len / tiles / 8) * 8
-        exact = 2 * L * K * batch * d * EXACT
-        by_coordinate = bits.repeat_interleave(d // bits.shape[-1], -1)         # (2, L, K, d)
-        packed = tiles * self.tile // 8 * batch * int(by_coordinate.sum())
-        self.data = torch.zeros(2 * exact + packed, dtype=torch.uint8, device=device)
+        exact_shape = L, 2, K * batch, d, EXACT
+        exact_bytes = 2 * math.prod(exact_shape)
+        of_token = batch * d // LEVELS * int(bits.sum())            # bits
+        packed_bytes = tiles * self.tile * of_token // 8
+        size = exact_bytes + packed_bytes
+        self.data = torch.zeros(size, dtype=torch.uint8, device=device)
         self.device = self.data.device
-        self.exact = self.data[:2 * exact].view(torch.bfloat16).view(L, 2, K * batch, d, EXACT)
+        exact = self.data[:exact_bytes].view(torch.bfloat16)
+        self.exact = exact.view(exact_shape)
 
         self.layers = []
-        begin = 2 * exact
+        rest = self.data[exact_bytes:]
         for i in range(L):
-            layer = PackedLayer(by_coordinate[:, i], batch, tiles, self.tile, self.data[begin:])
+            layer = PackedLayer(bits[:, i], batch, d, tiles, self.tile, rest)
             self.layers.append(layer)
-            begin += layer.size
-        self.step, self.top, self.centre = [], [], []               # of each layer, (2, K, 1, d)
-        for i in range(L):
-            grids = [self.rounding.grid(side, i, bits[side, i]) for side in (0, 1)]
-            step, top = (torch.stack(of_sides) for of_sides in zip(*grids, strict=True))
-            turned = [self.rounding.mean[side][i][:, None] @ self.rounding.U[side][i]
-                      for side in (0, 1)]
-            self.step.append(step)
-            self.top.append(top)
-            self.centre.append(torch.stack(turned))
+            rest = rest[layer.size:]
+        self.grids = [self.grid(i) for i in range(L)]
         self.folded = [None] * L
         self.workspace = torch.empty(K * batch * d, self.tile, dtype=self.wide, device=device)
+
+    def grid(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Δ, top and μ U of the keys and the values of layer i, (2, K, 1, d) each."""
+        r = self.rounding
+        both = []
+        for side in (0, 1):
+            step, top = r.grid(side, i, self.bits[side, i])
+            centre = r.mean[side][i][:, None] @ r.U[side][i]
+            both.append(torch.stack((step, top, centre)))
+        return torch.stack(both, dim=1).unbind()
 
     # --------------------------------------------------------------------------
     # What a pass calls
@@ -103,32 +113,18 @@ class PackedCache:
         self.length += T
 
     def fold(self, i: int, weights) -> Folded:
-        """The weights of layer i: values come out turned, v U, and W_o' takes sums of codes."""
+        """The weights of layer i: all of v U comes out, and W_o' takes as much."""
         if self.folded[i] is None:
-            self.folded[i] = self.fold_layer(i, weights)
+            K, _, d = self.shape
+            layout = Layout(
+                head_order=torch.arange(K).repeat(2, 1),
+                ranks=torch.full((K,), d),
+                U=self.rounding.U[1][i],
+                means=self.rounding.mean[1][i],
+            )
+            heads = heads_of(weights, K, d)
+            self.folded[i] = fold_heads(heads, layout, layout.U, layout.means)
         return self.folded[i]
-
-    def fold_layer(self, i: int, weights) -> Folded:
-        K, _, d = self.shape
-        U = self.rounding.U[1][i]                                   # (K, d, d)
-        mean = self.rounding.mean[1][i][:, None]                    # (K, 1, d)
-        step, top = self.step[i][1], self.top[i][1]                 # (K, 1, d)
-        q, k, v, o = weights.q_proj, weights.k_proj, weights.v_proj, weights.o_proj
-        W_v = v.weight.to(U).unflatten(0, (K, d))                   # (K, d, hidden)
-        W_v = (U.mT @ W_v).flatten(0, 1).to(v.weight)
-        W_qkv = torch.cat((*chunks_of_both(q.weight, k.weight, K), W_v))
-        b_qkv = None
-        if q.bias is not None:
-            b_v = v.bias.to(U).view(K, 1, d) @ U
-            b_qkv = torch.cat((*chunks_of_both(q.bias, k.bias, K), b_v.flatten().to(v.bias)))
-
-        back = step.mT * U.mT                                       # (K, d, d): Δ_j u_j
-        left_out = mean - top @ back                                # (K, 1, d)
-        W_o = o.weight.to(U).unflatten(1, (K, -1, d))               # (hidden, K, G, d)
-        bias = torch.einsum("hkgd,kd->h", W_o, left_out[:, 0])
-        W_o = torch.einsum("hkgd,kcd->hkgc", W_o, back).flatten(1)
-        W_o = stored_for_rows(W_o.to(o.weight))
-        return Folded(stored_for_rows(W_qkv), b_qkv, W_o, bias.to(W_o))
 
     def attend(self, i: int, qk: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
@@ -138,25 +134,27 @@ class PackedCache:
         """
         K, B, d = self.shape
         T = qk.shape[3]
-        U = self.rounding.U[0][i]
+        step, _, centre = self.grids[i]
         qk = qk.transpose(0, 1).to(self.wide)                       # (K, B, G + 1, T, d)
-        qk = torch.bmm(qk.flatten(1, 3), U).view(qk.shape)
-        q = qk[:, :, :-1] * self.step[i][0][:, None, None]
-        v = v.to(self.wide).view(B, T, K, d).permute(2, 0, 1, 3)    # (K, B, T, d)
-        new = torch.stack((qk[:, :, -1], v))
-        self.append(i, new - self.centre[i][:, :, None])
+        turned = torch.bmm(qk.flatten(1, 3), self.rounding.U[0][i])
+        turned = turned.view(qk.shape)
+        q = turned[:, :, :-1] * step[0][:, None, None]
+        v = v.to(self.wide).view(B, T, K, d)
+        v = v.permute(2, 0, 1, 3)                                   # (K, B, T, d)
+        new = torch.stack((turned[:, :, -1], v))
+        self.append(i, new - centre[:, :, None])
 
         end = self.length + T
-        token = torch.arange(end, device=self.device)
-        now = token[-T:, None]
-        unseen = (token > now) | (token <= now - (window or end))
-        if T == 1 and not window:
-            unseen = torch.zeros(1, 0)                              # a new token sees all
+        if T == 1 and not window:                                   # it sees all
+            return self.attend_piece(i, q, None, 0, end)
         first = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
-        size = max(1, SCORES // (q[:, :, :, 0, 0].numel() * end))
-        pieces = zip(q.split(size, 3), unseen.split(size), strict=True)
-        outputs = [self.attend_piece(i, part, some, first, end) for part, some in pieces]
-        return torch.cat(outputs, dim=1).to(self.dtype)
+        unseen = unseen_tokens(0, end, T, window, self.device)
+        scores_of_one = q[:, :, :, 0, 0].numel() * end
+        size = max(1, SCORES // scores_of_one)
+        outputs = []
+        for part, unseen_part in zip(q.split(size, 3), unseen.split(size), strict=True):
+            outputs.append(self.attend_piece(i, part, unseen_part, first, end))
+        return torch.cat(outputs, dim=1)
 
     # --------------------------------------------------------------------------
     # Writing
@@ -169,34 +167,46 @@ class PackedCache:
             rows = new[:, :, :, :exact].flatten(1, 2)
             self.exact[i][..., self.length:self.length + exact] = rows.mT
         if exact < T:
-            step, top = self.step[i][:, :, None], self.top[i][:, :, None]
-            codes = to_code(new[:, :, :, exact:], step, top).mT     # (2, K, B, d, T)
-            self.layers[i].write(codes.flatten(0, 3), self.length + exact - EXACT)
+            step, top, _ = (x[:, :, None] for x in self.grids[i])
+            codes = to_code(new[:, :, :, exact:], step, top)
+            codes = codes.mT.flatten(0, 3)                          # (2·K·B·d, T)
+            self.layers[i].write(codes, self.length + exact - EXACT)
 
     # --------------------------------------------------------------------------
     # Reading
 
-    def attend_piece(self, i: int, q: Tensor, unseen: Tensor, first: int, end: int) -> Tensor:
-        """Attention of queries (K, B, G, T, d) to tokens from `first` to `end`: (B, T, K·G·d).
+    def attend_piece(
+        self,
+        i: int,
+        q: Tensor,
+        unseen: Tensor | None,
+        first: int,
+        end: int,
+    ) -> Tensor:
+        """Attention of queries (K, B, G, T, d) to tokens from `first` to `end`: (B, T, H·d).
 
-        unseen (T, end): which tokens a query does not see; empty where it sees all.
+        unseen (T, end): which tokens a query does not see, if any.
         """
         K, B, G, T, d = q.shape
-        q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
         tiles = list(self.tiles_of(end, first))
-        scores = q.new_full((K * B, G * T, end), -math.inf if first else 0)
+        q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
+        scores = q.new_zeros(K * B, G * T, end)
         for tokens, n in tiles:
-            codes = self.codes(i, 0, n)[..., :tokens.stop - tokens.start]
-            scores[..., tokens] = q @ codes
+            scores[..., tokens] = q @ self.codes(i, 0, tokens, n)
         scores *= d ** -0.5
-        if unseen.numel():
-            scores.unflatten(1, (G, T)).masked_fill_(unseen, -math.inf)
+        if unseen is not None:
+            by_token = scores.unflatten(1, (G, T))
+            by_token.masked_fill_(unseen, -math.inf)
         weights = scores.softmax(-1)
+
         a = torch.zeros_like(q)
         for tokens, n in tiles:
-            codes = self.codes(i, 1, n)[..., :tokens.stop - tokens.start]
-            a += weights[..., tokens] @ codes.mT
-        return a.view(K, B, G, T, d).permute(1, 3, 0, 2, 4).flatten(2)
+            a += weights[..., tokens] @ self.codes(i, 1, tokens, n).mT
+        step, top, centre = (x[1][:, None] for x in self.grids[i])  # (K, 1, 1, d)
+        a = a.view(K, B, G * T, d)
+        a = (a - top) * step + centre                               # of codes, then of v U
+        a = a.view(K, B, G, T, d).permute(1, 3, 0, 2, 4)
+        return a.flatten(2).to(self.dtype)
 
     def tiles_of(self, end: int, first: int):
         """Which tokens a tile holds, and its number, of those with tokens from `first` to `end`."""
@@ -207,33 +217,34 @@ class PackedCache:
             if stop > first:
                 yield slice(start, stop), n
 
-    def codes(self, i: int, side: int, n: int | None) -> Tensor:
+    def codes(self, i: int, side: int, tokens: slice, n: int | None) -> Tensor:
         """The codes of a tile's keys or values, (K·B, d, tokens)."""
         K, B, d = self.shape
         if n is not None:
             codes = self.workspace.copy_(self.layers[i].read(side, n))
-            return codes.view(K * B, d, -1)
-        x = self.exact[i, side].to(self.wide).view(K, B, d, EXACT)
-        step, top = self.step[i][side].mT[:, None], self.top[i][side].mT[:, None]
-        return (x / step + top).flatten(0, 1)
+            codes = codes.view(K * B, d, -1)
+        else:
+            x = self.exact[i, side].to(self.wide).view(K, B, d, EXACT)
+            step, top, _ = (x[side].mT[:, None] for x in self.grids[i])
+            codes = (x / step + top).flatten(0, 1)
+        return codes[..., :tokens.stop - tokens.start]
 
 
 class PackedLayer:
     """The tiles of a layer: rows of codes of 2·K·B·d coordinates, those of the same bits together.
 
-    bits (2, K, d); of `data`, what is not taken yet, the layer takes `size` bytes.
+    bits (2, K, 8); of `data`, what is not taken yet, the layer takes `size` bytes.
     """
 
-    def __init__(self, bits: Tensor, batch: int, tiles: int, tile: int, data: Tensor):
+    def __init__(self, bits: Tensor, batch: int, d: int, tiles: int, tile: int, data: Tensor):
         self.tile, self.data = tile, data
         self.shifts, self.masks = {}, {}
         for w in (1, 2, 4, 8):
             shifts = torch.arange(0, 8, w, dtype=torch.uint8, device=data.device)
             self.shifts[w] = shifts[:, None]
             self.masks[w] = torch.tensor(2 ** w - 1, dtype=torch.uint8, device=data.device)
-        _, K, d = bits.shape
-        bits = bits[:, :, None].expand(2, K, batch, d)
-        bits = bits.reshape(2, -1)                                  # of rows
+        bits = bits.repeat_interleave(d // LEVELS, -1)              # (2, K, d)
+        bits = bits[:, :, None].repeat(1, 1, batch, 1).flatten(1)   # of rows
         self.groups = []                # rows of the same bits: (bits, rows of keys, their bytes)
         found = ([], [])                # rows of keys, of values, as the groups have them
         fields = []
@@ -243,9 +254,9 @@ class PackedLayer:
             count = len(keys) + len(values)
             if not count:
                 continue
-            wide = tile * b // 8                                    # bytes of a row in a tile
-            end = self.size + tiles * count * wide
-            packed = data[self.size:end].view(tiles, count, wide)
+            row_bytes = tile * b // 8
+            end = self.size + tiles * count * row_bytes
+            packed = data[self.size:end].view(tiles, count, row_bytes)
             self.groups.append((b, len(keys), packed))
             found[0].append(keys)
             found[1].append(values)
@@ -315,12 +326,12 @@ class PackedLayer:
 
 def fields_of(rows: Tensor, bits: int, tile: int, begin: int) -> list[Tensor]:
     """For `write`: a table (5, rows) for each field of rows that begin at byte `begin`."""
-    wide = tile * bits // 8
-    first = begin + torch.arange(len(rows)) * wide
+    row_bytes = tile * bits // 8
+    first = begin + torch.arange(len(rows)) * row_bytes
     below, tables = bits, []
     for w in FIELDS[bits]:
         below -= w
-        columns = [rows, first, *(torch.full_like(rows, x) for x in (len(rows) * wide, w, below))]
-        tables.append(torch.stack(columns))
+        alike = [torch.full_like(rows, x) for x in (len(rows) * row_bytes, w, below)]
+        tables.append(torch.stack((rows, first, *alike)))
         first = first + tile * w // 8
     return tables

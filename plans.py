@@ -6,6 +6,7 @@ budget. Without such a file a budget means the same rank everywhere.
 """
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,9 +43,8 @@ def order_of(path: list, config) -> Tensor:
     L, K, _ = shape_of(config)
     places = []
     try:
-        for side, layer, head, _ in path:
-            row = SIDES.index(side) * L + range(L).index(layer)
-            places.append(row * K + range(K).index(head))
+        for side, *place, _ in path:
+            places.append(np.ravel_multi_index((SIDES.index(side), *place), (2, L, K)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"not a path of ranks for this model ({error})") from None
     order = torch.tensor(places, dtype=torch.long)

@@ -6,19 +6,21 @@ Keys and values are turned as before, x = (k − μ) U, and coordinate j becomes
     code = round(x / Δ + top), clamped to 0 … 2^b − 1        top = (2^b − 1) / 2
     x̂    = (code − top) Δ                                    Δ = STEP[b] · s_j
 
-The codes lie evenly around zero, which is none of them (a mid-rise quantiser); at 0 bits x̂ is 0,
-so that k̂ is the mean. A coordinate's spread s_j belongs to the model and not to a token: it costs
-no bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits
+The values x̂ lie evenly around zero, which is none of them (a mid-rise quantiser); but at 0 bits x̂
+is zero, and k̂ the mean. A coordinate's spread s_j belongs to the model, not to a token: it costs no
+bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits
 is (2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit
 cache.
 
-The first tokens of a sequence, which every later one attends to, are exact: x in bfloat16. They
-come on top of a budget.
+The first four tokens of a sequence, which draw much of the attention, are not rounded to codes:
+their x is kept in bfloat16 (the exact tokens). They come on top of a budget.
 
-A path lists lowerings, one block after the other to the next fewer bits; a prefix makes a plan.
+A path lists lowerings, each of one block to its next fewer bits. It starts at 8 bits everywhere, a
+budget of 50%; a prefix makes a plan.
 """
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,10 +39,9 @@ ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 0.001040, 8: 0
 
 
 class Rounding:
-    """Projections U, and of what is turned by them the means and spreads.
+    """Projections U, the means of keys and values as they are, and the spreads of coordinates.
 
-    p: Projection, whose mean_v the values are turned around; mean_k (L, K, d) likewise; spread
-    (2, L, K, d), keys and values, in turned coordinates.
+    p: Projection, with the means of values; mean_k (L, K, d); spread (2, L, K, d), keys and values.
     """
 
     def __init__(self, p: Projection, mean_k: Tensor, spread: Tensor):
@@ -70,15 +71,20 @@ class Rounding:
 
     def rounded(self, side: int, layer: int, x: Tensor, bits: Tensor) -> Tensor:
         """x̂ of keys or values (B, K, T, d), by the equations above."""
-        U = self.U[side][layer]
-        mean = self.mean[side][layer][:, None]                      # (K, 1, d)
+        coordinates = self.coordinates(side, layer, x)
         step, top = self.grid(side, layer, bits)
-        coordinates = (x.to(U) - mean) @ U
         exact = coordinates[:, :, :EXACT].bfloat16()
         code = to_code(coordinates[:, :, EXACT:], step, top)
-        coordinates = torch.cat((exact.to(U), (code - top) * step), dim=2)
-        x_hat = coordinates @ U.mT + mean
+        rounded = (code - top) * step
+        rounded = torch.cat((exact.to(rounded), rounded), dim=2)
+        x_hat = rounded @ self.U[side][layer].mT + self.mean[side][layer][:, None]
         return x_hat.to(x)
+
+    def coordinates(self, side: int, layer: int, x: Tensor) -> Tensor:
+        """(x − μ) U of keys or values (B, K, T, d)."""
+        U = self.U[side][layer]
+        mean = self.mean[side][layer][:, None]                      # (K, 1, d)
+        return (x.to(U) - mean) @ U
 
     def grid(self, side: int, layer: int, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Δ and top (…, K, 1, d) of a layer's keys or values at bits (…, K, 8) of its blocks."""
@@ -186,30 +192,28 @@ def bits_at(path: Tensor, config, budget: float) -> Tensor:
 def path_to_rows(path: Tensor, config) -> list:
     """A path as a file has it: [side, layer, head, block, bits after it]."""
     L, K, _ = shape_of(config)
-    rows = []
-    for place, after in path.tolist():
-        head, block = divmod(place, LEVELS)
-        layer, head = divmod(head, K)
-        side, layer = divmod(layer, L)
-        rows.append([SIDES[side], layer, head, block, after])
-    return rows
+    place, after = path.T
+    places = torch.unravel_index(place, (2, L, K, LEVELS))
+    rows = torch.stack((*places, after), dim=1)
+    return [[SIDES[side], *rest] for side, *rest in rows.tolist()]
 
 
 def path_of_rows(rows: list, config) -> Tensor:
-    """The same, read. ValueError unless each row takes a block to the next fewer bits."""
+    """The path (n, 2) in a file. ValueError for a row that is no block's next fewer bits."""
     L, K, _ = shape_of(config)
     now = {}
     path = []
     try:
-        for side, layer, head, block, after in rows:
-            row = SIDES.index(side) * L + range(L).index(layer)
-            row = row * K + range(K).index(head)
-            place = row * LEVELS + range(LEVELS).index(block)
+        for side, *place, after in rows:
+            where = SIDES.index(side), *place
+            place = np.ravel_multi_index(where, (2, L, K, LEVELS))
             before = now.get(place, max(BITS))
             if after != BITS[BITS.index(before) - 1] or before == 0:
                 raise ValueError(f"{before} bits followed by {after}")
             now[place] = after
             path.append((place, after))
+        if not path:
+            raise ValueError("it is empty")
     except (TypeError, ValueError) as error:
         raise ValueError(f"not a path of bits for this model ({error})") from None
-    return torch.tensor(path).view(-1, 2)
+    return torch.tensor(np.array(path))

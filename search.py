@@ -186,9 +186,8 @@ def lazy(cost: Cost):
 
 def along(cost: Cost, order: Tensor):
     """No search: the order of lowerings that the projections were trained along."""
-    for place in order.tolist():
-        row, head = divmod(place, cost.ranks.shape[2])
-        candidate = (*divmod(row, cost.ranks.shape[1]), head)
+    places = torch.unravel_index(order, cost.ranks.shape)
+    for candidate in zip(*(of_axis.tolist() for of_axis in places), strict=True):
         cost.lower(candidate)
         yield candidate
 
@@ -202,7 +201,8 @@ def order_beside(proj: Path, config) -> Tensor | None:
     if order is None:
         return None
     heads = uniform_ranks(1.0, config).numel()
-    if sorted(order) != sorted(list(range(heads)) * (LEVELS - 1)):
+    every = sorted(list(range(heads)) * (LEVELS - 1))
+    if not isinstance(order, list) or sorted(order, key=str) != sorted(every, key=str):
         raise ValueError(f"{file}: an order for another model")
     return torch.tensor(order)
 

@@ -43,7 +43,7 @@ from data import data_arguments, random_windows, set_apart, text_for
 from distance import Distill, measure, wide
 from evaluate import describe, report_arguments, write_report
 from model import Model, load, read_config
-from order import find_order
+from order import find_order, output_weights
 from plans import read_plan
 from projection import LEVELS, Projection, Rotation, calibrate, plan_at, shape_of, uniform_ranks
 
@@ -268,12 +268,11 @@ def begin(args, model: Model, tokens, order) -> Run:
     """A new training: its start is an eigenbasis over a calibration text."""
     moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
     start = pca = moments.pca()                         # pca waits on the CPU for the report
-    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
     if args.recipe == "ours":
-        start = moments.query_aware(W_o)
+        start = moments.query_aware(output_weights(model))
     start = start.to(model.device, wide(model.dtype))
     if order is None and not args.uniform:
-        order = find_order(model, start, moments, W_o, tokens, args)
+        order = find_order(model, start, moments, tokens, args)
     return Run(args, start, pca.to("cpu"), order)
 
 

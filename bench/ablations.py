@@ -25,6 +25,7 @@ from data import data_arguments, text_for
 from distance import measure
 from evaluate import report_arguments
 from model import Model, load
+from order import output_weights
 from projection import (
     BUDGETS,
     LEVELS,
@@ -44,11 +45,10 @@ SMALLER = BUDGETS[1:]
 # No training
 
 def starts(moments: Moments, model: Model) -> dict[str, Projection]:
-    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
     return {
         "channels": channels(moments),
         "PCA": moments.pca(),
-        "query-aware start": moments.query_aware(W_o),
+        "query-aware start": moments.query_aware(output_weights(model)),
     }
 
 

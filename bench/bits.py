@@ -30,6 +30,7 @@ from data import data_arguments, encode, python_documents, text_for
 from distance import log_probabilities, measure, spread_windows
 from evaluate import describe, report_arguments
 from model import load
+from order import output_weights
 from projection import Projection, calibrate, uniform_ranks
 from rounding import bits_at, same_bits
 
@@ -39,9 +40,9 @@ BUDGETS = 0.25, 0.1875, 0.125, 0.09375, 0.0625
 def untrained(model, tokens, args, seq: int, start=None):
     """A rounding of a start, by default the query-aware one, over windows of `seq`; and a path."""
     moments = calibrate(model, tokens, args.batch * args.seq // seq, seq, args.seed)
-    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
-    rounding = TrainedRounding(start or moments.query_aware(W_o), moments)()
-    return rounding, find_path(model, rounding, moments, W_o, tokens, args)
+    start = start or moments.query_aware(output_weights(model))
+    rounding = TrainedRounding(start, moments)()
+    return rounding, find_path(model, rounding, moments, tokens, args)
 
 
 def ladder(model, tokens, held_out, trained, start, args) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
-from bits import load_bits
+from bits import load_bits, show_bytes
 from data import data_arguments, text_for
 from distance import PASSAGE, gain_of_copy, log_probabilities, spread_windows
 from evaluate import describe, report_arguments
@@ -218,13 +218,8 @@ def draw(rows: list[dict], path: Path) -> None:
         distance.set(yscale="log", ylabel="KL to the base model, nats per token")
         memory.set(ylim=(0, 105), ylabel="recall, % of the model's own")
         distance.legend(title="lower is better")
-        ticks = [5, 6.25, 9.4, 12.5, 18.75, 25, 37.5, 50, 75]
         for axis in (distance, memory):
-            axis.set(xscale="log", xlabel="bytes of a token, % of a 16-bit cache")
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axis.minorticks_off()
-            axis.invert_xaxis()
-            axis.grid(alpha=0.3)
+            show_bytes(axis)
 
 
 @torch.no_grad()

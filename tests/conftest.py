@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from cache import KVCache
 from common import load_tokenizer
 from model import load
+from order import output_weights
 from projection import Moments, Projection, shape_of, uniform_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,7 +72,7 @@ def random_start(model) -> Projection:
     """The query-aware start over a random text."""
     moments = Moments(model.config)
     model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
-    return moments.query_aware([layer.self_attn.o_proj.weight for layer in model.layers])
+    return moments.query_aware(output_weights(model))
 
 
 def full_cache(model, batch: int, max_len: int) -> KVCache:

@@ -10,30 +10,29 @@ from test_rounding import random_path
 from bits import TrainedRounding, draw_bits, find_path, load_bits, total_share
 from generate import decode
 from model import load
-from order import pairs_of_columns
+from order import output_weights, pairs_of_columns
 from projection import Moments
 from rounding import BITS, ERROR, bits_at
 
 
 @pytest.fixture
 def known(model):
-    """A model, moments of a random text, its W_o, and a rounding that learns."""
+    """A model, moments of a random text, and a rounding that learns."""
     moments = Moments(model.config)
     model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
-    W_o = [layer.self_attn.o_proj.weight for layer in model.layers]
-    return model, moments, W_o, TrainedRounding(random_projection(model), moments)
+    return model, moments, TrainedRounding(random_projection(model), moments)
 
 
 def test_a_path_always_takes_bits_where_they_are_cheapest(known, monkeypatch):
     """Against a scan over all blocks, with measurements made up."""
-    model, moments, W_o, trained = known
+    model, moments, trained = known
     L, K, d = shape(model)
     kl = 0.1 + torch.rand(2 * L * K, dtype=torch.float64)
     monkeypatch.setattr("bits.kl_of_each", lambda *_: kl)
     with torch.no_grad():
         rounding = trained()
-        path = find_path(model, rounding, moments, W_o, None, None)
-    pairs = pairs_of_columns(moments, rounding.p, W_o).diagonal(dim1=-2, dim2=-1)
+        path = find_path(model, rounding, moments, None, None)
+    pairs = pairs_of_columns(moments, rounding.p, output_weights(model)).diagonal(dim1=-2, dim2=-1)
     block = pairs.unflatten(-1, (8, -1)).sum(-1)
     cost = (kl.view(2, L, K) / block.sum(-1))[..., None] * block
     cost = cost.flatten()
@@ -51,7 +50,7 @@ def test_a_path_always_takes_bits_where_they_are_cheapest(known, monkeypatch):
 
 def test_spreads_follow_the_rotation(known):
     """At the start and after a turn they are the standard deviations of the turned text."""
-    _, moments, _, trained = known
+    _, moments, trained = known
     with torch.no_grad():
         trained.rotation.A_k.normal_(std=0.3)
         r = trained()
@@ -61,8 +60,8 @@ def test_spreads_follow_the_rotation(known):
 
 
 def test_everything_learns(known, tokens):
-    model, _, _, trained = known
-    path = [random_path(model)]
+    model, _, trained = known
+    path = random_path(model)
     bits = draw_bits(3, model.config, torch.Generator().manual_seed(0), path)
     hidden = model.hidden(tokens, trained().at(bits))
     hidden.square().mean().backward()
@@ -73,12 +72,12 @@ def test_everything_learns(known, tokens):
 
 
 def test_plans_are_drawn_around_the_path(model):
-    path = [random_path(model)]
+    path = random_path(model)
     bits = draw_bits(64, model.config, torch.Generator().manual_seed(1), path)
     means = bits.double().mean((0, 1, 3, 4))
     assert means.min() < 1.3 and means.max() > 3.7
     assert (bits[:, :, 0] != bits[:, :, 1]).any()
-    near = [bits_at(path[0], model.config, mean / 16) for mean in means.tolist()]
+    near = [bits_at(path, model.config, mean / 16) for mean in means.tolist()]
     assert (torch.stack(near, 2) - bits).abs().double().mean() < 2
 
 

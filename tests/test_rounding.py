@@ -148,8 +148,17 @@ def test_a_path_is_read_as_it_was_written(model):
 
 
 @pytest.mark.parametrize("rows", [
-    [["keys", 0, 0, 0, 4]], [["keys", 0, 0, 9, 6]], [["both", 0, 0, 0, 6]], [[1, 2]], 5,
-    [["keys", 99, 0, 0, 6]], [["values", 0, 0, 0, 6], ["values", 0, 0, 0, 6]]])
+    [],
+    5,
+    [[1, 2]],
+    [["keys", 0, 0, 0, 4]],
+    [["keys", 0, 0, 9, 6]],
+    [["keys", 0, -1, 0, 6]],
+    [["keys", 0, 0, 0.5, 6]],
+    [["keys", 99, 0, 0, 6]],
+    [["both", 0, 0, 0, 6]],
+    [["values", 0, 0, 0, 6], ["values", 0, 0, 0, 6]],
+])
 def test_rows_that_are_no_path_are_refused(model, rows):
     with pytest.raises(ValueError, match="not a path of bits"):
         path_of_rows(rows, model.config)
