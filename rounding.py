@@ -7,8 +7,8 @@ Keys and values are turned as before, x = (k − μ) U, and coordinate j becomes
     x̂    = (code − top) Δ                                    Δ = STEP[b] · s_j
 
 The values x̂ lie evenly around zero, which is none of them (a mid-rise quantiser); but at 0 bits x̂
-is zero, and k̂ the mean. A coordinate's spread s_j belongs to the model, not to a token: it costs no
-bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits
+is zero, and k̂ the mean. A coordinate's spread s_j belongs to the model, not to a token: it costs
+no bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits
 is (2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit
 cache.
 

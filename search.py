@@ -21,9 +21,9 @@ whatever weights; on a GPU, products over 2-byte weights are TF32. The noise tha
 measured. Increases below it are ordered by those of a deeper cut, per eighth: columns are sorted,
 so a deeper cut loses more, and its increase is not noise.
 
-Projections that train.py trained along an order need no search: that order is the path, as it is
-better on held-out text than what a search finds on 1,024 tokens afterwards (docs/results.md). Then
-only its KLs are measured; `--lazy` searches all the same.
+Projections that train.py trained along an order need no search: that order is the path, as on other
+text it is better than what a search finds on 1,024 tokens afterwards (docs/results.md). Then only
+its KLs are measured; `--lazy` searches all the same.
 
 The order goes down to 12.5%: every rank keeps d/8, since a head without keys would attend blindly.
 The plan for any larger budget is made by a prefix of it; a file's "path" is the order with its KLs.
