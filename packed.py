@@ -1,18 +1,17 @@
 """A cache of rounded coordinates, packed: what a plan of bits promises is what memory holds.
 
 The interface is that of cache.py: `model(tokens, cache=cache)`. Everything lies in one flat tensor
-of bytes, `data`: first the exact tokens, in bfloat16, then the layers. A layer groups its
-coordinates by their bits. A group lies in tiles of n tokens, one after the other, and in each every
-coordinate, of keys and then of values, has a row of codes, n / 8 · bits bytes:
+of bytes, `data`: first the exact tokens, in bfloat16, then the layers, each its keys, then its
+values. A code lies in one field or two:
 
-    bits    fields      a row
-    3       2, 1        [ the upper two bits of tokens 0 … n−1 ][ the last bit of the same ]
-    6       4, 2        [ the upper four ][ the last two ]
-    others  all         [ the bits of tokens 0 … n−1 ]
+    bits        1    2    3      4    6      8
+    fields      1    2    2, 1   4    4, 2   8          the upper one first
 
-Of m bytes of fields, field s of byte j belongs to token s · m + j: so unpacking is a shift and a
-mask over whole rows, and the tokens come out in their order. A tile is unpacked while it is
-attended to, in a workspace for one; no other copy of the past exists. Attention reads the codes:
+Fields of the same width form a section. It lies in tiles of n tokens, one after the other, and in
+each every field has a row, of n tokens: n / 8 · width bytes. Field s of byte j, of the m in a row,
+belongs to token s · m + j: so unpacking a section is one shift and one mask over whole rows, eight
+bytes at a time, and the tokens come out in their order. A tile is unpacked while it is attended to,
+in a workspace for one; no other copy of the past exists. Attention reads the codes:
 
     q · k̂ = Σ (q U)_j Δ_j code_j + q · μ − Σ (q U)_j Δ_j top_j
     Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ            a: attention's weights, Σ a = 1
@@ -32,11 +31,13 @@ from cache import KVCache
 from folding import Folded, Layout, fold_heads, heads_of
 from model import Model
 from projection import LEVELS
-from rounding import BITS, EXACT, Rounding, check_bits, to_code
+from rounding import EXACT, Rounding, check_bits, to_code
 
-TILE = 2 ** 20          # numbers that are unpacked at a time, about
+TILE = 2 ** 21          # numbers that are unpacked at a time, about
 LEAST = 256             # tokens of a tile at least, however many numbers they are
-FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+WORD = 8                # bytes that are shifted at a time; a tile is a multiple of 64 tokens
+WIDTHS = 1, 2, 4, 8
+FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}     # of so many bits
 
 
 class PackedCache:
@@ -68,7 +69,7 @@ class PackedCache:
 
         most = max(LEAST, TILE // (K * batch * d))                  # tokens
         tiles = math.ceil(max_len / most)
-        self.tile = math.ceil(max_len / tiles / 8) * 8
+        self.tile = math.ceil(max_len / tiles / 64) * 64
         exact_shape = L, 2, K * batch, d, EXACT
         exact_bytes = 2 * math.prod(exact_shape)
         of_token = batch * d // LEVELS * int(bits.sum())            # bits
@@ -87,17 +88,22 @@ class PackedCache:
             rest = rest[layer.size:]
         self.grids = [self.grid(i) for i in range(L)]
         self.folded = [None] * L
+        # For one tile: its fields, its codes, and these as numbers that can be multiplied.
+        fields = max(side.rows for layer in self.layers for side in layer.sides)
+        words = self.tile // WORD
+        self.unpacked = torch.zeros(fields, words, dtype=torch.int64, device=device)
+        self.ordered = torch.empty(K * batch * d, words, dtype=torch.int64, device=device)
         self.workspace = torch.empty(K * batch * d, self.tile, dtype=self.wide, device=device)
 
     def grid(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Δ, top and μ U of the keys and the values of layer i, (2, K, 1, d) each."""
+        """Δ, top and μ U of the keys and the values of layer i, (2, K, 1, 1, d) each."""
         r = self.rounding
         both = []
         for side in (0, 1):
             step, top = r.grid(side, i, self.bits[side, i])
             centre = r.mean[side][i][:, None] @ r.U[side][i]
             both.append(torch.stack((step, top, centre)))
-        return torch.stack(both, dim=1).unbind()
+        return torch.stack(both, dim=1)[:, :, :, None].unbind()
 
     # --------------------------------------------------------------------------
     # What a pass calls
@@ -138,11 +144,12 @@ class PackedCache:
         qk = qk.transpose(0, 1).to(self.wide)                       # (K, B, G + 1, T, d)
         turned = torch.bmm(qk.flatten(1, 3), self.rounding.U[0][i])
         turned = turned.view(qk.shape)
-        q = turned[:, :, :-1] * step[0][:, None, None]
+        scale = d ** -0.5 * step[0]
+        q = turned[:, :, :-1] * scale[:, None]
         v = v.to(self.wide).view(B, T, K, d)
         v = v.permute(2, 0, 1, 3)                                   # (K, B, T, d)
         new = torch.stack((turned[:, :, -1], v))
-        self.append(i, new - centre[:, :, None])
+        self.append(i, new - centre)
 
         end = self.length + T
         if T == 1 and not window:                                   # it sees all
@@ -167,7 +174,7 @@ class PackedCache:
             rows = new[:, :, :, :exact].flatten(1, 2)
             self.exact[i][..., self.length:self.length + exact] = rows.mT
         if exact < T:
-            step, top, _ = (x[:, :, None] for x in self.grids[i])
+            step, top, _ = self.grids[i]
             codes = to_code(new[:, :, :, exact:], step, top)
             codes = codes.mT.flatten(0, 3)                          # (2·K·B·d, T)
             self.layers[i].write(codes, self.length + exact - EXACT)
@@ -185,7 +192,7 @@ class PackedCache:
     ) -> Tensor:
         """Attention of queries (K, B, G, T, d) to tokens from `first` to `end`: (B, T, H·d).
 
-        unseen (T, end): which tokens a query does not see, if any.
+        Queries are turned, and hold Δ and 1/√d. unseen (T, end): which tokens they do not see.
         """
         K, B, G, T, d = q.shape
         tiles = list(self.tiles_of(end, first))
@@ -193,7 +200,6 @@ class PackedCache:
         scores = q.new_zeros(K * B, G * T, end)
         for tokens, n in tiles:
             scores[..., tokens] = q @ self.codes(i, 0, tokens, n)
-        scores *= d ** -0.5
         if unseen is not None:
             by_token = scores.unflatten(1, (G, T))
             by_token.masked_fill_(unseen, -math.inf)
@@ -201,8 +207,8 @@ class PackedCache:
 
         a = torch.zeros_like(q)
         for tokens, n in tiles:
-            a += weights[..., tokens] @ self.codes(i, 1, tokens, n).mT
-        step, top, centre = (x[1][:, None] for x in self.grids[i])  # (K, 1, 1, d)
+            a.baddbmm_(weights[..., tokens], self.codes(i, 1, tokens, n).mT)
+        step, top, centre = (x[1] for x in self.grids[i])           # (K, 1, 1, d)
         a = a.view(K, B, G * T, d)
         a = (a - top) * step + centre                               # of codes, then of v U
         a = a.view(K, B, G, T, d).permute(1, 3, 0, 2, 4)
@@ -221,117 +227,120 @@ class PackedCache:
         """The codes of a tile's keys or values, (K·B, d, tokens)."""
         K, B, d = self.shape
         if n is not None:
-            codes = self.workspace.copy_(self.layers[i].read(side, n))
+            self.layers[i].sides[side].read(n, self.unpacked, self.ordered)
+            codes = self.workspace.copy_(self.ordered.view(torch.uint8))
             codes = codes.view(K * B, d, -1)
         else:
             x = self.exact[i, side].to(self.wide).view(K, B, d, EXACT)
-            step, top, _ = (x[side].mT[:, None] for x in self.grids[i])
+            step, top, _ = (x[side].mT for x in self.grids[i])
             codes = (x / step + top).flatten(0, 1)
         return codes[..., :tokens.stop - tokens.start]
 
 
 class PackedLayer:
-    """The tiles of a layer: rows of codes of 2·K·B·d coordinates, those of the same bits together.
-
-    bits (2, K, 8); of `data`, what is not taken yet, the layer takes `size` bytes.
-    """
+    """The tiles of a layer's keys and values: the first `size` bytes of `data`. bits (2, K, 8)."""
 
     def __init__(self, bits: Tensor, batch: int, d: int, tiles: int, tile: int, data: Tensor):
         self.tile, self.data = tile, data
-        self.shifts, self.masks = {}, {}
-        for w in (1, 2, 4, 8):
-            shifts = torch.arange(0, 8, w, dtype=torch.uint8, device=data.device)
-            self.shifts[w] = shifts[:, None]
-            self.masks[w] = torch.tensor(2 ** w - 1, dtype=torch.uint8, device=data.device)
         bits = bits.repeat_interleave(d // LEVELS, -1)              # (2, K, d)
-        bits = bits[:, :, None].repeat(1, 1, batch, 1).flatten(1)   # of rows
-        self.groups = []                # rows of the same bits: (bits, rows of keys, their bytes)
-        found = ([], [])                # rows of keys, of values, as the groups have them
-        fields = []
-        self.size = 0
-        for b in BITS[1:]:
-            keys, values = ((of_side == b).nonzero()[:, 0] for of_side in bits)
-            count = len(keys) + len(values)
-            if not count:
-                continue
-            row_bytes = tile * b // 8
-            end = self.size + tiles * count * row_bytes
-            packed = data[self.size:end].view(tiles, count, row_bytes)
-            self.groups.append((b, len(keys), packed))
-            found[0].append(keys)
-            found[1].append(values)
-            rows = torch.cat((keys, values + bits.shape[1]))
-            fields += fields_of(rows, b, tile, self.size)
-            self.size = end
-        self.find_sources(found, bits.shape[1])
-        # Of every field of a token: its row, its first byte, those to the next tile, its width, and
-        # how many of the row's bits lie below it.
-        columns = torch.cat(fields, dim=1) if fields else torch.zeros(5, 0, dtype=torch.long)
-        columns = columns[:, :, None].to(data.device)
-        self.row, self.first, self.stride, self.width, self.below = columns
-
-    def find_sources(self, found: tuple, rows: int) -> None:
-        """For `read`: where each row lies among those unpacked, of which the last is zero."""
-        self.sources, self.unpacked = [], []
-        for of_side in found:
-            places = torch.cat([torch.zeros(0, dtype=torch.long), *of_side])
-            source = torch.full((rows,), len(places))
-            source[places] = torch.arange(len(places))
-            self.sources.append(source.to(self.data.device))
-            self.unpacked.append(len(places) + 1)
+        bits = bits[:, :, None].repeat(1, 1, batch, 1).flatten(1)   # (2, K·B·d)
+        keys = PackedSide(bits[0], tiles, tile, data)
+        values = PackedSide(bits[1], tiles, tile, data[keys.size:])
+        self.sides = keys, values
+        self.size = keys.size + values.size
+        # Of every field of a token: its coordinate, its first byte, those to the next tile, its
+        # width, and how many of the code's bits lie below it.
+        values.fields[0] += bits.shape[1]
+        values.fields[1] += keys.size
+        fields = torch.cat((keys.fields, values.fields), dim=1)
+        self.row = fields[0]
+        self.first, self.stride, self.width, self.below = fields[1:, :, None]
+        self.mask = (1 << self.width) - 1
 
     def write(self, codes: Tensor, start: int) -> None:
         """Codes (2·K·B·d, T) of the tokens from `start` on: whole numbers."""
         apart = self.tile // 8                                      # no two share a byte
-        mask = (1 << self.width) - 1
         for begin in range(0, codes.shape[1], apart):
-            part = codes[:, begin:begin + apart].long()[self.row[:, 0]]         # (fields, t)
+            part = codes[:, begin:begin + apart].long()[self.row]   # (fields, t)
             token = torch.arange(part.shape[1], device=self.data.device) + start + begin
             n = token // self.tile
             inside = token % self.tile
             m = apart * self.width                                  # bytes of a row of fields
             shift = inside // m * self.width
             place = self.first + n * self.stride + inside % m
-            field = (part >> self.below) & mask
-            others = self.data[place].long() & ~(mask << shift)
+            field = (part >> self.below) & self.mask
+            others = self.data[place].long() & ~(self.mask << shift)
             self.data[place] = (others | field << shift).to(torch.uint8)
 
-    def read(self, side: int, n: int) -> Tensor:
-        """The codes of a side's K·B·d rows in tile n: (rows, tile) uint8, zero at 0 bits."""
-        unpacked = self.data.new_empty(self.unpacked[side], self.tile)
-        unpacked[-1] = 0
-        first = 0
-        for b, keys, packed in self.groups:
-            part = packed[n, keys:] if side else packed[n, :keys]
-            last = first + len(part)
-            self.unpack(part, b, unpacked[first:last])
-            first = last
-        return unpacked.index_select(0, self.sources[side])
 
-    def unpack(self, packed: Tensor, bits: int, out: Tensor) -> None:
-        """Rows of bytes to rows of codes (rows, tile)."""
-        begin = 0
-        for w in FIELDS[bits]:
-            m = self.tile * w // 8
-            part = packed[:, None, begin:begin + m]
-            fields = torch.bitwise_right_shift(part, self.shifts[w])
-            if begin == 0:
-                fields = torch.bitwise_and(fields, self.masks[w], out=out.view(len(out), 8 // w, m))
-            else:
-                fields &= self.masks[w]
-                out <<= w
-                out |= fields.flatten(1)
-            begin += m
+class PackedSide:
+    """The tiles of a layer's keys, or values, at bits (n,) of its n = K·B·d coordinates."""
+
+    def __init__(self, bits: Tensor, tiles: int, tile: int, data: Tensor):
+        coordinate, width, below = fields_of(bits)
+        upper = below + width == bits[coordinate]   # a code's only field, or the upper of its two
+        self.rows = 1 + len(width)              # of fields, unpacked; row 0 is zero, for 0 bits
+        row = torch.arange(1, self.rows)
+        self.source = torch.zeros(len(bits), dtype=torch.long)
+        self.source[coordinate[upper]] = row[upper]
+        self.source = self.source.to(data.device)
+
+        self.joints = []                        # codes of two fields
+        for b, (_, low) in ((3, FIELDS[3]), (6, FIELDS[6])):
+            split = bits[coordinate] == b
+            if split.any():
+                above, under = row[split & upper], row[split & ~upper]
+                self.joints.append((span(above), span(under), low))
+
+        self.sections, self.size = [], 0
+        first, stride = torch.zeros_like(width), torch.zeros_like(width)
+        for w in WIDTHS:
+            mine = width == w
+            count = int(mine.sum())
+            if not count:
+                continue
+            row_bytes = tile * w // 8
+            stride[mine] = count * row_bytes
+            first[mine] = self.size + row_bytes * torch.arange(count)
+            end = self.size + tiles * count * row_bytes
+            section = data[self.size:end].view(torch.int64).view(tiles, count, 1, -1)
+            shifts = torch.arange(0, 8, w, device=data.device)[:, None]
+            mask = torch.full((WORD,), 2 ** w - 1, dtype=torch.uint8, device=data.device)
+            self.sections.append((section, shifts, mask.view(torch.int64), span(row[mine])))
+            self.size = end
+        fields = torch.stack((coordinate, first, stride, width, below))
+        self.fields = fields.to(data.device)
+
+    def read(self, n: int, unpacked: Tensor, codes: Tensor) -> None:
+        """Fill `codes` (K·B·d, words) with those in tile n, zero at 0 bits; uint8, as int64.
+
+        unpacked (rows or more, words) is overwritten, but for its first row, which is zero.
+        """
+        for section, shifts, mask, rows in self.sections:
+            packed = section[n]                                     # (count, 1, words of a row)
+            fields = unpacked[rows].view(len(packed), len(shifts), -1)
+            torch.bitwise_right_shift(packed, shifts, out=fields)
+            fields &= mask                      # what came from the next byte goes
+        for above, under, width in self.joints:
+            code = unpacked[above]
+            code <<= width
+            code |= unpacked[under]
+        torch.index_select(unpacked, 0, self.source, out=codes)
 
 
-def fields_of(rows: Tensor, bits: int, tile: int, begin: int) -> list[Tensor]:
-    """For `write`: a table (5, rows) for each field of rows that begin at byte `begin`."""
-    row_bytes = tile * bits // 8
-    first = begin + torch.arange(len(rows)) * row_bytes
-    below, tables = bits, []
-    for w in FIELDS[bits]:
-        below -= w
-        alike = [torch.full_like(rows, x) for x in (len(rows) * row_bytes, w, below)]
-        tables.append(torch.stack((rows, first, *alike)))
-        first = first + tile * w // 8
-    return tables
+def fields_of(bits: Tensor) -> Tensor:
+    """Of codes with bits (n,): each field's coordinate, width, and bits below it, by width."""
+    fields = []
+    for w in WIDTHS:
+        for b, widths in FIELDS.items():
+            if w in widths:
+                coordinate = (bits == b).nonzero()[:, 0]
+                below = sum(widths[widths.index(w) + 1:])
+                alike = [torch.full_like(coordinate, x) for x in (w, below)]
+                fields.append(torch.stack((coordinate, *alike)))
+    return torch.cat(fields, dim=1)
+
+
+def span(rows: Tensor) -> slice:
+    """Rows that follow one another."""
+    return slice(int(rows[0]), int(rows[-1]) + 1)
