@@ -3,15 +3,17 @@
 Beyond the paper. rounding.py rounds a coordinate to few bits; which ones deserve how many is the
 question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a block of d/8.
 
-  path        a block costs (how far rounding is off) × (who reads it) × (what its head matters: the
-              KL with its keys, or its values, alone at 2 bits, in 2LK passes). Water-filling
-              (order.py) takes bits where that is cheapest, from 8 down to nothing; a prefix of the
-              path makes a plan for any budget.
+  path        a block costs (how far rounding is off) × (who reads it) × (what its head matters).
+              Water-filling (order.py) takes bits where that is cheapest, from 8 down to nothing; a
+              prefix of the path makes a plan for any budget.
+  matters     first the KL with a head's keys, or values, alone at 2 bits (2LK passes). But a head
+              matters more where others are rounded as well: so then, around the path's own plan at
+              12.5%, the KL with the head one step lower less that with it one step higher (4LK).
   training    is train.py's own loop, with plans of random budgets along the path, each block at
               most one step off. Rounding has no gradient, so that of x is taken for it, up to the
               last code; beyond it there is none. What learns: all entries of A (rounding sees turns
               within a block too), means and spreads. The path is found anew after a quarter of the
-              steps.
+              steps, and at the end (4LK passes each).
   objective   the mean of log(KL + 0.0001): 0.001, as in train.py, would hide the KLs at 4 bits.
 
 The start is the query-aware basis over the calibration text; --proj takes the one in a file.
@@ -58,28 +60,76 @@ from train import VALID, train
 
 BUDGETS = (0.5, 0.375, 0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875)
 TRIED = 2               # bits of the head whose cost is measured, while all others have 8
+AROUND = 0.125          # the budget around whose plan it is measured again
+WINDOWS = 2             # of text that it is measured on
 
 
 # ------------------------------------------------------------------------------
 # The path
 
 @torch.no_grad()
-def find_path(model: Model, rounding: Rounding, moments: Moments, tokens, args) -> Tensor:
-    """Lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits after."""
+def find_path(model: Model, rounding: Rounding, moments: Moments, tokens, args, weight=None):
+    """Lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits after.
+
+    Returns them and what each head matters, `weight` (2, L, K) float64: the geometric mean of what
+    was measured now and before. Without one before, heads are measured alone first.
+    """
     by_pair = pairs_of_columns(moments, rounding.p, output_weights(model))
     by_column = by_pair.diagonal(dim1=-2, dim2=-1).cpu()            # (2, L, K, d)
     by_block = by_column.unflatten(-1, (LEVELS, -1)).sum(-1)        # (2, L, K, 8)
 
-    full = same_bits(max(BITS), model.config)
+    def measured(plans: list) -> Tensor:
+        return kl_of_each(model, plans, rounding.at, tokens, args, WINDOWS)
+
+    if weight is None:
+        weight = weight_alone(measured, by_block, model.config)
+    path = water_filling(weight, by_block)
+    plan = bits_at(path, model.config, AROUND)
+    weight = (weight * weight_around(measured, by_block, plan)).sqrt()
+    return water_filling(weight, by_block), weight
+
+
+def weight_alone(measured, by_block: Tensor, config) -> Tensor:
+    """KL by error, (2, L, K), of each head alone at few bits, all others at 8."""
+    full = same_bits(max(BITS), config)
     plans = []
     for plan in alone(full[..., 0], (TRIED,)):
         plans.append(plan[..., None].expand_as(full))
-    kl = kl_of_each(model, plans, rounding.at, tokens, args)
-    weight = kl.view(by_block.shape[:3]) / (ERROR[TRIED] * by_block.sum(-1))
+    kl = measured(plans).view(by_block.shape[:3])
+    return kl / (ERROR[TRIED] * by_block.sum(-1))
 
+
+def weight_around(measured, by_block: Tensor, plan: Tensor) -> Tensor:
+    """KL by error, (2, L, K), between a head's blocks one step lower and one step higher."""
+    step = torch.searchsorted(torch.tensor(BITS), plan)
+    lower = step_to_bits(step - 1)
+    higher = step_to_bits(step + 1)
+    plans = []
+    for head in range(plan[..., 0].numel()):
+        for changed in (lower, higher):
+            near = plan.clone()
+            near.flatten(0, 2)[head] = changed.flatten(0, 2)[head]
+            plans.append(near)
+    kl = measured(plans).view(*plan.shape[:3], 2)
+    kl = kl[..., 0] - kl[..., 1]
+    error = errors_at(lower) - errors_at(higher)                    # (2, L, K, 8), of a spread of 1
+    return kl.clamp(min=1e-6) / (error * by_block).sum(-1)          # below that it is noise
+
+
+def step_to_bits(step: Tensor) -> Tensor:
+    """The bits of steps, 0 the fewest; beyond the ends there are none."""
+    return torch.tensor(BITS)[step.clamp(0, len(BITS) - 1)]
+
+
+def errors_at(bits: Tensor) -> Tensor:
+    errors = [ERROR.get(b, math.nan) for b in range(max(BITS) + 1)]
+    return torch.tensor(errors, dtype=torch.float64)[bits]
+
+
+def water_filling(weight: Tensor, by_block: Tensor) -> Tensor:
+    """The path of blocks that cost weight (2, L, K) × by_block (2, L, K, 8) × their error."""
     bits = torch.tensor(BITS)
-    error = torch.tensor([ERROR[b] for b in BITS], dtype=torch.float64)
-    per_bit = -error.diff() / bits.diff()                           # of each lowering, 0 to 8
+    per_bit = -errors_at(bits).diff() / bits.diff()                 # of each lowering, 0 to 8
     costs = (weight[..., None] * by_block).flatten()
     steps = costs[:, None] * per_bit.flip(0)                        # (places, 6), 8 first
     place = cheapest_first(steps)
@@ -122,18 +172,17 @@ class TrainedRounding(nn.Module):
 
 
 def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
-    """Plans (2, L, B, K, 8) of B random budgets along the path, 0.9 to 4.5 bits on average."""
-    low, high = math.log(0.9), math.log(4.5)
+    """Plans (2, L, B, K, 8) of B random budgets along the path, 0.8 to 4.5 bits on average."""
+    low, high = math.log(0.8), math.log(4.5)
     uniform = torch.rand(B, generator=generator)
     means = (low + (high - low) * uniform).exp()
     plans = [bits_at(path, config, mean / WHOLE) for mean in means.tolist()]
     plans = torch.stack(plans, dim=2)
 
-    bits = torch.tensor(BITS)
-    step = torch.searchsorted(bits, plans)
+    step = torch.searchsorted(torch.tensor(BITS), plans)
     chance = torch.rand(step.shape, generator=generator)
     step = step - (chance < 1 / 6).long() + (chance > 5 / 6).long()
-    return bits[step.clamp(0, len(BITS) - 1)]
+    return step_to_bits(step)
 
 
 def bits_hook(rounding: TrainedRounding, bits: Tensor, batch: int):
@@ -308,10 +357,6 @@ def main():
     with common.blame("--ckpt"):
         rounding, moments = begin(args, model, tokens)
 
-    def path_now() -> Tensor:
-        with torch.no_grad():
-            return find_path(model, rounding(), moments, tokens, args)
-
     for parameter in rounding.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run = SimpleNamespace(
@@ -319,8 +364,15 @@ def main():
         rotation=rounding,
         optimizer=torch.optim.Adam(rounding.parameters()),
         said={"step": 0, "loss": []},
-        path=path_now(),
+        path=None,
+        weight=None,
     )
+
+    @torch.no_grad()
+    def renew_path() -> None:
+        run.path, run.weight = find_path(model, rounding(), moments, tokens, args, run.weight)
+
+    renew_path()
     seconds = time.time() - began
     print(f"Calibrated, and a path of {len(run.path)} lowerings found in {seconds:.0f} s")
 
@@ -329,8 +381,8 @@ def main():
             return Bits(rounding(torch.float64).to(None, torch.float32), run.path, config)
 
     def after_step(step: int) -> None:
-        if step == args.steps // 4:
-            run.path = path_now()
+        if step in (args.steps // 4, args.steps):
+            renew_path()
         if common.RANK == 0 and len(valid) and (step % 60 == 0 or step == args.steps):
             now = trained()
             hooks = {budget: now.at(budget) for budget in (0.25, 0.125, 0.0625)}

@@ -42,7 +42,8 @@ def untrained(model, tokens, args, seq: int, start=None):
     moments = calibrate(model, tokens, args.batch * args.seq // seq, seq, args.seed)
     start = start or moments.query_aware(output_weights(model))
     rounding = TrainedRounding(start, moments)()
-    return rounding, find_path(model, rounding, moments, tokens, args)
+    path, _ = find_path(model, rounding, moments, tokens, args)
+    return rounding, path
 
 
 def ladder(model, tokens, held_out, trained, start, args) -> None:

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 from conftest import CKPT, call, random_projection, relative, shape, small
-from test_rounding import random_path
+from test_rounding import random_bits, random_path
 
-from bits import TrainedRounding, draw_bits, find_path, load_bits, total_share
+from bits import TrainedRounding, draw_bits, find_path, load_bits, total_share, weight_around
 from generate import decode
 from model import load
 from order import output_weights, pairs_of_columns
@@ -23,19 +23,33 @@ def known(model):
     return model, moments, TrainedRounding(random_projection(model), moments)
 
 
-def test_a_path_always_takes_bits_where_they_are_cheapest(known, monkeypatch):
-    """Against a scan over all blocks, with measurements made up."""
+def made_up_costs(known):
+    """A rounding, its blocks' errors, what heads matter by decree, and the KL that follows."""
     model, moments, trained = known
-    L, K, d = shape(model)
-    kl = 0.1 + torch.rand(2 * L * K, dtype=torch.float64)
-    monkeypatch.setattr("bits.kl_of_each", lambda *_: kl)
     with torch.no_grad():
         rounding = trained()
-        path = find_path(model, rounding, moments, None, None)
     pairs = pairs_of_columns(moments, rounding.p, output_weights(model)).diagonal(dim1=-2, dim2=-1)
-    block = pairs.unflatten(-1, (8, -1)).sum(-1)
-    cost = (kl.view(2, L, K) / block.sum(-1))[..., None] * block
-    cost = cost.flatten()
+    block = pairs.unflatten(-1, (8, -1)).sum(-1)                    # (2, L, K, 8)
+    matters = 0.1 + torch.rand(block.shape[:3], dtype=torch.float64)
+    matters /= block.sum(-1)
+
+    def kl_of_each(model, plans, *_):
+        found = []
+        for plan in plans:
+            error = torch.tensor([ERROR[b] for b in plan.flatten().tolist()], dtype=torch.float64)
+            found.append((matters[..., None] * block * error.view(block.shape)).sum())
+        return torch.stack(found)
+
+    return rounding, block, matters, kl_of_each
+
+
+def test_a_path_always_takes_bits_where_they_are_cheapest(known, monkeypatch):
+    """Against a scan over all blocks, with measurements made up."""
+    model, moments, _ = known
+    rounding, block, _, kl_of_each = made_up_costs(known)
+    monkeypatch.setattr("bits.kl_of_each", kl_of_each)
+    path, weight = find_path(model, rounding, moments, None, None)
+    cost = (weight[..., None] * block).flatten()
     now = torch.full_like(cost, 8).long()
     for place, after in path.tolist():
         prices = []
@@ -46,6 +60,20 @@ def test_a_path_always_takes_bits_where_they_are_cheapest(known, monkeypatch):
         assert after == BITS[BITS.index(now[place].item()) - 1]
         now[place] = after
     assert (now == 0).all()
+
+
+def test_what_a_head_matters_is_found_where_it_is_known(known, monkeypatch):
+    """Around any plan exactly; and from paths in a row, whatever was believed at first."""
+    model, moments, _ = known
+    rounding, block, matters, kl_of_each = made_up_costs(known)
+    plan = random_bits(model)
+    found = weight_around(lambda plans: kl_of_each(model, plans), block, plan)
+    assert relative(found, matters) < 1e-6
+    monkeypatch.setattr("bits.kl_of_each", kl_of_each)
+    weight = torch.rand_like(matters)
+    for _ in range(30):
+        _, weight = find_path(model, rounding, moments, None, None, weight)
+    assert relative(weight, matters) < 1e-6
 
 
 def test_spreads_follow_the_rotation(known):
