@@ -87,8 +87,8 @@ class KVCache:
             raise ValueError(f"ranks of shape {list(ranks.shape)}; a cache has one plan, (2, L, K)")
         self.ranks = ranks.cpu().long()
         layers = self.ranks.flatten(0, 1).tolist()                  # of keys, then of values
-        orders = [heads_by_rank(of_layer) for of_layer in layers]
-        self.head_order = torch.tensor(orders).view(2, L, K)
+        by_rank = [heads_by_rank(of_layer) for of_layer in layers]
+        self.head_order = torch.tensor(by_rank).view(2, L, K)
 
         rows = self.ranks.gather(2, self.head_order) * self.batch        # of blocks, in their order
         by_layer = rows.transpose(0, 1)                             # (L, 2, K), as the blocks lie
@@ -118,12 +118,12 @@ class KVCache:
 
     def group_heads(self, side: int, i: int) -> list[Group]:
         """The groups of keys (0) or values (1) of layer i: one where ranks are uniform."""
-        order = self.head_order[side, i]
-        ranks = self.ranks[side, i, order].tolist()
-        row = int(self.first_rows[side, i, order[0]])
+        heads = self.head_order[side, i]
+        ranks = self.ranks[side, i, heads].tolist()
+        row = int(self.first_rows[side, i, heads[0]])
         groups, first = [], 0
-        for r, heads in itertools.groupby(ranks):
-            count = self.batch * len(list(heads))                   # of matrices (r, max_len)
+        for r, alike in itertools.groupby(ranks):
+            count = self.batch * len(list(alike))                   # of matrices (r, max_len)
             matrices = slice(first, first + count)
             rows = self.rows[row:row + count * r]
             blocks = rows.view(count, r, self.max_len)
@@ -154,9 +154,9 @@ class KVCache:
         return self.found_places[i]
 
     def find_places(self, i: int, G: int) -> "Places":
-        order = self.head_order[:, i]
+        head_order = self.head_order[:, i]
         ranks = self.ranks[:, i]
-        by_key, by_value = order
+        by_key, by_value = head_order
         widths = G * ranks[1, by_value]
         ends = widths.cumsum(0)
         columns = torch.empty_like(ends)                            # of a row for W_o', by head
@@ -168,7 +168,7 @@ class KVCache:
         to_value_order = None
         if (by_key != by_value).any():
             to_value_order = by_key.argsort()[by_value].to(self.device)
-        written = find_written(order, ranks, self.batch, G, self.head_dim)
+        written = find_written(head_order, ranks, self.batch, G, self.head_dim)
         width = int(ends[-1])
         return Places(to_value_order, written.to(self.device), table, width)
 
@@ -385,9 +385,9 @@ class Places(NamedTuple):
     width: int                  # of the rows that W_o' takes
 
 
-def find_written(order: Tensor, ranks: Tensor, B: int, G: int, d: int) -> Tensor:
-    """Places.written of a layer with this order and these ranks, (2, K) each."""
-    by_key, by_value = order
+def find_written(head_order: Tensor, ranks: Tensor, B: int, G: int, d: int) -> Tensor:
+    """Places.written of a layer whose heads lie in this order and have these ranks, (2, K) each."""
+    by_key, by_value = head_order
     K = len(by_key)
     total = K * B * (G + 1) * d
     places = torch.arange(total).view(K, B, G + 1, d)

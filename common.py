@@ -111,7 +111,7 @@ def prepare_cuda(device: torch.device, name: str | None) -> torch.dtype:
 
 
 def prepare_training(args, config, levels: int) -> tuple[torch.device, torch.dtype]:
-    """The same, for a training: checks --out, the model and its memory, and meets the processes."""
+    """Device and dtype of a training; checks --out, the model, its memory; meets the processes."""
     device, dtype = prepare(args)
     keep_freed_memory()
     args.dtype = str(dtype).removeprefix("torch.")

@@ -179,7 +179,7 @@ def encode(tokenizer, texts, one_document: bool = False) -> np.ndarray:
 
 
 def token_stream(tokenizer, texts, one_document: bool):
-    """The same in pieces: a megabyte of texts at a time, shared among the cores."""
+    """Ids of texts, piece by piece: a megabyte of them at a time, shared among the cores."""
     batch, characters, within = [], 0, False
     for text in itertools.chain(texts, [None]):         # None: the end
         if text is None or characters > 2 ** 20:

@@ -137,9 +137,9 @@ def recall(model: Model, passages: Tensor, project=None) -> float:
 
 @torch.no_grad()
 def gain_of_copy(model: Model, passages: Tensor, hidden) -> float:
-    """The same, of any states hidden(tokens (B, T)): (B, T, hidden).
+    """Recall from any states hidden(tokens (B, T)): (B, T, hidden).
 
-    The accuracy over tokens 2 to n of the second copy, less that over the same in the first.
+    The accuracy over tokens 2 to n of the second copy, less that over the same tokens in the first.
     """
     n = passages.shape[1]
     right = torch.zeros(2)

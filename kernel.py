@@ -240,7 +240,7 @@ def shapes(K: int, G: int, d: int, dtype):
 # The reference
 
 def reference(q, rows, table, span, tokens, width, scale) -> Tensor:
-    """The same in plain PyTorch and float64, head by head."""
+    """What the two kernels compute, in plain PyTorch and float64, head by head."""
     B, _, G, _ = q.shape
     out = torch.zeros(B, width, dtype=torch.float64, device=q.device)
     begin, end = span.tolist()

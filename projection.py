@@ -347,7 +347,7 @@ def plan_at(order: Tensor, config, budget: float) -> Tensor:
     taken = math.ceil((1 - budget) * heads * LEVELS - 1e-6)
     if taken > len(order):
         end = 1 - len(order) / (heads * LEVELS)
-        raise ValueError(f"a path that ends at {end:.1%}, above the budget of {budget:.1%}")
+        raise ValueError(f"an order that ends at {end:.1%}, above the budget of {budget:.1%}")
     lowered = order[:taken].bincount(minlength=heads)
     return (d - d // LEVELS * lowered).view(2, L, K)
 

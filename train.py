@@ -319,6 +319,8 @@ def main():
     with common.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
+    if args.seq < config.max_position_embeddings:
+        print(f"For texts of up to {args.seq} tokens; for longer ones train with a longer --seq")
     tokens, held_out = text_for(args, config)
     args.train_tokens = len(tokens)
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
