@@ -6,14 +6,15 @@ question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a blo
   path        a block costs (how far rounding is off) × (who reads it) × (what its head matters).
               Water-filling (order.py) takes bits where that is cheapest, from 8 down to nothing; a
               prefix of the path makes a plan for any budget.
-  matters     first the KL with a head's keys, or values, alone at 2 bits (2LK passes). But a head
-              matters more where others are rounded as well: so then, around the path's own plan at
-              12.5%, the KL with the head one step lower less that with it one step higher (4LK).
+  matters     the KL with a head's keys, or values, alone at 2 bits (2LK passes). But where all are
+              rounded a head matters more, or less. So at the end it is also measured around the
+              path's own plan at 12.5%: the KL with the head one step lower less that with it one
+              step higher (4LK passes). The geometric mean of both counts.
   training    is train.py's own loop, with plans of random budgets along the path, each block at
               most one step off. Rounding has no gradient, so that of x is taken for it, up to the
               last code; beyond it there is none. What learns: all entries of A (rounding sees turns
               within a block too), means and spreads. The path is found anew after a quarter of the
-              steps, and at the end (4LK passes each).
+              steps, and at the end.
   objective   the mean of log(KL + 0.0001): 0.001, as in train.py, would hide the KLs at 4 bits.
 
 The start is the query-aware basis over the calibration text; --proj takes the one in a file.
@@ -61,32 +62,31 @@ from train import VALID, train
 BUDGETS = (0.5, 0.375, 0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875)
 TRIED = 2               # bits of the head whose cost is measured, while all others have 8
 AROUND = 0.125          # the budget around whose plan it is measured again
-WINDOWS = 2             # of text that it is measured on
 
 
 # ------------------------------------------------------------------------------
 # The path
 
 @torch.no_grad()
-def find_path(model: Model, rounding: Rounding, moments: Moments, tokens, args, weight=None):
+def find_path(model: Model, rounding: Rounding, moments: Moments, tokens, args, path=None):
     """Lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits after.
 
-    Returns them and what each head matters, `weight` (2, L, K) float64: the geometric mean of what
-    was measured now and before. Without one before, heads are measured alone first.
+    Given a path, what a head matters is measured around its plan too.
     """
     by_pair = pairs_of_columns(moments, rounding.p, output_weights(model))
     by_column = by_pair.diagonal(dim1=-2, dim2=-1).cpu()            # (2, L, K, d)
     by_block = by_column.unflatten(-1, (LEVELS, -1)).sum(-1)        # (2, L, K, 8)
 
     def measured(plans: list) -> Tensor:
-        return kl_of_each(model, plans, rounding.at, tokens, args, WINDOWS)
+        return kl_of_each(model, plans, rounding.at, tokens, args)
 
-    if weight is None:
-        weight = weight_alone(measured, by_block, model.config)
-    path = water_filling(weight, by_block)
-    plan = bits_at(path, model.config, AROUND)
-    weight = (weight * weight_around(measured, by_block, plan)).sqrt()
-    return water_filling(weight, by_block), weight
+    weight = weight_alone(measured, by_block, model.config)
+    if path is not None:
+        plan = bits_at(path, model.config, AROUND)
+        ratio = weight_around(measured, by_block, plan) / weight
+        ratio = ratio / ratio.median()
+        weight = weight * ratio.clamp(1 / 16, 16).sqrt()            # beyond that it is noise
+    return water_filling(weight, by_block)
 
 
 def weight_alone(measured, by_block: Tensor, config) -> Tensor:
@@ -111,9 +111,8 @@ def weight_around(measured, by_block: Tensor, plan: Tensor) -> Tensor:
             near.flatten(0, 2)[head] = changed.flatten(0, 2)[head]
             plans.append(near)
     kl = measured(plans).view(*plan.shape[:3], 2)
-    kl = kl[..., 0] - kl[..., 1]
     error = errors_at(lower) - errors_at(higher)                    # (2, L, K, 8), of a spread of 1
-    return kl.clamp(min=1e-6) / (error * by_block).sum(-1)          # below that it is noise
+    return (kl[..., 0] - kl[..., 1]) / (error * by_block).sum(-1)
 
 
 def step_to_bits(step: Tensor) -> Tensor:
@@ -172,8 +171,8 @@ class TrainedRounding(nn.Module):
 
 
 def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
-    """Plans (2, L, B, K, 8) of B random budgets along the path, 0.8 to 4.5 bits on average."""
-    low, high = math.log(0.8), math.log(4.5)
+    """Plans (2, L, B, K, 8) of B random budgets along the path, 0.9 to 4.5 bits on average."""
+    low, high = math.log(0.9), math.log(4.5)
     uniform = torch.rand(B, generator=generator)
     means = (low + (high - low) * uniform).exp()
     plans = [bits_at(path, config, mean / WHOLE) for mean in means.tolist()]
@@ -357,6 +356,10 @@ def main():
     with common.blame("--ckpt"):
         rounding, moments = begin(args, model, tokens)
 
+    def path_now(path=None) -> Tensor:
+        with torch.no_grad():
+            return find_path(model, rounding(), moments, tokens, args, path)
+
     for parameter in rounding.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run = SimpleNamespace(
@@ -364,15 +367,8 @@ def main():
         rotation=rounding,
         optimizer=torch.optim.Adam(rounding.parameters()),
         said={"step": 0, "loss": []},
-        path=None,
-        weight=None,
+        path=path_now(),
     )
-
-    @torch.no_grad()
-    def renew_path() -> None:
-        run.path, run.weight = find_path(model, rounding(), moments, tokens, args, run.weight)
-
-    renew_path()
     seconds = time.time() - began
     print(f"Calibrated, and a path of {len(run.path)} lowerings found in {seconds:.0f} s")
 
@@ -381,9 +377,11 @@ def main():
             return Bits(rounding(torch.float64).to(None, torch.float32), run.path, config)
 
     def after_step(step: int) -> None:
-        if step in (args.steps // 4, args.steps):
-            renew_path()
-        if common.RANK == 0 and len(valid) and (step % 60 == 0 or step == args.steps):
+        if step == args.steps // 4:
+            run.path = path_now()
+        elif step == args.steps:
+            run.path = path_now(run.path)
+        if common.RANK == 0 and len(valid) and (step % 100 == 0 or step == args.steps):
             now = trained()
             hooks = {budget: now.at(budget) for budget in (0.25, 0.125, 0.0625)}
             _, results = measure(model, valid, hooks, args.batch, args.seq, VALID)

@@ -80,10 +80,10 @@ def cheapest_first(steps: Tensor) -> Tensor:
     return cheapest // steps.shape[1]
 
 
-def kl_of_each(model: Model, plans: list, hook, tokens, args, windows: int = 4) -> Tensor:
-    """The KL of `hook(plan)` for each plan, over some windows of training text: (n,) float64."""
+def kl_of_each(model: Model, plans: list, hook, tokens, args) -> Tensor:
+    """The KL of `hook(plan)` for each plan, over four windows of training text: (n,) float64."""
     hooks = dict(enumerate(map(hook, plans)))
-    _, results = measure(model, tokens, hooks, args.batch, args.seq, windows)
+    _, results = measure(model, tokens, hooks, args.batch, args.seq, limit=4)
     kl = [result["kl"] for result in results.values()]
     kl = torch.tensor(kl, dtype=torch.float64)
     return common.sum_over_processes(kl)                # so that all have the same order

@@ -42,7 +42,8 @@ def untrained(model, tokens, args, seq: int, start=None):
     moments = calibrate(model, tokens, args.batch * args.seq // seq, seq, args.seed)
     start = start or moments.query_aware(output_weights(model))
     rounding = TrainedRounding(start, moments)()
-    path, _ = find_path(model, rounding, moments, tokens, args)
+    path = find_path(model, rounding, moments, tokens, args)
+    path = find_path(model, rounding, moments, tokens, args, path)      # as bits.py ends
     return rounding, path
 
 
