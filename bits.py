@@ -71,7 +71,7 @@ AROUND = 0.125          # the budget around whose plan it is measured again
 def find_path(model: Model, rounding: Rounding, moments: Moments, tokens, args, path=None):
     """Lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits after.
 
-    Given a path, what a head matters is measured around its plan too.
+    Given a path, what a head matters is measured around its plan at 12.5% too.
     """
     by_pair = pairs_of_columns(moments, rounding.p, output_weights(model))
     by_column = by_pair.diagonal(dim1=-2, dim2=-1).cpu()            # (2, L, K, d)
@@ -84,8 +84,9 @@ def find_path(model: Model, rounding: Rounding, moments: Moments, tokens, args, 
     if path is not None:
         plan = bits_at(path, model.config, AROUND)
         ratio = weight_around(measured, by_block, plan) / weight
-        ratio = ratio / ratio.median()
-        weight = weight * ratio.clamp(1 / 16, 16).sqrt()            # beyond that it is noise
+        ratio = ratio / ratio[ratio > 0].median()                   # both have a scale of their own
+        ratio = ratio.nan_to_num(1).clamp(1 / 16, 16)               # beyond that it is noise
+        weight = weight * ratio.sqrt()
     return water_filling(weight, by_block)
 
 
@@ -96,7 +97,8 @@ def weight_alone(measured, by_block: Tensor, config) -> Tensor:
     for plan in alone(full[..., 0], (TRIED,)):
         plans.append(plan[..., None].expand_as(full))
     kl = measured(plans).view(by_block.shape[:3])
-    return kl / (ERROR[TRIED] * by_block.sum(-1))
+    error = ERROR[TRIED] * by_block.sum(-1)
+    return kl / error.clamp(min=1e-30)                              # a dead head's is 0
 
 
 def weight_around(measured, by_block: Tensor, plan: Tensor) -> Tensor:
@@ -112,7 +114,8 @@ def weight_around(measured, by_block: Tensor, plan: Tensor) -> Tensor:
             plans.append(near)
     kl = measured(plans).view(*plan.shape[:3], 2)
     error = errors_at(lower) - errors_at(higher)                    # (2, L, K, 8), of a spread of 1
-    return (kl[..., 0] - kl[..., 1]) / (error * by_block).sum(-1)
+    error = (error * by_block).sum(-1)
+    return (kl[..., 0] - kl[..., 1]) / error.clamp(min=1e-30)
 
 
 def step_to_bits(step: Tensor) -> Tensor:

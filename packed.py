@@ -7,11 +7,12 @@ values. A code lies in one field or two:
     bits        1    2    3      4    6      8
     fields      1    2    2, 1   4    4, 2   8          the upper one first
 
-Fields of the same width form a section. It lies in tiles of n tokens, one after the other, and in
-each every field has a row, of n tokens: n / 8 · width bytes. Field s of byte j, of the m in a row,
-belongs to token s · m + j: so unpacking a section is one shift and one mask over whole rows, eight
-bytes at a time, and the tokens come out in their order. A tile is unpacked while it is attended to,
-in a workspace for one; no other copy of the past exists. Attention reads the codes:
+The fields of the same width form a section, which lies in tiles of n tokens, one after the other.
+In a tile each field has a row of m = n / 8 · width bytes, and byte j holds it of tokens j, m + j,
+2m + j, …, from its lowest bits on, counted from the tile's first. So one shift of whole rows for
+each of them, and a mask, unpack it with its tokens in their order. Then the fields of a code are
+joined, and the rows brought into the order of the coordinates. A tile is unpacked while it is
+attended to, in a workspace for one; no other copy of the past exists. Attention reads the codes:
 
     q · k̂ = Σ (q U)_j Δ_j code_j + q · μ − Σ (q U)_j Δ_j top_j
     Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ            a: attention's weights, Σ a = 1
@@ -22,6 +23,7 @@ W_o' = Uᵀ W_o takes them (folding.py). An exact token takes part as codes that
 x / Δ + top.
 """
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +37,10 @@ from rounding import EXACT, Rounding, check_bits, to_code
 
 TILE = 2 ** 21          # numbers that are unpacked at a time, about
 LEAST = 256             # tokens of a tile at least, however many numbers they are
-WORD = 8                # bytes that are shifted at a time; a tile is a multiple of 64 tokens
+LONG = 1024             # tokens from which on a tile is shifted eight bytes at a time
 WIDTHS = 1, 2, 4, 8
-FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}     # of so many bits
+# Of a code of so many bits: the widths of its fields, the upper one first.
+FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
 
 
 class PackedCache:
@@ -56,6 +59,10 @@ class PackedCache:
         device: str | torch.device = "cpu",
     ):
         check_bits(bits, rounding.p)
+        if bits.ndim != 4:
+            raise ValueError(f"bits of shape {list(bits.shape)}; a cache has one plan, (2, L, K, "
+                             f"{LEVELS})")
+        bits = bits.cpu().long()
         if batch < 1 or max_len < 1:
             raise ValueError(f"batch {batch}, max_len {max_len}: both must be at least 1")
         self.dtype = dtype
@@ -69,7 +76,9 @@ class PackedCache:
 
         most = max(LEAST, TILE // (K * batch * d))                  # tokens
         tiles = math.ceil(max_len / most)
-        self.tile = math.ceil(max_len / tiles / 64) * 64
+        tokens = math.ceil(max_len / tiles)
+        multiple = 64 if tokens >= LONG else 8                      # of a word's bits, or a byte's
+        self.tile = math.ceil(tokens / multiple) * multiple
         exact_shape = L, 2, K * batch, d, EXACT
         exact_bytes = 2 * math.prod(exact_shape)
         of_token = batch * d // LEVELS * int(bits.sum())            # bits
@@ -90,9 +99,10 @@ class PackedCache:
         self.folded = [None] * L
         # For one tile: its fields, its codes, and these as numbers that can be multiplied.
         fields = max(side.rows for layer in self.layers for side in layer.sides)
-        words = self.tile // WORD
-        self.unpacked = torch.zeros(fields, words, dtype=torch.int64, device=device)
-        self.ordered = torch.empty(K * batch * d, words, dtype=torch.int64, device=device)
+        word = word_of(self.tile)
+        words = self.tile // word.itemsize
+        self.unpacked = torch.zeros(fields, words, dtype=word, device=device)
+        self.ordered = torch.empty(K * batch * d, words, dtype=word, device=device)
         self.workspace = torch.empty(K * batch * d, self.tile, dtype=self.wide, device=device)
 
     def grid(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +129,7 @@ class PackedCache:
         self.length += T
 
     def fold(self, i: int, weights) -> Folded:
-        """The weights of layer i: all of v U comes out, and W_o' takes as much."""
+        """The weights of layer i: v U comes out whole, also where all heads have 8 bits."""
         if self.folded[i] is None:
             K, _, d = self.shape
             layout = Layout(
@@ -244,92 +254,129 @@ class PackedLayer:
         self.tile, self.data = tile, data
         bits = bits.repeat_interleave(d // LEVELS, -1)              # (2, K, d)
         bits = bits[:, :, None].repeat(1, 1, batch, 1).flatten(1)   # (2, K·B·d)
-        keys = PackedSide(bits[0], tiles, tile, data)
-        values = PackedSide(bits[1], tiles, tile, data[keys.size:])
-        self.sides = keys, values
-        self.size = keys.size + values.size
-        # Of every field of a token: its coordinate, its first byte, those to the next tile, its
-        # width, and how many of the code's bits lie below it.
-        values.fields[0] += bits.shape[1]
-        values.fields[1] += keys.size
-        fields = torch.cat((keys.fields, values.fields), dim=1)
-        self.row = fields[0]
-        self.first, self.stride, self.width, self.below = fields[1:, :, None]
-        self.mask = (1 << self.width) - 1
+        sides, fields = [], []
+        self.size = 0
+        for side, of_side in enumerate(bits):
+            laid_out, table, self.size = lay_out(of_side, tiles, tile, data, self.size)
+            table[0] += side * bits.shape[1]
+            sides.append(laid_out)
+            fields.append(table)
+        self.sides = tuple(sides)
+        # Of every field: which coordinate's it is, of keys and then of values; where its row begins
+        # in the first tile, and how far it is to the next tile's, in bytes; its width; and how many
+        # of the code's bits lie below it. As narrow as they can be: a short cache is not larger.
+        fields = torch.cat(fields, dim=1).to(data.device)
+        coordinate, first, stride, width, below = fields[:, :, None]
+        self.coordinate = coordinate[:, 0].int()
+        self.first, self.stride = first.clone(), stride.int()
+        self.width, self.below = width.to(torch.uint8), below.to(torch.uint8)
 
     def write(self, codes: Tensor, start: int) -> None:
         """Codes (2·K·B·d, T) of the tokens from `start` on: whole numbers."""
         apart = self.tile // 8                                      # no two share a byte
+        mask = (1 << self.width.int()) - 1
         for begin in range(0, codes.shape[1], apart):
-            part = codes[:, begin:begin + apart].long()[self.row]   # (fields, t)
+            part = codes[:, begin:begin + apart].int()[self.coordinate]     # (fields, t)
             token = torch.arange(part.shape[1], device=self.data.device) + start + begin
             n = token // self.tile
             inside = token % self.tile
-            m = apart * self.width                                  # bytes of a row of fields
+            m = apart * self.width.int()                            # bytes of a row
             shift = inside // m * self.width
             place = self.first + n * self.stride + inside % m
-            field = (part >> self.below) & self.mask
-            others = self.data[place].long() & ~(self.mask << shift)
+            field = (part >> self.below) & mask
+            others = self.data[place].int() & ~(mask << shift)
             self.data[place] = (others | field << shift).to(torch.uint8)
 
 
-class PackedSide:
-    """The tiles of a layer's keys, or values, at bits (n,) of its n = K·B·d coordinates."""
+class Section(NamedTuple):
+    """The fields of a width, of keys or of values."""
+    words: Tensor                       # (tiles, fields, 1, words of a row)
+    shifts: Tensor                      # (tokens that share a byte, 1)
+    mask: Tensor                        # for all bytes of a word
+    rows: slice                         # where they are unpacked to
 
-    def __init__(self, bits: Tensor, tiles: int, tile: int, data: Tensor):
-        coordinate, width, below = fields_of(bits)
-        upper = below + width == bits[coordinate]   # a code's only field, or the upper of its two
-        self.rows = 1 + len(width)              # of fields, unpacked; row 0 is zero, for 0 bits
-        row = torch.arange(1, self.rows)
-        self.source = torch.zeros(len(bits), dtype=torch.long)
-        self.source[coordinate[upper]] = row[upper]
-        self.source = self.source.to(data.device)
 
-        self.joints = []                        # codes of two fields
-        for b, (_, low) in ((3, FIELDS[3]), (6, FIELDS[6])):
-            split = bits[coordinate] == b
-            if split.any():
-                above, under = row[split & upper], row[split & ~upper]
-                self.joints.append((span(above), span(under), low))
+class Joint(NamedTuple):
+    """The codes that have two fields, of keys or of values: where these are unpacked to."""
+    upper: slice
+    lower: slice
+    width: int                          # of the lower one
 
-        self.sections, self.size = [], 0
-        first, stride = torch.zeros_like(width), torch.zeros_like(width)
-        for w in WIDTHS:
-            mine = width == w
-            count = int(mine.sum())
-            if not count:
-                continue
-            row_bytes = tile * w // 8
-            stride[mine] = count * row_bytes
-            first[mine] = self.size + row_bytes * torch.arange(count)
-            end = self.size + tiles * count * row_bytes
-            section = data[self.size:end].view(torch.int64).view(tiles, count, 1, -1)
-            shifts = torch.arange(0, 8, w, device=data.device)[:, None]
-            mask = torch.full((WORD,), 2 ** w - 1, dtype=torch.uint8, device=data.device)
-            self.sections.append((section, shifts, mask.view(torch.int64), span(row[mine])))
-            self.size = end
-        fields = torch.stack((coordinate, first, stride, width, below))
-        self.fields = fields.to(data.device)
+
+class PackedSide(NamedTuple):
+    """The tiles of a layer's keys, or values."""
+    sections: list[Section]
+    joints: list[Joint]
+    source: Tensor                      # (K·B·d,): where each coordinate's code is unpacked to
+    rows: int                           # that are unpacked; row 0 is zero, for 0 bits
 
     def read(self, n: int, unpacked: Tensor, codes: Tensor) -> None:
-        """Fill `codes` (K·B·d, words) with those in tile n, zero at 0 bits; uint8, as int64.
+        """Fill `codes` (K·B·d, words) with those in tile n, a byte each, zero at 0 bits.
 
         unpacked (rows or more, words) is overwritten, but for its first row, which is zero.
         """
-        for section, shifts, mask, rows in self.sections:
-            packed = section[n]                                     # (count, 1, words of a row)
-            fields = unpacked[rows].view(len(packed), len(shifts), -1)
-            torch.bitwise_right_shift(packed, shifts, out=fields)
-            fields &= mask                      # what came from the next byte goes
-        for above, under, width in self.joints:
-            code = unpacked[above]
-            code <<= width
-            code |= unpacked[under]
+        for section in self.sections:
+            packed = section.words[n]                               # (fields, 1, words of a row)
+            fields = unpacked[section.rows].view(len(packed), len(section.shifts), -1)
+            torch.bitwise_right_shift(packed, section.shifts, out=fields)
+            fields &= section.mask              # what came from the next byte goes
+        for joint in self.joints:
+            code = unpacked[joint.upper]
+            code <<= joint.width
+            code |= unpacked[joint.lower]
         torch.index_select(unpacked, 0, self.source, out=codes)
 
 
+def word_of(tile: int) -> torch.dtype:
+    """What is shifted at a time: eight bytes, where every row of a tile is a multiple of that."""
+    return torch.int64 if tile % 64 == 0 else torch.uint8
+
+
+def lay_out(bits: Tensor, tiles: int, tile: int, data: Tensor, begin: int):
+    """Place coordinates with bits (K·B·d,) in `data`, from byte `begin` on.
+
+    Returns the PackedSide, a table (5, fields) for PackedLayer.write, and the first byte behind.
+    """
+    coordinate, width, below = fields_of(bits)
+    row = 1 + torch.arange(len(width))
+    bits_of_code = bits[coordinate]
+    is_upper = below + width == bits_of_code        # or the code's only one
+    source = torch.zeros_like(bits)
+    source[coordinate[is_upper]] = row[is_upper]
+
+    joints = []
+    for b, widths in FIELDS.items():
+        split = bits_of_code == b
+        if len(widths) == 2 and split.any():
+            upper, lower = row[split & is_upper], row[split & ~is_upper]
+            joints.append(Joint(span(upper), span(lower), widths[1]))
+
+    word = word_of(tile)
+    sections = []
+    first, stride = torch.zeros_like(width), torch.zeros_like(width)
+    for w in WIDTHS:
+        mine = width == w
+        count = int(mine.sum())
+        if not count:
+            continue
+        row_bytes = tile * w // 8
+        stride[mine] = count * row_bytes
+        first[mine] = begin + row_bytes * torch.arange(count)
+        end = begin + tiles * count * row_bytes
+        words = data[begin:end].view(word).view(tiles, count, 1, -1)
+        shifts = torch.arange(0, 8, w, dtype=word, device=data.device)[:, None]
+        mask = torch.full((word.itemsize,), 2 ** w - 1, dtype=torch.uint8, device=data.device)
+        sections.append(Section(words, shifts, mask.view(word), span(row[mine])))
+        begin = end
+    side = PackedSide(sections, joints, source.int().to(data.device), 1 + len(width))
+    return side, torch.stack((coordinate, first, stride, width, below)), begin
+
+
 def fields_of(bits: Tensor) -> Tensor:
-    """Of codes with bits (n,): each field's coordinate, width, and bits below it, by width."""
+    """Of codes with bits (n,): each field's coordinate, width, and bits below it, (3, fields).
+
+    By width, then by bits: so the fields of a section, and those of a joint, follow one another.
+    """
     fields = []
     for w in WIDTHS:
         for b, widths in FIELDS.items():
@@ -342,5 +389,5 @@ def fields_of(bits: Tensor) -> Tensor:
 
 
 def span(rows: Tensor) -> slice:
-    """Rows that follow one another."""
+    """Rows that follow one another, as a slice."""
     return slice(int(rows[0]), int(rows[-1]) + 1)

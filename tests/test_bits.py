@@ -79,6 +79,10 @@ def test_what_a_head_matters_is_found_where_it_is_known(known, monkeypatch):
     assert relative(around, matters) < 1e-6
     alone = weight_alone(measured, block, model.config)
     assert relative(alone, matters) < 0.1
+    dead = block.clone()
+    dead[1, 0, 0] = 0                                               # nobody reads its values
+    assert weight_alone(measured, dead, model.config).isfinite().all()
+    assert weight_around(measured, dead, random_bits(model)).isfinite().all()
     monkeypatch.setattr("bits.kl_of_each", kl_of_each)
     path = find_path(model, rounding, moments, None, None)
     assert torch.equal(path, water_filling(alone, block))

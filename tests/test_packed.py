@@ -25,12 +25,14 @@ def read_in(model, cache, tokens, chunks=CHUNKS) -> torch.Tensor:
     return torch.cat([model(part, cache=cache) for part in parts], dim=1)
 
 
+@pytest.mark.parametrize("least", [16, 64])         # tiles shifted by bytes, and by words
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_cache_gives_the_logits_of_the_hook(wide_model, batch, window, monkeypatch):
+def test_the_cache_gives_the_logits_of_the_hook(wide_model, batch, window, least, monkeypatch):
     """In chunks and token by token, over several tiles, with grouped queries and without."""
     monkeypatch.setattr(packed, "TILE", 0)
-    monkeypatch.setattr(packed, "LEAST", 64)
+    monkeypatch.setattr(packed, "LEAST", least)
+    monkeypatch.setattr(packed, "LONG", 32)
     monkeypatch.setattr(packed, "SCORES", 600)
     model = wide_model
     model.config = dataclasses.replace(model.config, sliding_window=window)
@@ -38,7 +40,8 @@ def test_the_cache_gives_the_logits_of_the_hook(wide_model, batch, window, monke
     tokens = torch.randint(3, 96, (batch, sum(CHUNKS)))
     expected = model(tokens, project=r.at(bits))
     cache = PackedCache(r, bits, batch, sum(CHUNKS) + 3, torch.float64)
-    assert len(cache.layers[0].sides[0].sections[0][0]) > 1                   # tiles
+    assert len(cache.layers[0].sides[0].sections[0].words) > 1      # tiles
+    assert cache.unpacked.dtype == (torch.int64 if least == 64 else torch.uint8)
     assert relative(read_in(model, cache, tokens), expected) < 1e-10
     cache.length = 0                                                # what is left in it is no harm
     other = torch.randint(3, 96, (batch, sum(CHUNKS)))
@@ -87,6 +90,12 @@ def test_bytes_are_what_the_plan_says(model, monkeypatch):
     exact = 2 * L * K * d * EXACT * 2 * 2
     per_token = bits.sum().item() * (d // 8) / 8
     assert cache.data.nbytes == exact + 2 * 64 * per_token
+    for max_len in (80, 2500):          # up to whole bytes of bits; in long tiles whole words
+        cache = PackedCache(r, bits, 1, max_len)
+        allocated = (cache.data.nbytes - exact / 2) / per_token
+        assert max_len <= allocated < 1.06 * max_len + 8
+        if max_len < packed.LONG:
+            assert allocated == max_len
     monkeypatch.setattr(packed, "TILE", 0)
     cache = PackedCache(r, bits, 1, 2500)
     allocated = (cache.data.nbytes - exact / 2) / per_token
