@@ -101,7 +101,8 @@ class PackedCache:
         fields = max(side.rows for layer in self.layers for side in layer.sides)
         word = word_of(self.tile)
         words = self.tile // word.itemsize
-        self.unpacked = torch.zeros(fields, words, dtype=word, device=device)
+        self.unpacked = torch.empty(fields, words, dtype=word, device=device)
+        self.unpacked[0] = 0
         self.ordered = torch.empty(K * batch * d, words, dtype=word, device=device)
         self.workspace = torch.empty(K * batch * d, self.tile, dtype=self.wide, device=device)
 
