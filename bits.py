@@ -331,12 +331,13 @@ def options():
 
 def begin(args, model: Model, tokens):
     """The start and what is known of its text: (rounding, moments)."""
-    moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
-    start = moments.query_aware(output_weights(model))
+    start = None
     if args.proj:
         with common.blame("--proj"):
             start = Projection.load(args.proj)
             start.check_fits(model.config)
+    moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
+    start = start or moments.query_aware(output_weights(model))
     start = start.to(model.device, wide(model.dtype))
     return TrainedRounding(start, moments), moments
 
@@ -347,6 +348,8 @@ def main():
         config = read_config(args.ckpt / "config.json")
     if args.seq is None:        # keys drift with their position, so windows are as long as can be
         args.seq = min(config.max_position_embeddings, 2048)
+    if args.seq <= EXACT:
+        common.fail(f"--seq {args.seq}: the first {EXACT} tokens are exact; take longer windows")
     if args.lr is None:
         args.lr = 0.75 / config.head_dim
     device, dtype = common.prepare_training(args, config, LEVELS)
