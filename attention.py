@@ -53,8 +53,7 @@ def attend_first(
     outputs = []
     for matrices, rows in values:
         r = rows.shape[1]
-        a_r = a[matrices, :, :, :r]                                 # (J·B, G, T, r)
-        outputs.append(for_row(a_r, B))
+        outputs.append(for_row(a[matrices, :, :, :r], B))           # of (J·B, G, T, r)
     return join(outputs, 2)
 
 
@@ -84,17 +83,20 @@ def attend_stored(
 
     Returns (B, T, Σ r over query heads). A long chunk goes in pieces.
     """
-    K, B, G, T, _ = q.shape
-    if T == 1:
+    if q.shape[3] == 1:
         return attend_rows(groups, q, begin, end, None, to_value_order)
-    unseen = unseen_tokens(begin, end, T, window, q.device)
-    scores_of_one = K * B * G * (end - begin)
-    size = max(1, SCORES // scores_of_one)
-    pieces = zip(q.split(size, dim=3), unseen.split(size), strict=True)
     outputs = []
-    for part, unseen_part in pieces:
-        outputs.append(attend_rows(groups, part, begin, end, unseen_part, to_value_order))
+    for part, unseen in in_pieces(q, begin, end, window):
+        outputs.append(attend_rows(groups, part, begin, end, unseen, to_value_order))
     return join(outputs, 1)
+
+
+def in_pieces(q: Tensor, begin: int, end: int, window: int | None):
+    """Queries (K, B, G, T, d) and the tokens they do not see, few enough at a time."""
+    K, B, G, T, _ = q.shape
+    unseen = unseen_tokens(begin, end, T, window, q.device)
+    size = max(1, SCORES // (K * B * G * (end - begin)))
+    return zip(q.split(size, dim=3), unseen.split(size), strict=True)
 
 
 def unseen_tokens(begin: int, end: int, T: int, window: int | None, device) -> Tensor:
@@ -144,8 +146,7 @@ def attend_rows(
     for matrices, rows in values:
         v_r = rows[:, :, begin:end].mT                              # (J·B, tokens, r)
         a = torch.bmm(weights[matrices], v_r)                       # (J·B, G·T, r)
-        a = a.unflatten(1, (G, T))
-        outputs.append(for_row(a, B))
+        outputs.append(for_row(a.unflatten(1, (G, T)), B))
     return join(outputs, 2)
 
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attention import SCORES, unseen_tokens
+from attention import in_pieces
 from cache import KVCache
 from folding import Folded, Layout, fold_heads, heads_of
 from model import Model
@@ -39,8 +39,8 @@ TILE = 2 ** 21          # numbers that are unpacked at a time, about
 LEAST = 256             # tokens of a tile at least, however many numbers they are
 LONG = 1024             # tokens from which on a tile is shifted eight bytes at a time
 WIDTHS = 1, 2, 4, 8
-# Of a code of so many bits: the widths of its fields, the upper one first.
-FIELDS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+# All kinds of fields: the width, of codes of so many bits, and how many of these lie below it.
+FIELDS = (1, 1, 0), (1, 3, 0), (2, 2, 0), (2, 3, 1), (2, 6, 0), (4, 4, 0), (4, 6, 2), (8, 8, 0)
 
 
 class PackedCache:
@@ -166,12 +166,9 @@ class PackedCache:
         if T == 1 and not window:                                   # it sees all
             return self.attend_piece(i, q, None, 0, end)
         first = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
-        unseen = unseen_tokens(0, end, T, window, self.device)
-        scores_of_one = q[:, :, :, 0, 0].numel() * end
-        size = max(1, SCORES // scores_of_one)
         outputs = []
-        for part, unseen_part in zip(q.split(size, 3), unseen.split(size), strict=True):
-            outputs.append(self.attend_piece(i, part, unseen_part, first, end))
+        for part, unseen in in_pieces(q, 0, end, window):
+            outputs.append(self.attend_piece(i, part, unseen, first, end))
         return torch.cat(outputs, dim=1)
 
     # --------------------------------------------------------------------------
@@ -346,11 +343,11 @@ def lay_out(bits: Tensor, tiles: int, tile: int, data: Tensor, begin: int):
     source[coordinate[is_upper]] = row[is_upper]
 
     joints = []
-    for b, widths in FIELDS.items():
+    for _, b, below_it in FIELDS:
         split = bits_of_code == b
-        if len(widths) == 2 and split.any():
+        if below_it and split.any():                # the upper of two fields
             upper, lower = row[split & is_upper], row[split & ~is_upper]
-            joints.append(Joint(span(upper), span(lower), widths[1]))
+            joints.append(Joint(span(upper), span(lower), below_it))
 
     word = word_of(tile)
     sections = []
@@ -379,13 +376,10 @@ def fields_of(bits: Tensor) -> Tensor:
     By width, then by bits: so the fields of a section, and those of a joint, follow one another.
     """
     fields = []
-    for w in WIDTHS:
-        for b, widths in FIELDS.items():
-            if w in widths:
-                coordinate = (bits == b).nonzero()[:, 0]
-                below = sum(widths[widths.index(w) + 1:])
-                alike = [torch.full_like(coordinate, x) for x in (w, below)]
-                fields.append(torch.stack((coordinate, *alike)))
+    for width, b, below in FIELDS:
+        coordinate = (bits == b).nonzero()[:, 0]
+        alike = [torch.full_like(coordinate, x) for x in (width, below)]
+        fields.append(torch.stack((coordinate, *alike)))
     return torch.cat(fields, dim=1)
 
 

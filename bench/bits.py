@@ -47,13 +47,12 @@ def untrained(model, tokens, args, seq: int, start=None):
     return rounding, path
 
 
-def ladder(model, tokens, held_out, trained, start, args) -> None:
+def ladder(model, held_out, trained, by_basis: dict, args) -> None:
     config = model.config
     rows = {}
-    for name, basis in (("untrained", None), ("trained for ranks", start)):
-        rounding, path = untrained(model, tokens, args, args.seq, basis)
+    for name, (rounding, path) in by_basis.items():
         for budget in BUDGETS:
-            if basis is None and budget * 16 in (1, 2, 3, 4):
+            if name == "untrained" and budget * 16 in (1, 2, 3, 4):
                 same = same_bits(int(budget * 16), config)
                 rows["the same bits everywhere, untrained", budget] = rounding.at(same)
             plan = bits_at(path, config, budget)
@@ -79,11 +78,10 @@ def kl_by_quarter(model, x: Tensor, project) -> list[float]:
     return (total / len(x)).tolist()
 
 
-def position(model, tokens, held_out, trained, args) -> None:
+def position(model, held_out, trained, by_window: dict, args) -> None:
     x = spread_windows(held_out, args.windows, args.seq)[:, :-1]
     rows = {"trained": trained.at}
-    for seq in (args.seq, args.seq // 4):
-        rounding, path = untrained(model, tokens, args, seq)
+    for seq, (rounding, path) in by_window.items():
         rows[f"untrained, windows of {seq}"] = partial(at_budget, rounding, path, model.config)
     print(f"\nKL by position, quarters of {args.seq} tokens")
     for name, at in rows.items():
@@ -182,8 +180,12 @@ def main():
     memory(model, trained)
     speed(model, trained, args)
     common.keep_freed_memory()
-    ladder(model, tokens, held_out, trained, start, args)
-    position(model, tokens, held_out, trained, args)
+    whole = untrained(model, tokens, args, args.seq)
+    on_ranks = untrained(model, tokens, args, args.seq, start)
+    by_basis = {"untrained": whole, "trained for ranks": on_ranks}
+    ladder(model, held_out, trained, by_basis, args)
+    quarter = untrained(model, tokens, args, args.seq // 4)
+    position(model, held_out, trained, {args.seq: whole, args.seq // 4: quarter}, args)
     if args.data is None:
         other_text(model, held_out, trained, args)
 

@@ -6,6 +6,7 @@ import torch
 from conftest import GOLDEN, KINDS, relative
 from test_rounding import random_bits, random_rounding
 
+import attention
 import packed
 from model import load
 from packed import PackedCache
@@ -33,7 +34,7 @@ def test_the_cache_gives_the_logits_of_the_hook(wide_model, batch, window, least
     monkeypatch.setattr(packed, "TILE", 0)
     monkeypatch.setattr(packed, "LEAST", least)
     monkeypatch.setattr(packed, "LONG", 32)
-    monkeypatch.setattr(packed, "SCORES", 600)
+    monkeypatch.setattr(attention, "SCORES", 600)
     model = wide_model
     model.config = dataclasses.replace(model.config, sliding_window=window)
     r, bits = random_rounding(model, torch.float64), random_bits(model)
