@@ -6,10 +6,10 @@ question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a blo
   path        a block costs (how far rounding is off) × (who reads it) × (what its head matters).
               Water-filling (order.py) takes bits where that is cheapest, from 8 down to nothing; a
               prefix of the path makes a plan for any budget.
-  matters     the KL with a head's keys, or values, alone at 2 bits (2LK passes). But where all are
-              rounded a head matters more, or less. So at the end it is also measured around the
-              path's own plan at 12.5%: the KL with the head one step lower less that with it one
-              step higher (4LK passes). The geometric mean of both counts.
+  matters     the KL with a head's keys, or values, alone at 2 bits, before training (2LK passes).
+              But where all are rounded a block matters more, or less. So then it is measured
+              around a plan of the path, at 9.4%, where one backward pass tells the part that each
+              block has in the KL (parts_of_kl); twice, each time around the path found last.
   training    is train.py's own loop, with plans of random budgets along the path, each block at
               most one step off. Rounding has no gradient, so that of x is taken for it, up to the
               last code; beyond it there is none. What learns: all entries of A (rounding sees turns
@@ -34,7 +34,7 @@ from torch import Generator, Tensor, nn
 
 import common
 from data import data_arguments, set_apart, text_for
-from distance import measure, recall, wide
+from distance import measure, recall, spread_windows, wide
 from evaluate import (
     describe,
     held_out_passages,
@@ -57,70 +57,89 @@ from rounding import (
     path_to_rows,
     same_bits,
 )
-from train import VALID, train
+from train import VALID, distillation, train
 
 BUDGETS = (0.5, 0.375, 0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875)
 TRIED = 2               # bits of the head whose cost is measured, while all others have 8
-AROUND = 0.125          # the budget around whose plan it is measured again
+AROUND = 0.09375        # the budget around whose plan it is measured again
+WINDOWS = 32            # of training text, for that
 
 
 # ------------------------------------------------------------------------------
 # The path
 
-@torch.no_grad()
-def find_path(model: Model, rounding: Rounding, moments: Moments, tokens, args, path=None):
-    """Lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits after.
+def first_path(model: Model, rounding: Rounding, moments: Moments, tokens, args):
+    """Before training: what each head matters (2, L, K), and the path from that alone.
 
-    Given a path, what a head matters is measured around its plan at 12.5% too.
+    A path is lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits
+    after.
     """
-    by_pair = pairs_of_columns(moments, rounding.p, output_weights(model))
-    by_column = by_pair.diagonal(dim1=-2, dim2=-1).cpu()            # (2, L, K, d)
-    by_block = by_column.unflatten(-1, (LEVELS, -1)).sum(-1)        # (2, L, K, 8)
-
-    def measured(plans: list) -> Tensor:
-        return kl_of_each(model, plans, rounding.at, tokens, args)
-
-    weight = weight_alone(measured, by_block, model.config)
-    if path is not None:
-        plan = bits_at(path, model.config, AROUND)
-        ratio = weight_around(measured, by_block, plan) / weight
-        ratio = ratio / ratio[ratio > 0].median()                   # both have a scale of their own
-        ratio = ratio.nan_to_num(1).clamp(1 / 16, 16)               # beyond that it is noise
-        weight = weight * ratio.sqrt()
-    return water_filling(weight, by_block)
-
-
-def weight_alone(measured, by_block: Tensor, config) -> Tensor:
-    """KL by error, (2, L, K), of each head alone at few bits, all others at 8."""
-    full = same_bits(max(BITS), config)
+    full = same_bits(max(BITS), model.config)
     plans = []
     for plan in alone(full[..., 0], (TRIED,)):
         plans.append(plan[..., None].expand_as(full))
-    kl = measured(plans).view(by_block.shape[:3])
-    error = ERROR[TRIED] * by_block.sum(-1)
-    return kl / error.clamp(min=1e-30)                              # a dead head's is 0
+    kl = kl_of_each(model, plans, rounding.at, tokens, args)
+    error = block_errors(model, rounding, moments)
+    of_head = ERROR[TRIED] * error.sum(-1)
+    matters = kl.view_as(of_head) / of_head.clamp(min=1e-30)        # a dead head's is 0
+    return matters, water_filling(matters[..., None] * error)
 
 
-def weight_around(measured, by_block: Tensor, plan: Tensor) -> Tensor:
-    """KL by error, (2, L, K), between a head's blocks one step lower and one step higher."""
-    step = torch.searchsorted(torch.tensor(BITS), plan)
-    lower = step_to_bits(step - 1)
-    higher = step_to_bits(step + 1)
-    plans = []
-    for head in range(plan[..., 0].numel()):
-        for changed in (lower, higher):
-            near = plan.clone()
-            near.flatten(0, 2)[head] = changed.flatten(0, 2)[head]
-            plans.append(near)
-    kl = measured(plans).view(*plan.shape[:3], 2)
-    error = errors_at(lower) - errors_at(higher)                    # (2, L, K, 8), of a spread of 1
-    error = (error * by_block).sum(-1)
-    return (kl[..., 0] - kl[..., 1]) / error.clamp(min=1e-30)
+def path_around(model, rounding, moments, tokens, args, matters: Tensor, path: Tensor) -> Tensor:
+    """A path whose costs are also measured around plans of the path before it."""
+    costs = matters[..., None] * block_errors(model, rounding, moments)
+    for _ in range(2):
+        plan = bits_at(path, model.config, AROUND)
+        parts = parts_of_kl(model, rounding, plan, tokens, args)
+        ratio = parts / errors_at(plan) / costs.clamp(min=1e-30)
+        ratio = ratio / ratio[ratio > 0].median()                   # both have a scale of their own
+        ratio = ratio.nan_to_num(1).clamp(1 / 16, 16)               # beyond that it is noise
+        costs = costs * ratio.sqrt()                                # the geometric mean of both
+        path = water_filling(costs)
+    return path
 
 
-def step_to_bits(step: Tensor) -> Tensor:
-    """The bits of steps, 0 the fewest; beyond the ends there are none."""
-    return torch.tensor(BITS)[step.clamp(0, len(BITS) - 1)]
+def block_errors(model: Model, rounding: Rounding, moments: Moments) -> Tensor:
+    """(How far a block is off at no bits) × (who reads it), (2, L, K, 8), up to a head's factor."""
+    by_pair = pairs_of_columns(moments, rounding.p, output_weights(model))
+    by_column = by_pair.diagonal(dim1=-2, dim2=-1).cpu()            # (2, L, K, d)
+    return by_column.unflatten(-1, (LEVELS, -1)).sum(-1)
+
+
+def parts_of_kl(model: Model, rounding: Rounding, plan: Tensor, tokens, args) -> Tensor:
+    """The part of each block in the KL at a plan, (2, L, K, 8) float64, up to a common factor.
+
+    Let all errors e of a block be scaled, x̂ = x + α e. Errors of different blocks know little of
+    each other, so the KL is about a sum of terms α², one for each block, and its slope in a block's
+    α, at α = 1, is twice that block's term. One backward pass has them all.
+    """
+    scale = torch.ones(plan.shape, dtype=torch.float64, device=model.device, requires_grad=True)
+    hook = scaled_errors(rounding, plan, scale)
+    text = spread_windows(tokens, WINDOWS, args.seq)
+    for block in text.split(args.batch)[common.RANK::common.WORLD]:
+        with torch.enable_grad():
+            kl, _ = distillation(model, block, hook, args)
+            (args.seq * kl.sum()).backward()            # float16 has no place for a token's share
+    parts = torch.zeros_like(scale) if scale.grad is None else scale.grad
+    return common.sum_over_processes(parts).cpu()
+
+
+def scaled_errors(rounding: Rounding, plan: Tensor, scale: Tensor):
+    """The hook x̂ = x + α e: `rounding.at(plan)` where scale, the α of every block, is 1."""
+    width = rounding.spread.shape[-1] // LEVELS
+
+    def project(layer: int, k: Tensor, v: Tensor):
+        scaled = []
+        for side, x in enumerate((k, v)):
+            coordinates = rounding.coordinates(side, layer, x)
+            with torch.no_grad():
+                error = rounding.to_grid(side, layer, coordinates, plan[side, layer]) - coordinates
+            factor = scale[side, layer].repeat_interleave(width, -1)[:, None]       # (K, 1, d)
+            coordinates = coordinates + factor.to(error) * error
+            scaled.append(rounding.turned_back(side, layer, coordinates).to(x))
+        return scaled
+
+    return project
 
 
 def errors_at(bits: Tensor) -> Tensor:
@@ -128,12 +147,11 @@ def errors_at(bits: Tensor) -> Tensor:
     return torch.tensor(errors, dtype=torch.float64)[bits]
 
 
-def water_filling(weight: Tensor, by_block: Tensor) -> Tensor:
-    """The path of blocks that cost weight (2, L, K) × by_block (2, L, K, 8) × their error."""
+def water_filling(costs: Tensor) -> Tensor:
+    """The path of blocks that cost (2, L, K, 8) × their error."""
     bits = torch.tensor(BITS)
     per_bit = -errors_at(bits).diff() / bits.diff()                 # of each lowering, 0 to 8
-    costs = (weight[..., None] * by_block).flatten()
-    steps = costs[:, None] * per_bit.flip(0)                        # (places, 6), 8 first
+    steps = costs.flatten()[:, None] * per_bit.flip(0)              # (places, 6), 8 first
     place = cheapest_first(steps)
     return torch.stack((place, after_each(place)), dim=1)
 
@@ -174,9 +192,13 @@ class TrainedRounding(nn.Module):
 
 
 def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
-    """Plans (2, L, B, K, 8) of B random budgets along the path, 0.9 to 4.5 bits on average."""
+    """Plans (2, L, B, K, 8) of B budgets along the path, 0.9 to 4.5 bits on average, nudged.
+
+    The budgets are random, one out of each B-th of the range, so every step sees all of it.
+    """
     low, high = math.log(0.9), math.log(4.5)
-    uniform = torch.rand(B, generator=generator)
+    part = torch.randperm(B, generator=generator)
+    uniform = (part + torch.rand(B, generator=generator)) / B
     means = (low + (high - low) * uniform).exp()
     plans = [bits_at(path, config, mean / WHOLE) for mean in means.tolist()]
     plans = torch.stack(plans, dim=2)
@@ -184,7 +206,7 @@ def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
     step = torch.searchsorted(torch.tensor(BITS), plans)
     chance = torch.rand(step.shape, generator=generator)
     step = step - (chance < 1 / 6).long() + (chance > 5 / 6).long()
-    return step_to_bits(step)
+    return torch.tensor(BITS)[step.clamp(0, len(BITS) - 1)]
 
 
 def bits_hook(rounding: TrainedRounding, bits: Tensor, batch: int):
@@ -362,10 +384,8 @@ def main():
     with common.blame("--ckpt"):
         rounding, moments = begin(args, model, tokens)
 
-    def path_now(path=None) -> Tensor:
-        with torch.no_grad():
-            return find_path(model, rounding(), moments, tokens, args, path)
-
+    with torch.no_grad():
+        matters, path = first_path(model, rounding(), moments, tokens, args)
     for parameter in rounding.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run = SimpleNamespace(
@@ -373,7 +393,7 @@ def main():
         rotation=rounding,
         optimizer=torch.optim.Adam(rounding.parameters()),
         said={"step": 0, "loss": []},
-        path=path_now(),
+        path=path,
     )
     seconds = time.time() - began
     print(f"Calibrated, and a path of {len(run.path)} lowerings found in {seconds:.0f} s")
@@ -383,10 +403,10 @@ def main():
             return Bits(rounding(torch.float64).to(None, torch.float32), run.path, config)
 
     def after_step(step: int) -> None:
-        if step == args.steps // 4:
-            run.path = path_now()
-        elif step == args.steps:
-            run.path = path_now(run.path)
+        if step in (args.steps // 4, args.steps):
+            with torch.no_grad():
+                now = rounding()
+            run.path = path_around(model, now, moments, tokens, args, matters, run.path)
         if common.RANK == 0 and len(valid) and (step % 100 == 0 or step == args.steps):
             now = trained()
             hooks = {budget: now.at(budget) for budget in (0.25, 0.125, 0.0625)}

@@ -72,13 +72,20 @@ class Rounding:
     def rounded(self, side: int, layer: int, x: Tensor, bits: Tensor) -> Tensor:
         """x̂ of keys or values (B, K, T, d), by the equations above."""
         coordinates = self.coordinates(side, layer, x)
+        coordinates = self.to_grid(side, layer, coordinates, bits)
+        return self.turned_back(side, layer, coordinates).to(x)
+
+    def to_grid(self, side: int, layer: int, coordinates: Tensor, bits: Tensor) -> Tensor:
+        """Coordinates (B, K, T, d) as they are stored: rounded, but for the exact tokens."""
         step, top = self.grid(side, layer, bits)
         exact = coordinates[:, :, :EXACT].bfloat16()
         code = to_code(coordinates[:, :, EXACT:], step, top)
         rounded = (code - top) * step
-        rounded = torch.cat((exact.to(rounded), rounded), dim=2)
-        x_hat = rounded @ self.U[side][layer].mT + self.mean[side][layer][:, None]
-        return x_hat.to(x)
+        return torch.cat((exact.to(rounded), rounded), dim=2)
+
+    def turned_back(self, side: int, layer: int, coordinates: Tensor) -> Tensor:
+        """Keys or values (B, K, T, d) of their coordinates."""
+        return coordinates @ self.U[side][layer].mT + self.mean[side][layer][:, None]
 
     def coordinates(self, side: int, layer: int, x: Tensor) -> Tensor:
         """(x − μ) U of keys or values (B, K, T, d)."""

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from equal_bytes import by_token
 
 import common
-from bits import TrainedRounding, find_path, load_bits
+from bits import TrainedRounding, first_path, load_bits, path_around
 from cache import KVCache
 from data import data_arguments, encode, python_documents, text_for
 from distance import log_probabilities, measure, spread_windows
@@ -42,8 +42,8 @@ def untrained(model, tokens, args, seq: int, start=None):
     moments = calibrate(model, tokens, args.batch * args.seq // seq, seq, args.seed)
     start = start or moments.query_aware(output_weights(model))
     rounding = TrainedRounding(start, moments)()
-    path = find_path(model, rounding, moments, tokens, args)
-    path = find_path(model, rounding, moments, tokens, args, path)      # as bits.py ends
+    matters, path = first_path(model, rounding, moments, tokens, args)
+    path = path_around(model, rounding, moments, tokens, args, matters, path)   # as bits.py ends
     return rounding, path
 
 

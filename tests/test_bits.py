@@ -1,8 +1,9 @@
 """bits.py: the path against a scan, what learns, and the script on a tiny model."""
 import json
 import shutil
-from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import CKPT, call, random_projection, relative, shape, small
@@ -10,14 +11,18 @@ from test_rounding import random_bits, random_path
 
 from bits import (
     TrainedRounding,
+    block_errors,
     draw_bits,
-    find_path,
+    errors_at,
+    first_path,
     load_bits,
+    parts_of_kl,
+    path_around,
+    scaled_errors,
     total_share,
     water_filling,
-    weight_alone,
-    weight_around,
 )
+from distance import spread_windows
 from generate import decode
 from model import load
 from order import output_weights, pairs_of_columns
@@ -56,8 +61,9 @@ def made_up_costs(known):
 def test_a_path_always_takes_bits_where_they_are_cheapest(known):
     """Against a scan over all blocks, with weights made up."""
     _, block, matters, _ = made_up_costs(known)
-    path = water_filling(matters, block)
-    cost = (matters[..., None] * block).flatten()
+    costs = matters[..., None] * block
+    path = water_filling(costs)
+    cost = costs.flatten()
     now = torch.full_like(cost, 8).long()
     for place, after in path.tolist():
         prices = []
@@ -71,23 +77,92 @@ def test_a_path_always_takes_bits_where_they_are_cheapest(known):
 
 
 def test_what_a_head_matters_is_found_where_it_is_known(known, monkeypatch):
-    """Around any plan exactly. Alone all others' 8 bits are in it: by a few hundredths too much."""
+    """All others' 8 bits are in it: by a few hundredths too much. A dead head matters nothing."""
     model, moments, _ = known
     rounding, block, matters, kl_of_each = made_up_costs(known)
-    measured = partial(kl_of_each, model)
-    around = weight_around(measured, block, random_bits(model))
-    assert relative(around, matters) < 1e-6
-    alone = weight_alone(measured, block, model.config)
-    assert relative(alone, matters) < 0.1
+    monkeypatch.setattr("bits.kl_of_each", kl_of_each)
+    found, path = first_path(model, rounding, moments, None, None)
+    assert relative(found, matters) < 0.1
+    assert torch.equal(path, water_filling(found[..., None] * block))
     dead = block.clone()
     dead[1, 0, 0] = 0                                               # nobody reads its values
-    assert weight_alone(measured, dead, model.config).isfinite().all()
-    assert weight_around(measured, dead, random_bits(model)).isfinite().all()
-    monkeypatch.setattr("bits.kl_of_each", kl_of_each)
-    path = find_path(model, rounding, moments, None, None)
-    assert torch.equal(path, water_filling(alone, block))
-    path = find_path(model, rounding, moments, None, None, path)
-    assert torch.equal(path, water_filling((alone * matters).sqrt(), block))
+    monkeypatch.setattr("bits.block_errors", lambda *_: dead)
+    found, path = first_path(model, rounding, moments, None, None)
+    assert found.isfinite().all() and len(path) == 6 * block.numel()
+
+
+def test_around_a_plan_both_measurements_count(known, monkeypatch):
+    """Twice the geometric mean, with parts by decree; and a block without a part is no disaster."""
+    model, moments, _ = known
+    rounding, block, matters, _ = made_up_costs(known)
+    around = block * matters[..., None] * (0.5 + torch.rand(block.shape, dtype=torch.float64))
+
+    def decreed(model, rounding, plan, *_):
+        return around * errors_at(plan)
+
+    monkeypatch.setattr("bits.parts_of_kl", decreed)
+    start = water_filling(matters[..., None] * block)
+    found = path_around(model, rounding, moments, None, None, matters, start)
+    expected = (matters[..., None] * block) ** 0.25 * around ** 0.75
+    assert torch.equal(found, water_filling(expected))
+    around[0, 0, 0] = -around[0, 0, 0]                              # noise
+    around[1, 0, 0] = 0
+    found = path_around(model, rounding, moments, None, None, matters, start)
+    assert len(found) == len(start)
+    assert (bits_at(found, model.config, 0.02) >= 0).all()
+
+
+def test_parts_of_kl_are_its_slopes(known):
+    """Against differences of the KL, each block's errors held fixed and scaled, in float64.
+
+    Attention's backward pass keeps its denominators in float32 on a CPU.
+    """
+    model, moments, trained = known
+    model = model.to(dtype=torch.float64)
+    with torch.no_grad():
+        rounding = trained(torch.float64)
+    plan = random_bits(model)
+    tokens = np.random.default_rng().integers(3, 96, 3 * 20 + 1)
+    text = spread_windows(tokens, 3, 20)
+    errors = {}
+
+    def record(layer, k, v):
+        hats = rounding.at(plan)(layer, k, v)
+        for side, (x, hat) in enumerate(zip((k, v), hats, strict=True)):
+            errors[side, layer] = (hat - x) @ rounding.U[side][layer]
+        return hats
+
+    def kl(scale):
+        def scaled(layer, k, v):
+            hats = []
+            for side, x in enumerate((k, v)):
+                factor = scale[side, layer].repeat_interleave(x.shape[-1] // 8, -1)[:, None]
+                hats.append(x + (factor * errors[side, layer]) @ rounding.U[side][layer].mT)
+            return hats
+
+        return log_ratio(model, text, scaled)
+
+    log_ratio(model, text, record)
+    args = SimpleNamespace(batch=3, seq=20, amp=False, checkpoint=False, ce=0.0)
+    parts = parts_of_kl(model, rounding, plan, tokens, args) / text[:, 1:].numel()
+    assert parts.shape == plan.shape
+    for place in torch.randperm(plan.numel())[:6].tolist():
+        step = torch.zeros(plan.shape, dtype=torch.float64)
+        step.view(-1)[place] = 1e-4
+        slope = (kl(1 + step) - kl(1 - step)) / 2e-4
+        assert parts.view(-1)[place].item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
+    same = scaled_errors(rounding, plan, torch.ones(plan.shape))
+    x = torch.randn(2, 2, *shape(model)[1:], 9, dtype=torch.float64).transpose(-1, -2)
+    for scaled, expected in zip(same(0, *x), rounding.at(plan)(0, *x), strict=True):
+        assert relative(scaled, expected) < 1e-12
+
+
+@torch.no_grad()
+def log_ratio(model, text, project) -> float:
+    """Σ p log(p / q) of a hook against the model, the mean over tokens."""
+    p = model(text[:, :-1]).double().log_softmax(-1)
+    q = model(text[:, :-1], project).double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 def test_spreads_follow_the_rotation(known):
