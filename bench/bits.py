@@ -166,7 +166,7 @@ def main():
     count = common.within(1, 10 ** 6)
     parser.add_argument("--length", type=count, default=4096, help="[4096]")
     parser.add_argument("--runs", type=count, default=5, help="[5]")
-    parser.set_defaults(seq=512)
+    parser.set_defaults(seq=512, ce=0.0, amp=False, checkpoint=False)
     args = parser.parse_args()
     common.prepare(args)
     with common.blame("--ckpt"):
