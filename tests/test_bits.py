@@ -11,7 +11,6 @@ from test_rounding import random_bits, random_path
 
 from bits import (
     TrainedRounding,
-    block_errors,
     draw_bits,
     errors_at,
     first_path,
