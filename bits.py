@@ -7,9 +7,10 @@ question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a blo
               Water-filling (order.py) takes bits where that is cheapest, from 8 down to nothing; a
               prefix of the path makes a plan for any budget.
   matters     the KL with a head's keys, or values, alone at 2 bits, before training (2LK passes).
-              But where all are rounded a block matters more, or less. So then it is measured
-              around a plan of the path, at 9.4%, where one backward pass tells the part that each
-              block has in the KL (parts_of_kl); twice, each time around the path found last.
+              But where all are rounded a block matters more, or less. So during training the part
+              that each block has in the KL is measured too, around the path's plan at 9.4% of a
+              16-bit cache (parts_of_kl: backward passes tell all parts at once), and its cost
+              becomes the geometric mean of both. This is done twice, around the path found last.
   training    is train.py's own loop, with plans of random budgets along the path, each block at
               most one step off. Rounding has no gradient, so that of x is taken for it, up to the
               last code; beyond it there is none. What learns: all entries of A (rounding sees turns
@@ -60,9 +61,9 @@ from rounding import (
 from train import VALID, distillation, train
 
 BUDGETS = (0.5, 0.375, 0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875)
-TRIED = 2               # bits of the head whose cost is measured, while all others have 8
-AROUND = 0.09375        # the budget around whose plan it is measured again
-WINDOWS = 32            # of training text, for that
+TRIED = 2               # bits of a head that is measured alone, while all others have 8
+AROUND = 0.09375        # the budget around whose plan the parts of blocks are measured
+WINDOWS = 32            # of training text, in which they are
 
 
 # ------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def first_path(model: Model, rounding: Rounding, moments: Moments, tokens, args)
     kl = kl_of_each(model, plans, rounding.at, tokens, args)
     error = block_errors(model, rounding, moments)
     of_head = ERROR[TRIED] * error.sum(-1)
-    matters = kl.view_as(of_head) / of_head.clamp(min=1e-30)        # a dead head's is 0
+    matters = kl.view_as(of_head) / of_head.clamp(min=1e-30)        # a dead one costs 0
     return matters, water_filling(matters[..., None] * error)
 
 
@@ -94,7 +95,7 @@ def path_around(model, rounding, moments, tokens, args, matters: Tensor, path: T
         ratio = parts / errors_at(plan) / costs.clamp(min=1e-30)
         ratio = ratio / ratio[ratio > 0].median()                   # both have a scale of their own
         ratio = ratio.nan_to_num(1).clamp(1 / 16, 16)               # beyond that it is noise
-        costs = costs * ratio.sqrt()                                # the geometric mean of both
+        costs = costs * ratio.sqrt()                                # the geometric mean
         path = water_filling(costs)
     return path
 
@@ -103,7 +104,8 @@ def block_errors(model: Model, rounding: Rounding, moments: Moments) -> Tensor:
     """(How far a block is off at no bits) × (who reads it), (2, L, K, 8), up to a head's factor."""
     by_pair = pairs_of_columns(moments, rounding.p, output_weights(model))
     by_column = by_pair.diagonal(dim1=-2, dim2=-1).cpu()            # (2, L, K, d)
-    return by_column.unflatten(-1, (LEVELS, -1)).sum(-1)
+    by_block = by_column.unflatten(-1, (LEVELS, -1)).sum(-1)
+    return by_block.clamp(min=0)                                    # of a dead head, rounding noise
 
 
 def parts_of_kl(model: Model, rounding: Rounding, plan: Tensor, tokens, args) -> Tensor:
@@ -111,7 +113,7 @@ def parts_of_kl(model: Model, rounding: Rounding, plan: Tensor, tokens, args) ->
 
     Let all errors e of a block be scaled, x̂ = x + α e. Errors of different blocks know little of
     each other, so the KL is about a sum of terms α², one for each block, and its slope in a block's
-    α, at α = 1, is twice that block's term. One backward pass has them all.
+    α, at α = 1, is twice that block's term. One backward pass has them all. e itself is held fixed.
     """
     scale = torch.ones(plan.shape, dtype=torch.float64, device=model.device, requires_grad=True)
     hook = scaled_errors(rounding, plan, scale)
@@ -119,9 +121,12 @@ def parts_of_kl(model: Model, rounding: Rounding, plan: Tensor, tokens, args) ->
     for block in text.split(args.batch)[common.RANK::common.WORLD]:
         with torch.enable_grad():
             kl, _ = distillation(model, block, hook, args)
-            (args.seq * kl.sum()).backward()            # float16 has no place for a token's share
+            (args.seq * kl.sum()).backward()            # a sum: a mean's may be 0 in float16
     parts = torch.zeros_like(scale) if scale.grad is None else scale.grad
-    return common.sum_over_processes(parts).cpu()
+    parts = common.sum_over_processes(parts).cpu()
+    if not parts.isfinite().all():
+        common.fail("The parts of the KL are not numbers: start again with another --dtype")
+    return parts
 
 
 def scaled_errors(rounding: Rounding, plan: Tensor, scale: Tensor):
@@ -143,12 +148,13 @@ def scaled_errors(rounding: Rounding, plan: Tensor, scale: Tensor):
 
 
 def errors_at(bits: Tensor) -> Tensor:
+    """The mean square error of a coordinate with a spread of 1, at bits of any shape."""
     errors = [ERROR.get(b, math.nan) for b in range(max(BITS) + 1)]
     return torch.tensor(errors, dtype=torch.float64)[bits]
 
 
 def water_filling(costs: Tensor) -> Tensor:
-    """The path of blocks that cost (2, L, K, 8) × their error."""
+    """The path of blocks that cost `costs` (2, L, K, 8) × errors_at their bits."""
     bits = torch.tensor(BITS)
     per_bit = -errors_at(bits).diff() / bits.diff()                 # of each lowering, 0 to 8
     steps = costs.flatten()[:, None] * per_bit.flip(0)              # (places, 6), 8 first
@@ -380,12 +386,12 @@ def main():
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
+    passages = held_out_passages(args, held_out, config)
     began = time.time()
     with common.blame("--ckpt"):
         rounding, moments = begin(args, model, tokens)
-
-    with torch.no_grad():
-        matters, path = first_path(model, rounding(), moments, tokens, args)
+        with torch.no_grad():
+            matters, path = first_path(model, rounding(), moments, tokens, args)
     for parameter in rounding.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run = SimpleNamespace(
@@ -425,7 +431,6 @@ def main():
     if common.RANK == 0:
         print(f"\nCalibration, paths and training took {time.time() - began:.0f} s")
         bits = trained()
-        passages = held_out_passages(args, held_out, config)
         rows = report(model, held_out, bits, args, passages)
         file = args.out / "bits.json"
         with common.blame("--out"):

@@ -1,7 +1,8 @@
 """Bits in place of ranks: each coordinate of the cache rounded to as few bits as it deserves.
 
 Beyond the paper. A rank keeps a coordinate in 16 bits or not at all; between the two lies rounding.
-Keys and values are turned as before, x = (k − μ) U, and coordinate j becomes one of 2^b codes:
+Keys and values lose their means and are turned, x = (k − μ) U. Coordinate j becomes one of 2^b
+codes:
 
     code = round(x / Δ + top), clamped to 0 … 2^b − 1        top = (2^b − 1) / 2
     x̂    = (code − top) Δ                                    Δ = STEP[b] · s_j
