@@ -431,10 +431,13 @@ def main():
     if common.RANK == 0:
         print(f"\nCalibration, paths and training took {time.time() - began:.0f} s")
         bits = trained()
-        rows = report(model, held_out, bits, args, passages)
         file = args.out / "bits.json"
+        said = {"seq": args.seq, "loss": run.said["loss"]}
         with common.blame("--out"):
-            bits.save(file, {"seq": args.seq, "loss": run.said["loss"], "budgets": rows})
+            bits.save(file, said)                       # whatever becomes of the report
+        rows = report(model, held_out, bits, args, passages)
+        with common.blame("--out"):
+            bits.save(file, said | {"budgets": rows})
             draw(rows, file.with_suffix(".png"))
         print(f"Saved {file.with_suffix('.safetensors')}, {file} and {file.with_suffix('.png')}")
     common.leave_processes()
