@@ -43,7 +43,7 @@ from evaluate import (
     report_arguments,
     whole_recall,
 )
-from model import Model, load, read_config
+from model import GROUP, Model, load, read_config
 from order import alone, cheapest_first, kl_of_each, output_weights, pairs_of_columns
 from packed import PackedCache
 from projection import LEVELS, Moments, Projection, Rotation, calibrate
@@ -134,15 +134,16 @@ def scaled_errors(rounding: Rounding, plan: Tensor, scale: Tensor):
     width = rounding.spread.shape[-1] // LEVELS
 
     def project(layer: int, k: Tensor, v: Tensor):
-        scaled = []
+        scaled, newest = [], []
         for side, x in enumerate((k, v)):
             coordinates = rounding.coordinates(side, layer, x)
+            newest.append(rounding.turned_back(side, layer, coordinates).to(x))
             with torch.no_grad():
                 error = rounding.to_grid(side, layer, coordinates, plan[side, layer]) - coordinates
             factor = scale[side, layer].repeat_interleave(width, -1)[:, None]       # (K, 1, d)
             coordinates = coordinates + factor.to(error) * error
             scaled.append(rounding.turned_back(side, layer, coordinates).to(x))
-        return scaled
+        return *scaled, *newest
 
     return project
 
@@ -271,8 +272,8 @@ def load_bits(file: str | Path) -> Bits:
 # The report
 
 def total_share(mean_bits: float, T: int) -> float:
-    """Of a 16-bit cache of T tokens, the exact ones among them."""
-    exact = min(EXACT, T)
+    """Of a 16-bit cache of T tokens, with the exact ones and a whole newest group among them."""
+    exact = min(EXACT + GROUP, T)
     return (exact * WHOLE + (T - exact) * mean_bits) / (T * WHOLE)
 
 
@@ -376,8 +377,8 @@ def main():
         config = read_config(args.ckpt / "config.json")
     if args.seq is None:        # keys drift with their position, so windows are as long as can be
         args.seq = min(config.max_position_embeddings, 2048)
-    if args.seq <= EXACT:
-        common.fail(f"--seq {args.seq}: the first {EXACT} tokens are exact; take longer windows")
+    if args.seq <= GROUP:
+        common.fail(f"--seq {args.seq}: the newest {GROUP} tokens are exact; take longer windows")
     if args.lr is None:
         args.lr = 0.75 / config.head_dim
     device, dtype = common.prepare_training(args, config, LEVELS)

@@ -2,7 +2,8 @@
 
 The interface is that of cache.py: `model(tokens, cache=cache)`. Everything lies in one flat tensor
 of bytes, `data`: first the exact tokens, in bfloat16, then the layers, each its keys, then its
-values. A code lies in one field or two:
+values. Beside it lie the tokens of the newest group, in bfloat16, however long the text: they
+become codes when their group is whole. A code lies in one field or two:
 
     bits        1    2    3      4    6      8
     fields      1    2    2, 1   4    4, 2   8          the upper one first
@@ -19,8 +20,8 @@ attended to, in a workspace for one; no other copy of the past exists. Attention
 
 What follows the first sum of a score is the same for all tokens, and softmax does not see it. A
 value's codes become coordinates v U again when they are summed, a single vector for each query;
-W_o' = Uᵀ W_o takes them (folding.py). An exact token takes part as codes that are not whole,
-x / Δ + top.
+W_o' = Uᵀ W_o takes them (folding.py). A token that is not rounded takes part as codes that are not
+whole, x / Δ + top: the first tokens, and those of a query's own group, its newest.
 """
 import math
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from torch import Tensor
 from attention import in_pieces
 from cache import KVCache
 from folding import Folded, Layout, fold_heads, heads_of
-from model import Model
+from model import GROUP, Model
 from projection import LEVELS
 from rounding import EXACT, Rounding, check_bits, to_code
 
@@ -46,7 +47,8 @@ FIELDS = (1, 1, 0), (1, 3, 0), (2, 2, 0), (2, 3, 1), (2, 6, 0), (4, 4, 0), (4, 6
 class PackedCache:
     """Keys and values of `batch` sequences, up to max_len tokens, at a plan of bits (2, L, K, 8).
 
-    `data` is the one tensor, uint8; `length` the number of tokens in it.
+    `data` is the one tensor that grows with max_len, uint8; `newest` (L, 2, K·batch, d, 32) holds
+    the tokens of the last group, bfloat16; `length` is the number of tokens in both.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class PackedCache:
         self.device = self.data.device
         exact = self.data[:exact_bytes].view(torch.bfloat16)
         self.exact = exact.view(exact_shape)
+        newest_shape = L, 2, K * batch, d, GROUP
+        self.newest = torch.zeros(newest_shape, dtype=torch.bfloat16, device=device)
 
         self.layers = []
         rest = self.data[exact_bytes:]
@@ -159,33 +163,42 @@ class PackedCache:
         q = turned[:, :, :-1] * scale[:, None]
         v = v.to(self.wide).view(B, T, K, d)
         v = v.permute(2, 0, 1, 3)                                   # (K, B, T, d)
-        new = torch.stack((turned[:, :, -1], v))
-        self.append(i, new - centre)
+        new = torch.stack((turned[:, :, -1], v)) - centre           # (2, K, B, T, d)
+        newest = self.append(i, new.mT.flatten(1, 2))
 
-        end = self.length + T
         if T == 1 and not window:                                   # it sees all
-            return self.attend_piece(i, q, None, 0, end)
+            return self.attend_piece(i, q, newest, None, 0, self.length)
         first = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
+        begin = self.length
         outputs = []
-        for part, unseen in in_pieces(q, 0, end, window):
-            outputs.append(self.attend_piece(i, part, unseen, first, end))
+        for part, unseen in in_pieces(q, 0, self.length + T, window):
+            outputs.append(self.attend_piece(i, part, newest, unseen, first, begin))
+            begin += part.shape[3]
         return torch.cat(outputs, dim=1)
 
     # --------------------------------------------------------------------------
     # Writing
 
-    def append(self, i: int, new: Tensor) -> None:
-        """Write coordinates (2, K, B, T, d): the first tokens exactly, the others as codes."""
-        T = new.shape[3]
-        exact = min(T, max(0, EXACT - self.length))
-        if exact:
-            rows = new[:, :, :, :exact].flatten(1, 2)
-            self.exact[i][..., self.length:self.length + exact] = rows.mT
-        if exact < T:
+    def append(self, i: int, new: Tensor) -> Tensor:
+        """Keep coordinates (2, K·B, d, T) of T more tokens: codes of the groups that are now whole.
+
+        Returns those tokens and what their first group held before, (2, K·B, d, tokens) bfloat16.
+        """
+        held = self.length % GROUP
+        begin = self.length - held                                  # of that group
+        tokens = torch.cat((self.newest[i][..., :held], new.bfloat16()), dim=-1)
+        whole = tokens.shape[-1] // GROUP * GROUP
+        rest = tokens.shape[-1] - whole
+        self.newest[i][..., :rest] = tokens[..., whole:]
+        if whole:
+            exact = max(0, EXACT - begin)
+            self.exact[i][..., :exact] = tokens[..., :exact]
             step, top, _ = self.grids[i]
-            codes = to_code(new[:, :, :, exact:], step, top)
-            codes = codes.mT.flatten(0, 3)                          # (2·K·B·d, T)
-            self.layers[i].write(codes, self.length + exact - EXACT)
+            K, B, _ = self.shape
+            x = tokens[..., exact:whole].to(self.wide).unflatten(1, (K, B))
+            codes = to_code(x.mT, step, top).mT
+            self.layers[i].write(codes.flatten(0, 3), begin + exact - EXACT)
+        return tokens
 
     # --------------------------------------------------------------------------
     # Reading
@@ -194,26 +207,39 @@ class PackedCache:
         self,
         i: int,
         q: Tensor,
+        newest: Tensor,
         unseen: Tensor | None,
         first: int,
-        end: int,
+        begin: int,
     ) -> Tensor:
-        """Attention of queries (K, B, G, T, d) to tokens from `first` to `end`: (B, T, H·d).
+        """Attention of queries (K, B, G, T, d), the tokens from `begin` on: (B, T, H·d).
 
-        Queries are turned, and hold Δ and 1/√d. unseen (T, end): which tokens they do not see.
+        Queries are turned, and hold Δ and 1/√d. newest: what `append` returned. unseen (T, all
+        tokens): which ones they do not see; none sees those before `first`.
         """
         K, B, G, T, d = q.shape
-        tiles = list(self.tiles_of(end, first))
+        end = begin + T
+        groups = list(self.groups_of(begin, end))
+        tiles = list(self.tiles_of(first, (end - 1) // GROUP * GROUP))      # all groups before
+        keys, values = self.as_codes(i, newest)[:, :, None]         # (K·B, 1, d, tokens)
         q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
         scores = q.new_zeros(K * B, G * T, end)
         for tokens, n in tiles:
             scores[..., tokens] = q @ self.codes(i, 0, tokens, n)
+        q, by_token = (x.unflatten(1, (G, T)) for x in (q, scores))         # views
+        for rows, tokens, own in groups:
+            by_token[:, :, rows, tokens] = q[:, :, rows] @ keys[..., own]
         if unseen is not None:
-            by_token = scores.unflatten(1, (G, T))
-            by_token.masked_fill_(unseen, -math.inf)
+            by_token.masked_fill_(unseen[:, :end], -math.inf)
         weights = scores.softmax(-1)
 
-        a = torch.zeros_like(q)
+        a = torch.empty_like(q)
+        by_token = weights.unflatten(1, (G, T))
+        for rows, tokens, own in groups:
+            of_own = by_token[:, :, rows, tokens]
+            a[:, :, rows] = of_own @ values[..., own].mT
+            of_own.zero_()
+        a = a.flatten(1, 2)
         for tokens, n in tiles:
             a.baddbmm_(weights[..., tokens], self.codes(i, 1, tokens, n).mT)
         step, top, centre = (x[1] for x in self.grids[i])           # (K, 1, 1, d)
@@ -222,10 +248,19 @@ class PackedCache:
         a = a.view(K, B, G, T, d).permute(1, 3, 0, 2, 4)
         return a.flatten(2).to(self.dtype)
 
-    def tiles_of(self, end: int, first: int):
+    def groups_of(self, begin: int, end: int):
+        """Of queries of tokens from `begin` to `end`: which are of a group, its tokens, where
+        these lie in what `append` returned."""
+        held_from = self.length - self.length % GROUP
+        for start in range(begin - begin % GROUP, end, GROUP):
+            stop = min(start + GROUP, end)
+            rows = slice(max(start, begin) - begin, stop - begin)
+            yield rows, slice(start, stop), slice(start - held_from, stop - held_from)
+
+    def tiles_of(self, first: int, end: int):
         """Which tokens a tile holds, and its number, of those with tokens from `first` to `end`."""
-        if first < EXACT:
-            yield slice(0, min(EXACT, end)), None                   # the exact ones
+        if first < EXACT < end:
+            yield slice(0, EXACT), None                             # the exact ones
         for n, start in enumerate(range(EXACT, end, self.tile)):
             stop = min(start + self.tile, end)
             if stop > first:
@@ -233,16 +268,19 @@ class PackedCache:
 
     def codes(self, i: int, side: int, tokens: slice, n: int | None) -> Tensor:
         """The codes of a tile's keys or values, (K·B, d, tokens)."""
+        if n is None:
+            return self.as_codes(i, self.exact[i])[side]
         K, B, d = self.shape
-        if n is not None:
-            self.layers[i].sides[side].read(n, self.unpacked, self.ordered)
-            codes = self.workspace.copy_(self.ordered.view(torch.uint8))
-            codes = codes.view(K * B, d, -1)
-        else:
-            x = self.exact[i, side].to(self.wide).view(K, B, d, EXACT)
-            step, top, _ = (x[side].mT for x in self.grids[i])
-            codes = (x / step + top).flatten(0, 1)
-        return codes[..., :tokens.stop - tokens.start]
+        self.layers[i].sides[side].read(n, self.unpacked, self.ordered)
+        codes = self.workspace.copy_(self.ordered.view(torch.uint8))
+        return codes.view(K * B, d, -1)[..., :tokens.stop - tokens.start]
+
+    def as_codes(self, i: int, x: Tensor) -> Tensor:
+        """Coordinates (2, K·B, d, T) in units of codes, but not rounded."""
+        K, B, _ = self.shape
+        step, top, _ = (of_side.mT for of_side in self.grids[i])    # (2, K, 1, d, 1)
+        x = x.to(self.wide).unflatten(1, (K, B))
+        return (x / step + top).flatten(1, 2)
 
 
 class PackedLayer:

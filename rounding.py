@@ -13,8 +13,11 @@ no bytes. Coordinates come in blocks of d/8, and all of a block have the same bi
 is (2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit
 cache.
 
-The first four tokens of a sequence, which draw much of the attention, are not rounded to codes:
-their x is kept in bfloat16 (the exact tokens). They come on top of a budget.
+Two kinds of tokens draw most of the attention and are not rounded to codes, but kept in bfloat16:
+the first four of a sequence (the exact tokens), and those of the newest group. Tokens come in
+groups of 32, as in KIVI (arXiv 2402.02750); one that is whole becomes codes as soon as another
+begins. So a token sees its own group as it is, and of those before it the codes. Both come on top
+of a budget, whatever the length.
 
 A path lists lowerings, each of one block to its next fewer bits. It starts at 8 bits everywhere, a
 budget of 50%; a prefix makes a plan.
@@ -57,42 +60,43 @@ class Rounding:
         self.spread = spread
 
     def at(self, bits: Tensor):
-        """The hook `project=` that simulates a plan: (layer, k, v) -> (k̂, v̂), of the same shapes.
+        """The hook `project=` that simulates a plan: (layer, k, v) -> (k̂, v̂, k', v').
 
-        bits is (2, L, K, 8), or (2, L, B, K, 8), where every sequence has a plan of its own.
+        All are of the same shape; k' and v' are those of the newest group (model.py). bits is (2, L, K, 8), or (2, L, B, K, 8), where every sequence has a plan of its own.
         """
         check_bits(bits, self.p)
 
         def project(layer: int, k: Tensor, v: Tensor):
-            k_hat = self.rounded(0, layer, k, bits[0, layer])
-            v_hat = self.rounded(1, layer, v, bits[1, layer])
-            return k_hat, v_hat
+            k_hat, k_newest = self.rounded(0, layer, k, bits[0, layer])
+            v_hat, v_newest = self.rounded(1, layer, v, bits[1, layer])
+            return k_hat, v_hat, k_newest, v_newest
 
         return project
 
-    def rounded(self, side: int, layer: int, x: Tensor, bits: Tensor) -> Tensor:
-        """x̂ of keys or values (B, K, T, d), by the equations above."""
-        coordinates = self.coordinates(side, layer, x)
-        coordinates = self.to_grid(side, layer, coordinates, bits)
-        return self.turned_back(side, layer, coordinates).to(x)
+    def rounded(self, side: int, layer: int, x: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys or values (B, K, T, d) by the equations above: as stored, and in the newest group.
+        """
+        newest = self.coordinates(side, layer, x)
+        stored = self.to_grid(side, layer, newest, bits)
+        return tuple(self.turned_back(side, layer, y).to(x) for y in (stored, newest))
 
     def to_grid(self, side: int, layer: int, coordinates: Tensor, bits: Tensor) -> Tensor:
         """Coordinates (B, K, T, d) as they are stored: rounded, but for the exact tokens."""
         step, top = self.grid(side, layer, bits)
-        exact = coordinates[:, :, :EXACT].bfloat16()
         code = to_code(coordinates[:, :, EXACT:], step, top)
         rounded = (code - top) * step
-        return torch.cat((exact.to(rounded), rounded), dim=2)
+        return torch.cat((coordinates[:, :, :EXACT], rounded), dim=2)
 
     def turned_back(self, side: int, layer: int, coordinates: Tensor) -> Tensor:
         """Keys or values (B, K, T, d) of their coordinates."""
         return coordinates @ self.U[side][layer].mT + self.mean[side][layer][:, None]
 
     def coordinates(self, side: int, layer: int, x: Tensor) -> Tensor:
-        """(x − μ) U of keys or values (B, K, T, d)."""
+        """(x − μ) U of keys or values (B, K, T, d), in bfloat16's numbers: what becomes codes."""
         U = self.U[side][layer]
         mean = self.mean[side][layer][:, None]                      # (K, 1, d)
-        return (x.to(U) - mean) @ U
+        x = (x.to(U) - mean) @ U
+        return x + (x.bfloat16().to(x) - x).detach()                # the gradient is that of x
 
     def grid(self, side: int, layer: int, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Δ and top (…, K, 1, d) of a layer's keys or values at bits (…, K, 8) of its blocks."""

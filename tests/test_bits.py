@@ -123,28 +123,31 @@ def test_parts_of_kl_are_its_slopes(known):
     with torch.no_grad():
         rounding = trained(torch.float64)
     plan = random_bits(model)
-    tokens = np.random.default_rng().integers(3, 96, 3 * 20 + 1)
-    text = spread_windows(tokens, 3, 20)
-    errors = {}
+    tokens = np.random.default_rng().integers(3, 96, 3 * 40 + 1)
+    text = spread_windows(tokens, 3, 40)
+    errors, narrow = {}, {}
 
     def record(layer, k, v):
-        hats = rounding.at(plan)(layer, k, v)
-        for side, (x, hat) in enumerate(zip((k, v), hats, strict=True)):
-            errors[side, layer] = (hat - x) @ rounding.U[side][layer]
-        return hats
+        stored, newest = (rounding.at(plan)(layer, k, v)[i:i + 2] for i in (0, 2))
+        for side, x in enumerate((k, v)):
+            narrow[side, layer] = newest[side] - x                  # bfloat16
+            errors[side, layer] = (stored[side] - newest[side]) @ rounding.U[side][layer]
+        return *stored, *newest
 
     def kl(scale):
         def scaled(layer, k, v):
-            hats = []
+            stored, newest = [], []
             for side, x in enumerate((k, v)):
                 factor = scale[side, layer].repeat_interleave(x.shape[-1] // 8, -1)[:, None]
-                hats.append(x + (factor * errors[side, layer]) @ rounding.U[side][layer].mT)
-            return hats
+                newest.append(x + narrow[side, layer])
+                error = (factor * errors[side, layer]) @ rounding.U[side][layer].mT
+                stored.append(newest[side] + error)
+            return *stored, *newest
 
         return log_ratio(model, text, scaled)
 
     log_ratio(model, text, record)
-    args = SimpleNamespace(batch=3, seq=20, amp=False, checkpoint=False, ce=0.0)
+    args = SimpleNamespace(batch=3, seq=40, amp=False, checkpoint=False, ce=0.0)
     parts = parts_of_kl(model, rounding, plan, tokens, args) / text[:, 1:].numel()
     assert parts.shape == plan.shape
     for place in torch.randperm(plan.numel())[:6].tolist():
@@ -181,6 +184,7 @@ def test_everything_learns(known, tokens):
     model, _, trained = known
     path = random_path(model)
     bits = draw_bits(3, model.config, torch.Generator().manual_seed(0), path)
+    tokens = tokens.repeat(1, 2)                                    # more than one group
     hidden = model.hidden(tokens, trained().at(bits))
     hidden.square().mean().backward()
     for name, parameter in trained.named_parameters():
@@ -202,7 +206,7 @@ def test_plans_are_drawn_around_the_path(model):
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("bits")
-    options = ["--steps", 12, "--windows", 4, "--passages", 4, "--out", out]
+    options = ["--seq", 60, "--steps", 12, "--windows", 4, "--passages", 4, "--out", out]
     call("bits", *small(trained), *options)
     return out
 
@@ -217,17 +221,17 @@ def test_the_script_leaves_what_its_reader_reads(made):
     assert (made / "bits.png").stat().st_size > 5000
     bits = load_bits(made / "bits.json")
     assert bits.plan(0.125).double().mean() <= 2
-    tokens = torch.randint(3, 96, (2, 24))
-    cache = bits.cache(0.125, batch=2, max_len=24)
-    found = torch.cat([model(part, cache=cache) for part in tokens.split((10, 1, 13), 1)], 1)
+    tokens = torch.randint(3, 96, (2, 54))
+    cache = bits.cache(0.125, batch=2, max_len=54)
+    found = torch.cat([model(part, cache=cache) for part in tokens.split((40, 1, 13), 1)], 1)
     close = (found - model(tokens, project=bits.at(0.125))).abs().amax(-1) < 1e-3
     assert close.double().mean() > 0.8
     assert len(list(decode(model, bits.cache(0.0625, 1, 12), [1, 5, 9], 8))) <= 8
 
 
 def test_total_counts_the_exact_tokens():
-    assert total_share(2, 512) == pytest.approx((4 * 16 + 508 * 2) / (512 * 16))
-    assert total_share(2, 3) == 1
+    assert total_share(2, 512) == pytest.approx((36 * 16 + 476 * 2) / (512 * 16))
+    assert total_share(2, 30) == 1
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
@@ -248,5 +252,8 @@ def test_wrong_input_is_said_in_one_line(made, trained, tmp_path, refusal):
     assert "--bits" in line
     line = refusal("generate", "--budget", 0.05)
     assert "0.125" in line
-    line = refusal("bits", *small(trained), "--proj", tmp_path / "none", "--out", tmp_path)
+    line = refusal("bits", *small(trained), "--out", tmp_path)
+    assert "--seq 32" in line
+    longer = *small(trained), "--seq", 60, "--out", tmp_path
+    line = refusal("bits", *longer, "--proj", tmp_path / "none")
     assert "--proj" in line

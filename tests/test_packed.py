@@ -1,4 +1,5 @@
 """The packed cache: what it says is what the rounding says, and what it holds is what was asked."""
+import copy
 import dataclasses
 
 import pytest
@@ -74,14 +75,16 @@ def test_in_float32_too(model):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bfloat16_loses_no_more_by_packing_than_it_does_anyway(model, bits):
     """Sums of codes lie around 2^b / 2: in bfloat16 their last place would be as much as a code."""
-    r, plan = random_rounding(model), same_bits(bits, model.config)
-    tokens = torch.randint(3, 96, (8, 60))
-    exact = model(tokens, project=r.at(plan))
-    narrow = model.to(torch.bfloat16)
-    by_hook = narrow(tokens, project=r.at(plan)) - exact
-    cache = PackedCache(r, plan, 8, 60, torch.bfloat16)
-    by_cache = narrow(tokens, cache=cache) - exact
-    assert by_cache.square().mean() < 1.5 * by_hook.square().mean()
+    plan = same_bits(bits, model.config)
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    lost = torch.zeros(2)
+    for _ in range(4):
+        r, tokens = random_rounding(model), torch.randint(3, 96, (8, 60))
+        exact = model(tokens, project=r.at(plan))
+        by_hook = narrow(tokens, project=r.at(plan))
+        by_cache = narrow(tokens, cache=PackedCache(r, plan, 8, 60, torch.bfloat16))
+        lost += torch.stack([(found - exact).square().mean() for found in (by_hook, by_cache)])
+    assert lost[1] < 1.5 * lost[0]
 
 
 def test_bytes_are_what_the_plan_says(model, monkeypatch):

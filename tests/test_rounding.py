@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import random_projection, shape
+from conftest import random_projection, relative, shape
 
 from rounding import (
     BITS,
@@ -66,12 +66,12 @@ def test_the_hook_rounds_number_by_number(model, batch):
     L, K, d = shape(model)
     r, bits = random_rounding(model, torch.float64), random_bits(model, *batch)
     x = torch.randn(2, K, EXACT + 2, d, dtype=torch.float64)
-    k_hat, v_hat = r.at(bits)(L - 1, x, x)
+    k_hat, v_hat, _, _ = r.at(bits)(L - 1, x, x)
     for side, (U, mean, found) in enumerate(((r.p.U_k, r.mean[0], k_hat),
                                              (r.p.U_v, r.p.mean_v, v_hat))):
         b, h, t = 1, K - 1, EXACT + 1
         of_head = bits[side, L - 1][(b,) * len(batch)][h]
-        y = (x[b, h, t] - mean[L - 1, h]) @ U[L - 1, h]
+        y = ((x[b, h, t] - mean[L - 1, h]) @ U[L - 1, h]).bfloat16()
         expected = mean[L - 1, h].clone()
         for j in range(d):
             n = int(of_head[j // (d // 8)])
@@ -82,20 +82,22 @@ def test_the_hook_rounds_number_by_number(model, batch):
         assert torch.allclose(found[b, h, t], expected, atol=1e-6)
 
 
-def test_the_first_tokens_are_exact_in_bfloat16(model):
+def test_the_first_tokens_and_the_newest_are_exact_in_bfloat16(model):
     L, K, d = shape(model)
     x = torch.randn(2, K, 9, d)
-    k_hat, v_hat = random_rounding(model).at(same_bits(0, model.config))(0, x, x)
-    for found in (k_hat, v_hat):
-        assert torch.allclose(found[:, :, :EXACT], x[:, :, :EXACT], atol=0.1)
-        assert not torch.equal(found[:, :, :EXACT], x[:, :, :EXACT])
+    k_hat, v_hat, k_newest, v_newest = random_rounding(model).at(same_bits(0, model.config))(0, x, x)
+    first = x[:, :, :EXACT]
+    pairs = (k_hat[:, :, :EXACT], first), (v_hat[:, :, :EXACT], first), (k_newest, x), (v_newest, x)
+    for found, expected in pairs:
+        assert relative(found, expected) < 2 ** -7
+        assert not torch.equal(found, expected)
 
 
 def test_nothing_is_left_of_zero_bits_but_the_mean(model):
     _, K, d = shape(model)
     r = random_rounding(model)
     x = torch.randn(2, K, 9, d)
-    k_hat, v_hat = r.at(same_bits(0, model.config))(0, x, x)
+    k_hat, v_hat, *_ = r.at(same_bits(0, model.config))(0, x, x)
     for mean, found in zip(r.mean, (k_hat, v_hat), strict=True):
         expected = mean[0][:, None].expand_as(found)
         assert torch.allclose(found[:, :, EXACT:], expected[:, :, EXACT:])
@@ -116,7 +118,7 @@ def test_at_zero_bits_nothing_but_the_mean_has_a_gradient(model):
     r.spread.requires_grad_()
     r.mean[0].requires_grad_()
     x = 0.1 * torch.randn(2, K, 9, d)
-    k_hat, _ = r.at(same_bits(0, model.config))(0, x, x)
+    k_hat, *_ = r.at(same_bits(0, model.config))(0, x, x)
     k_hat[:, :, EXACT:].square().sum().backward()
     assert r.U[0].grad.abs().max() < 1e-4
     assert r.spread.grad is None or r.spread.grad.abs().max() == 0
