@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import causal_attention, unseen_tokens
+from model import causal_attention
 
 SCORES = 2 ** 24        # scores computed at a time for a long chunk: 64 MB in float32
 
@@ -97,6 +97,16 @@ def in_pieces(q: Tensor, begin: int, end: int, window: int | None):
     unseen = unseen_tokens(begin, end, T, window, q.device)
     size = max(1, SCORES // (K * B * G * (end - begin)))
     return zip(q.split(size, dim=3), unseen.split(size), strict=True)
+
+
+def unseen_tokens(begin: int, end: int, T: int, window: int | None, device) -> Tensor:
+    """Which of tokens begin … end − 1 the last T of them do not see, (T, end − begin) bool.
+
+    The future, and what the window leaves behind: without one nothing, as with one of `end` tokens.
+    """
+    token = torch.arange(begin, end, device=device)
+    now = token[-T:, None]
+    return (token > now) | (token <= now - (window or end))
 
 
 def attend_rows(

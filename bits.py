@@ -43,7 +43,7 @@ from evaluate import (
     report_arguments,
     whole_recall,
 )
-from model import GROUP, Model, load, read_config
+from model import Model, load, read_config
 from order import alone, cheapest_first, kl_of_each, output_weights, pairs_of_columns
 from packed import PackedCache
 from projection import LEVELS, Moments, Projection, Rotation, calibrate
@@ -51,9 +51,11 @@ from rounding import (
     BITS,
     ERROR,
     EXACT,
+    GROUP,
     WHOLE,
     Rounding,
     bits_at,
+    grouped_attention,
     path_of_rows,
     path_to_rows,
     same_bits,
@@ -143,7 +145,7 @@ def scaled_errors(rounding: Rounding, plan: Tensor, scale: Tensor):
             factor = scale[side, layer].repeat_interleave(width, -1)[:, None]       # (K, 1, d)
             coordinates = coordinates + factor.to(error) * error
             scaled.append(rounding.turned_back(side, layer, coordinates).to(x))
-        return *scaled, *newest
+        return *scaled, partial(grouped_attention, newest=newest)
 
     return project
 

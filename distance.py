@@ -13,7 +13,6 @@ All with keys and values projected (`project=`); the cache gives the same logits
 train.py report it. Windows and passages are of held-out text.
 """
 import math
-from functools import partial
 
 import numpy as np
 import torch
@@ -130,14 +129,9 @@ def means(total: Tensor, n: int) -> tuple[float, float, float, float]:
 PASSAGE = 64            # tokens that are said twice
 
 
-def recall(model: Model, passages: Tensor, project=None) -> float:
-    """How much more often the next token is right in the second copy of passages (N, n)."""
-    return gain_of_copy(model, passages, partial(model.hidden, project=project))
-
-
 @torch.no_grad()
-def gain_of_copy(model: Model, passages: Tensor, hidden) -> float:
-    """Recall from any states hidden(tokens (B, T)): (B, T, hidden).
+def recall(model: Model, passages: Tensor, project=None) -> float:
+    """How much more often the next token is right in the second copy of passages (N, n).
 
     The accuracy over tokens 2 to n of the second copy, less that over the same tokens in the first.
     """
@@ -145,7 +139,7 @@ def gain_of_copy(model: Model, passages: Tensor, hidden) -> float:
     right = torch.zeros(2)
     for part in passages.to(model.device).split(16):
         twice = part.repeat(1, 2)
-        states = model.norm(hidden(twice)).flatten(0, 1)
+        states = model.norm(model.hidden(twice, project)).flatten(0, 1)
         guesses = [log_q.argmax(-1) for _, log_q in log_probabilities(model, states)]
         hits = torch.cat(guesses).view_as(twice)[:, :-1] == twice[:, 1:]
         first, second = hits[:, :n - 1].sum(), hits[:, n:].sum()

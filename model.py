@@ -11,13 +11,11 @@ One layer, for a token's state x (a row), in the order in which data meets it:
 What this project compresses is k (after RoPE) and v, the two things that a model keeps of every
 past token. So `forward` has three hooks on that spot, one at a time, and knows nothing else:
 
-    project(layer, k, v) -> (k̂, v̂)     replaces them by their projections (projection.py); or
-                     -> (k̂, v̂, k', v')  by k' and v' for the tokens of the same group of 32, by
-                                        k̂ and v̂ for those of groups before it (rounding.py)
+    project(layer, k, v) -> (k̂, v̂)     replaces them by their projections (projection.py), and may
+                                        add an attention in place of the causal one (rounding.py)
     observe(layer, q, k, v)             is shown them: calibration
-    cache                               keeps them, in few coordinates, and attends to what it kept
-                                        (cache.py: begin, fold, attend, advance), by weights of
-                                        its own; the other two are then not called
+    cache                               keeps them, in few coordinates, and attends by weights of
+                                        its own (begin, fold, attend, advance); then no other hook
 
 Letters: B batch, T tokens, L layers, H query heads, K key-value heads, G = H / K (grouped-query
 attention), d = head_dim. The weights are frozen: this project trains rotations around them.
@@ -270,11 +268,10 @@ class Model(nn.Module):
             q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
             if observe is not None:
                 observe(i, q, k, v)
-            newest = ()
+            attention = causal_attention
             if project is not None:
-                k, v, *newest = project(i, k, v)
-            attention = grouped_attention if newest else causal_attention
-            a = attention(q, k, v, *newest, self.config.sliding_window)     # (B, H, T, d)
+                k, v, attention = (*project(i, k, v), attention)[:3]
+            a = attention(q, k, v, self.config.sliding_window)              # (B, H, T, d)
             a = weights.o_proj(a.transpose(1, 2).flatten(2))
         x = x + a
         return x + layer.mlp(layer.post_attention_layernorm(x))
@@ -305,42 +302,17 @@ class Model(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention of the last T tokens, q (B, H, T, d), over k and v (B, K, n, d) of all n.
+    """Causal attention of q (B, H, T, d) over k and v (B, K, T, d): (B, H, T, d).
 
-    Each token sees at most the last `window` tokens, itself included. Returns (B, H, T, d).
+    Each token sees at most the last `window` tokens, itself included.
     """
-    T, n = q.shape[2], k.shape[2]
-    if T == n and (window or n) >= n:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    seen = ~unseen_tokens(0, n, T, window, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-
-
-def unseen_tokens(begin: int, end: int, T: int, window: int | None, device) -> Tensor:
-    """Which of tokens begin … end − 1 the last T of them do not see, (T, end − begin) bool.
-
-    The future, and what the window leaves behind: without one nothing, as with one of `end` tokens.
-    """
-    token = torch.arange(begin, end, device=device)
-    now = token[-T:, None]
-    return (token > now) | (token <= now - (window or end))
-
-
-GROUP = 32              # tokens
-
-
-def grouped_attention(q, k_hat, v_hat, k_newest, v_newest, window: int | None) -> Tensor:
-    """Causal attention to the tokens of one's own group as the newest, to those before as stored.
-
-    q (B, H, T, d), the others (B, K, T, d); the groups are tokens 0 … 31, 32 … 63, and so on.
-    """
-    outputs = []
-    for start in range(0, q.shape[2], GROUP):
-        own = slice(start, start + GROUP)
-        k = torch.cat((k_hat[:, :, :start], k_newest[:, :, own]), dim=2)
-        v = torch.cat((v_hat[:, :, :start], v_newest[:, :, own]), dim=2)
-        outputs.append(causal_attention(q[:, :, own], k, v, window))
-    return torch.cat(outputs, dim=2)
+    T = q.shape[2]
+    if window is not None and window < T:
+        position = torch.arange(T, device=q.device)
+        age = position[:, None] - position
+        mask = (age >= 0) & (age < window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def stored_for_rows(W: Tensor) -> Tensor:

@@ -32,9 +32,9 @@ from torch import Tensor
 from attention import in_pieces
 from cache import KVCache
 from folding import Folded, Layout, fold_heads, heads_of
-from model import GROUP, Model
+from model import Model
 from projection import LEVELS
-from rounding import EXACT, Rounding, check_bits, to_code
+from rounding import EXACT, GROUP, Rounding, check_bits, to_code
 
 TILE = 2 ** 21          # numbers that are unpacked at a time, about
 LEAST = 256             # tokens of a tile at least, however many numbers they are

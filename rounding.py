@@ -22,17 +22,21 @@ of a budget, whatever the length.
 A path lists lowerings, each of one block to its next fewer bits. It starts at 8 bits everywhere, a
 budget of 50%; a prefix makes a plan.
 """
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import common
+from attention import unseen_tokens
 from projection import LEVELS, SIDES, Projection, shape_of
 
 BITS = (0, 1, 2, 3, 4, 6, 8)
 EXACT = 4               # tokens at the beginning of a sequence
+GROUP = 32              # tokens that become codes together
 WHOLE = 16              # bits of a number that is not rounded
 
 # Of b bits, for a normal distribution with a spread of 1: the step with the least mean square
@@ -60,21 +64,21 @@ class Rounding:
         self.spread = spread
 
     def at(self, bits: Tensor):
-        """The hook `project=` that simulates a plan: (layer, k, v) -> (k̂, v̂, k', v').
+        """The hook `project=` that simulates a plan: (layer, k, v) -> (k̂, v̂, attention).
 
-        All are of the same shape; k' and v' are those of the newest group (model.py). bits is (2, L, K, 8), or (2, L, B, K, 8), where every sequence has a plan of its own.
+        bits is (2, L, K, 8), or (2, L, B, K, 8), where every sequence has a plan of its own.
         """
         check_bits(bits, self.p)
 
         def project(layer: int, k: Tensor, v: Tensor):
             k_hat, k_newest = self.rounded(0, layer, k, bits[0, layer])
             v_hat, v_newest = self.rounded(1, layer, v, bits[1, layer])
-            return k_hat, v_hat, k_newest, v_newest
+            return k_hat, v_hat, partial(grouped_attention, newest=(k_newest, v_newest))
 
         return project
 
     def rounded(self, side: int, layer: int, x: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys or values (B, K, T, d) by the equations above: as stored, and in the newest group.
+        """Keys or values (B, K, T, d) as they are stored, by the equations above, and when newest.
         """
         newest = self.coordinates(side, layer, x)
         stored = self.to_grid(side, layer, newest, bits)
@@ -125,6 +129,24 @@ class Rounding:
             raise ValueError(f"{path}: no tensor {missing}; did bits.py write it?") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def grouped_attention(q: Tensor, k_hat: Tensor, v_hat: Tensor, window: int | None, newest: tuple):
+    """Causal attention (model.py) to one's own group as it is, and to those before it as stored.
+
+    q (B, H, T, d); k̂, v̂ and the two of `newest`, k and v, (B, K, T, d). Returns (B, H, T, d).
+    """
+    k_newest, v_newest = newest
+    outputs = []
+    for start in range(0, q.shape[2], GROUP):
+        own = slice(start, start + GROUP)
+        q_own = q[:, :, own]
+        k = torch.cat((k_hat[:, :, :start], k_newest[:, :, own]), dim=2)
+        v = torch.cat((v_hat[:, :, :start], v_newest[:, :, own]), dim=2)
+        seen = ~unseen_tokens(0, k.shape[2], q_own.shape[2], window, q.device)
+        a = F.scaled_dot_product_attention(q_own, k, v, attn_mask=seen, enable_gqa=True)
+        outputs.append(a)
+    return torch.cat(outputs, dim=2)
 
 
 def grid(bits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:

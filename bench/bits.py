@@ -5,8 +5,9 @@
     position    KL by quarters of the model's length: keys drift with their position, as RoPE turns
                 their mean; untrained, from moments over whole windows and over a quarter of them
     other text  how much larger the KL is on Python's sources than on its documentation, for bits
-                and for int4 and int2 with a scale per token and head
-    speed       a decode step at --length tokens, against the full cache; medians of --runs pairs
+                and for int4 and int2 with a scale per token and head, the newest group exact
+    speed       a decode step behind --length tokens, against the full cache: the mean of 32, and a
+                group is packed on the way; medians of --runs pairs
     memory      how much the resident set grows, against what the cache says it takes
 
     python bench/bits.py                            # what train.py and bits.py left in out/
@@ -21,7 +22,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from equal_bytes import by_token
+from equal_bytes import by_token, twice
 
 import common
 from bits import TrainedRounding, first_path, load_bits, path_around
@@ -32,7 +33,7 @@ from evaluate import describe, report_arguments
 from model import load
 from order import output_weights
 from projection import Projection, calibrate, uniform_ranks
-from rounding import bits_at, same_bits
+from rounding import GROUP, bits_at, same_bits
 
 BUDGETS = 0.25, 0.1875, 0.125, 0.09375, 0.0625
 
@@ -101,7 +102,7 @@ def other_text(model, held_out, trained, args) -> None:
     tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
     other = encode(tokenizer, sources)
     hooks = {f"bits {budget:.2%}": trained.at(budget) for budget in (0.25, 0.125, 0.0625)}
-    hooks |= {f"int{bits}": partial(by_token, bits=bits) for bits in (4, 2)}
+    hooks |= {f"int{bits}": twice(partial(by_token, bits=bits))[True] for bits in (4, 2)}
     kls = []
     for text in (held_out, other):
         _, results = measure(model, text, hooks, args.batch, args.seq, args.windows)
@@ -113,26 +114,25 @@ def other_text(model, held_out, trained, args) -> None:
 
 
 def step_time(model, cache, length: int) -> float:
-    """Seconds of one decode step behind `length` tokens of whatever is in the cache."""
+    """Seconds of GROUP decode steps behind `length` tokens of whatever is in the cache."""
     token = torch.tensor([[5]])
-    times = []
-    for _ in range(5):
-        cache.length = length
-        began = time.perf_counter()
+    cache.length = length
+    began = time.perf_counter()
+    for _ in range(GROUP):
         model(token, cache=cache)
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return time.perf_counter() - began
 
 
 def speed(model, trained, args) -> None:
     n = args.length
     full = KVCache(
-        Projection.identity(model.config), uniform_ranks(1.0, model.config), 1, n + 8)
+        Projection.identity(model.config), uniform_ranks(1.0, model.config), 1, n + GROUP)
     full.data.normal_()
     print(f"\nA decode step at {n:,} tokens, share of the full cache's time (float32)")
     for budget in (0.25, 0.125, 0.0625):
-        packed = trained.cache(budget, 1, n + 8)
+        packed = trained.cache(budget, 1, n + GROUP)
         packed.data[packed.exact.nbytes:].random_(0, 256)
+        packed.newest.normal_()
         ratios = []
         for _ in range(args.runs):
             ours, its = step_time(model, packed, n), step_time(model, full, n)
@@ -140,7 +140,8 @@ def speed(model, trained, args) -> None:
         ratios.sort()
         median = ratios[len(ratios) // 2]
         print(f"  {budget:7.2%}  {median:.3f} [{ratios[0]:.3f} … {ratios[-1]:.3f}]   "
-              f"{packed.data.nbytes:,} bytes for {full.data.nbytes // 2:,} in 16 bits")
+              f"{packed.data.nbytes + packed.newest.nbytes:,} bytes for {full.data.nbytes // 2:,} "
+              "in 16 bits")
 
 
 def resident() -> int:

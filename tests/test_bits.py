@@ -1,6 +1,7 @@
 """bits.py: the path against a scan, what learns, and the script on a tiny model."""
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,7 @@ from generate import decode
 from model import load
 from order import output_weights, pairs_of_columns
 from projection import Moments
-from rounding import BITS, ERROR, bits_at
+from rounding import BITS, ERROR, bits_at, grouped_attention
 
 
 @pytest.fixture
@@ -128,11 +129,12 @@ def test_parts_of_kl_are_its_slopes(known):
     errors, narrow = {}, {}
 
     def record(layer, k, v):
-        stored, newest = (rounding.at(plan)(layer, k, v)[i:i + 2] for i in (0, 2))
+        *stored, attention = rounding.at(plan)(layer, k, v)
+        newest = attention.keywords["newest"]
         for side, x in enumerate((k, v)):
             narrow[side, layer] = newest[side] - x                  # bfloat16
             errors[side, layer] = (stored[side] - newest[side]) @ rounding.U[side][layer]
-        return *stored, *newest
+        return *stored, attention
 
     def kl(scale):
         def scaled(layer, k, v):
@@ -142,7 +144,7 @@ def test_parts_of_kl_are_its_slopes(known):
                 newest.append(x + narrow[side, layer])
                 error = (factor * errors[side, layer]) @ rounding.U[side][layer].mT
                 stored.append(newest[side] + error)
-            return *stored, *newest
+            return *stored, partial(grouped_attention, newest=newest)
 
         return log_ratio(model, text, scaled)
 
@@ -157,7 +159,8 @@ def test_parts_of_kl_are_its_slopes(known):
         assert parts.view(-1)[place].item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
     same = scaled_errors(rounding, plan, torch.ones(plan.shape))
     x = torch.randn(2, 2, *shape(model)[1:], 9, dtype=torch.float64).transpose(-1, -2)
-    for scaled, expected in zip(same(0, *x), rounding.at(plan)(0, *x), strict=True):
+    for side in (0, 1):
+        scaled, expected = same(0, *x)[side], rounding.at(plan)(0, *x)[side]
         assert relative(scaled, expected) < 1e-12
 
 

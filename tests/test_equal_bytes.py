@@ -4,7 +4,8 @@ from functools import partial
 import torch
 from conftest import random_projection, random_ranks, relative
 
-from bench.equal_bytes import GROUP, Kivi, by_rank_and_token, by_token, rounded
+from bench.equal_bytes import by_group, by_rank_and_token, by_token, rounded, twice
+from rounding import GROUP
 
 
 def test_a_number_is_off_by_at_most_half_a_step():
@@ -38,13 +39,22 @@ def test_ranks_in_many_bits_are_ranks(model, tokens):
     assert relative(model(tokens, project=hook), model(tokens, project=p.at(ranks))) < 1e-2
 
 
-def test_kivi_keeps_the_newest_group_exactly_and_rounds_those_before(model):
+def test_kivi_rounds_keys_by_channel_and_group_and_values_by_token():
+    k, v = torch.randn(2, 2, 3, 2 * GROUP + 5, 16)
+    k[:, :, :, 3] *= 100                                            # a channel that stands out
+    k_hat, v_hat = by_group(0, k, v, 2)
+    for group in (slice(0, GROUP), slice(GROUP, 2 * GROUP)):
+        assert torch.equal(k_hat[:, :, group], rounded(k[:, :, group], 2, 2))
+    assert torch.equal(k_hat[:, :, 2 * GROUP:], k[:, :, 2 * GROUP:])
+    assert (k_hat - k)[..., 4:].abs().max() < 2                     # the others do not suffer
+    assert torch.equal(v_hat, rounded(v, 2, -1))
+
+
+def test_the_newest_group_is_exact_and_those_before_are_not(model):
     tokens = torch.randint(3, 96, (2, 2 * GROUP))
-    exact = model(tokens)
-    cache = Kivi(model.config, 2)
-    first, second = (model(part, cache=cache) for part in tokens.split(GROUP, 1))
-    assert relative(first, exact[:, :GROUP]) < 1e-5
-    assert relative(second, exact[:, GROUP:]) > 1e-2
-    fine = Kivi(model.config, 14)
-    *_, second = (model(part, cache=fine) for part in tokens.split(GROUP, 1))
-    assert relative(second, exact[:, GROUP:]) < 1e-2
+    expected = model(tokens)
+    hooks = twice(partial(by_token, bits=2))
+    found = model(tokens, project=hooks[True])
+    assert relative(found[:, :GROUP], expected[:, :GROUP]) < 1e-5
+    assert relative(found[:, GROUP:], expected[:, GROUP:]) > 1e-2
+    assert relative(model(tokens, project=hooks[False])[:, :GROUP], expected[:, :GROUP]) > 1e-2

@@ -9,11 +9,13 @@ from rounding import (
     BITS,
     ERROR,
     EXACT,
+    GROUP,
     STEP,
     Rounding,
     bits_at,
     check_bits,
     grid,
+    grouped_attention,
     path_of_rows,
     path_to_rows,
     same_bits,
@@ -66,7 +68,7 @@ def test_the_hook_rounds_number_by_number(model, batch):
     L, K, d = shape(model)
     r, bits = random_rounding(model, torch.float64), random_bits(model, *batch)
     x = torch.randn(2, K, EXACT + 2, d, dtype=torch.float64)
-    k_hat, v_hat, _, _ = r.at(bits)(L - 1, x, x)
+    k_hat, v_hat, _ = r.at(bits)(L - 1, x, x)
     for side, (U, mean, found) in enumerate(((r.p.U_k, r.mean[0], k_hat),
                                              (r.p.U_v, r.p.mean_v, v_hat))):
         b, h, t = 1, K - 1, EXACT + 1
@@ -85,9 +87,11 @@ def test_the_hook_rounds_number_by_number(model, batch):
 def test_the_first_tokens_and_the_newest_are_exact_in_bfloat16(model):
     L, K, d = shape(model)
     x = torch.randn(2, K, 9, d)
-    k_hat, v_hat, k_newest, v_newest = random_rounding(model).at(same_bits(0, model.config))(0, x, x)
+    project = random_rounding(model).at(same_bits(0, model.config))
+    *stored, attention = project(0, x, x)
     first = x[:, :, :EXACT]
-    pairs = (k_hat[:, :, :EXACT], first), (v_hat[:, :, :EXACT], first), (k_newest, x), (v_newest, x)
+    pairs = [(of_side[:, :, :EXACT], first) for of_side in stored]
+    pairs += [(of_side, x) for of_side in attention.keywords["newest"]]
     for found, expected in pairs:
         assert relative(found, expected) < 2 ** -7
         assert not torch.equal(found, expected)
@@ -179,3 +183,19 @@ def test_a_rounding_is_read_as_it_was_written(model, tmp_path):
     r.save(tmp_path / "bits.safetensors")
     again = Rounding.load(tmp_path / "bits.safetensors")
     assert all(torch.equal(x, again.tensors()[name]) for name, x in r.tensors().items())
+
+
+@pytest.mark.parametrize("window", [None, 7, 40])
+def test_attention_sees_its_own_group_as_it_is_and_the_others_as_stored(window):
+    """Against one query at a time, over groups that the tokens do not fill."""
+    T = 2 * GROUP + 9
+    q = torch.randn(2, 4, T, 8, dtype=torch.float64)
+    k_hat, v_hat, k, v = torch.randn(4, 2, 2, T, 8, dtype=torch.float64)
+    found = grouped_attention(q, k_hat, v_hat, window, (k, v))
+    for t in (0, 5, GROUP - 1, GROUP, GROUP + 20, T - 1):
+        seen = range(max(0, t + 1 - (window or T)), t + 1)
+        keys, values = (torch.stack([(x if s // GROUP == t // GROUP else x_hat)[:, :, s]
+                                     for s in seen], 2) for x, x_hat in ((k, k_hat), (v, v_hat)))
+        keys, values = (x.repeat_interleave(2, 1) for x in (keys, values))
+        weights = (keys @ q[:, :, t, :, None] / 8 ** 0.5).softmax(2)
+        assert relative(found[:, :, t], (weights * values).sum(2)) < 1e-6
