@@ -7,10 +7,9 @@ question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a blo
               Water-filling (order.py) takes bits where that is cheapest, from 8 down to nothing; a
               prefix of the path makes a plan for any budget.
   matters     the KL with a head's keys, or values, alone at 2 bits, before training (2LK passes).
-              But where all are rounded a block matters more, or less. So during training the part
-              that each block has in the KL is measured too, around the path's plan at 9.4% of a
-              16-bit cache (parts_of_kl: backward passes tell all parts at once), and its cost
-              becomes the geometric mean of both. This is done twice, around the path found last.
+              But where all are rounded a block matters more, or less. So its part in the KL is
+              measured too, around the path's plan at 9.4% of a 16-bit cache (parts_of_kl: backward
+              passes tell all parts at once), twice, and its cost becomes the geometric mean.
   training    is train.py's own loop, with plans of random budgets along the path, each block at
               most one step off. Rounding has no gradient, so that of x is taken for it, up to the
               last code; beyond it there is none. What learns: all entries of A (rounding sees turns
@@ -250,6 +249,7 @@ class Bits:
         common.write_json(file, {
             "head_dim": self.config.head_dim,
             "exact": EXACT,
+            "newest": GROUP,
             "path": path_to_rows(self.path, self.config),
         } | said)
 
@@ -262,9 +262,9 @@ def load_bits(file: str | Path) -> Bits:
     L, K, d = rounding.p.mean_v.shape
     shape = SimpleNamespace(num_hidden_layers=L, num_key_value_heads=K, head_dim=d)
     try:
-        if (said["head_dim"], said["exact"]) != (d, EXACT):
-            raise ValueError(f"head_dim {said['head_dim']} and {said['exact']} exact tokens, for "
-                             f"{d} and {EXACT}")
+        for name, here in {"head_dim": d, "exact": EXACT, "newest": GROUP}.items():
+            if said[name] != here:
+                raise ValueError(f"{name} {said[name]}, for {here}")
         return Bits(rounding, path_of_rows(said["path"], shape), shape)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not what bits.py writes ({error})") from None

@@ -238,8 +238,8 @@ def test_total_counts_the_exact_tokens():
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
-    ({"head_dim": 5}, "head_dim 5"), ({"exact": 2}, "2 exact"), ({"path": [[1]]}, "not a path"),
-    ({"path": None}, "not what")])
+    ({"head_dim": 5}, "head_dim 5"), ({"exact": 2}, "exact 2"), ({"newest": 0}, "newest 0"),
+    ({"path": [[1]]}, "not a path"), ({"path": None}, "not what")])
 def test_a_spoilt_file_is_named(made, tmp_path, spoil, words):
     said = json.loads((made / "bits.json").read_text()) | spoil
     shutil.copy(made / "bits.safetensors", tmp_path)
