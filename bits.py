@@ -354,7 +354,7 @@ def options():
     passage_arguments(parser)
     add = parser.add_argument
     add("--proj", type=Path, help="projections to start from [the query-aware basis]")
-    add("--steps", type=common.within(1, 10 ** 7), default=300, help="[300]")
+    add("--steps", type=common.within(1, 10 ** 7), default=240, help="[240]")
     add("--lr", type=common.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
     parser.set_defaults(seq=None, accumulate=1, ce=0.0, amp=False, checkpoint=None)
     return parser.parse_args()
