@@ -3,7 +3,9 @@
     ladder      KL on held-out text of the same bits everywhere and of bits along a path, untrained;
                 of a path on the basis that train.py trained for ranks; of what bits.py trained
     position    KL by quarters of the model's length: keys drift with their position, as RoPE turns
-                their mean; untrained, from moments over whole windows and over a quarter of them
+                their mean; untrained, from moments over whole windows and over a quarter of them;
+                and where the newest tokens are not exact either, of which the first quarter has
+                the larger share
     other text  how much larger the KL is on Python's sources than on its documentation, for bits
                 and for int4 and int2 with a scale per token and head, the newest group exact
     speed       a decode step behind --length tokens, against the full cache: the mean of 32, and a
@@ -84,13 +86,14 @@ def position(model, held_out, trained, by_window: dict, args) -> None:
     rows = {"trained": trained.at}
     for seq, (rounding, path) in by_window.items():
         rows[f"untrained, windows of {seq}"] = partial(at_budget, rounding, path, model.config)
-    print(f"\nKL by position, quarters of {args.seq} tokens")
+    print(f"\nKL by position, quarters of {args.seq} tokens, at 12.5%; the newest {GROUP} are")
     for name, at in rows.items():
-        for budget in (0.1875, 0.125):
-            quarters = kl_by_quarter(model, x, at(budget))
+        for exact, hook in twice(at(0.125)).items():
+            quarters = kl_by_quarter(model, x, hook)
             shown = "".join(f"{kl:9.4f}" for kl in quarters)
             ratio = quarters[3] / quarters[0]
-            print(f"  {name:28s} {budget:7.2%} {shown}   last / first {ratio:.2f}")
+            kept = "exact" if exact else "stored"
+            print(f"  {name:28s} {kept:7s} {shown}   last / first {ratio:.2f}")
 
 
 def at_budget(rounding, path, config, budget: float):
