@@ -135,16 +135,15 @@ def scaled_errors(rounding: Rounding, plan: Tensor, scale: Tensor):
     width = rounding.spread.shape[-1] // LEVELS
 
     def project(layer: int, k: Tensor, v: Tensor):
-        scaled, newest = [], []
+        scaled = []
         for side, x in enumerate((k, v)):
             coordinates = rounding.coordinates(side, layer, x)
-            newest.append(rounding.turned_back(side, layer, coordinates).to(x))
             with torch.no_grad():
                 error = rounding.to_grid(side, layer, coordinates, plan[side, layer]) - coordinates
             factor = scale[side, layer].repeat_interleave(width, -1)[:, None]       # (K, 1, d)
             coordinates = coordinates + factor.to(error) * error
             scaled.append(rounding.turned_back(side, layer, coordinates).to(x))
-        return *scaled, partial(grouped_attention, newest=newest)
+        return *scaled, partial(grouped_attention, newest=(k, v))
 
     return project
 

@@ -167,12 +167,11 @@ def main():
     full *= 2 if args.bits else dtype.itemsize          # bits: of a 16-bit cache, as everywhere
 
     def size() -> str:
-        exact = cache.exact.nbytes + cache.newest.nbytes if args.bits else 0
-        size = cache.data.nbytes + (cache.newest.nbytes if args.bits else 0)
-        on_top = f", {exact:,} of them for the exact tokens" if args.bits else ""
-        return f"{size:,} bytes, {size / full:.1%} of the full {full:,}{on_top}"
+        return f"{cache.data.nbytes:,} bytes, {cache.data.nbytes / full:.1%} of the full {full:,}"
 
     said, times = [f"cache for {room} tokens: {size()}"], [time.perf_counter()]
+    if args.bits:
+        said.append(f"{cache.newest.nbytes:,} bytes for the newest {cache.newest.shape[-1]} tokens")
 
     def watched(tokens):
         for count, token in enumerate(tokens, 1):

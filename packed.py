@@ -2,8 +2,8 @@
 
 The interface is that of cache.py: `model(tokens, cache=cache)`. Everything lies in one flat tensor
 of bytes, `data`: first the exact tokens, in bfloat16, then the layers, each its keys, then its
-values. Beside it lie the tokens of the newest group, in bfloat16, however long the text: they
-become codes when their group is whole. A code lies in one field or two:
+values. Beside it lie the tokens of the newest group, in the model's dtype, however long the text:
+they become codes when their group is whole. A code lies in one field or two:
 
     bits        1    2    3      4    6      8
     fields      1    2    2, 1   4    4, 2   8          the upper one first
@@ -48,7 +48,7 @@ class PackedCache:
     """Keys and values of `batch` sequences, up to max_len tokens, at a plan of bits (2, L, K, 8).
 
     `data` is the one tensor that grows with max_len, uint8; `newest` (L, 2, K·batch, d, 32) holds
-    the tokens of the last group, bfloat16; `length` is the number of tokens in both.
+    the tokens of the last group; `length` is the number of tokens in both.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class PackedCache:
         exact = self.data[:exact_bytes].view(torch.bfloat16)
         self.exact = exact.view(exact_shape)
         newest_shape = L, 2, K * batch, d, GROUP
-        self.newest = torch.zeros(newest_shape, dtype=torch.bfloat16, device=device)
+        self.newest = torch.zeros(newest_shape, dtype=dtype, device=device)
 
         self.layers = []
         rest = self.data[exact_bytes:]
@@ -165,6 +165,7 @@ class PackedCache:
         v = v.permute(2, 0, 1, 3)                                   # (K, B, T, d)
         new = torch.stack((turned[:, :, -1], v)) - centre           # (2, K, B, T, d)
         newest = self.append(i, new.mT.flatten(1, 2))
+        newest = self.as_codes(i, newest)
 
         if T == 1 and not window:                                   # it sees all
             return self.attend_piece(i, q, newest, None, 0, self.length)
@@ -182,11 +183,11 @@ class PackedCache:
     def append(self, i: int, new: Tensor) -> Tensor:
         """Keep coordinates (2, K·B, d, T) of T more tokens: codes of the groups that are now whole.
 
-        Returns those tokens and what their first group held before, (2, K·B, d, tokens) bfloat16.
+        Returns those tokens and what their first group held before, (2, K·B, d, tokens).
         """
         held = self.length % GROUP
         begin = self.length - held                                  # of that group
-        tokens = torch.cat((self.newest[i][..., :held], new.bfloat16()), dim=-1)
+        tokens = torch.cat((self.newest[i][..., :held], new.to(self.dtype)), dim=-1)
         whole = tokens.shape[-1] // GROUP * GROUP
         rest = tokens.shape[-1] - whole
         self.newest[i][..., :rest] = tokens[..., whole:]
@@ -214,14 +215,14 @@ class PackedCache:
     ) -> Tensor:
         """Attention of queries (K, B, G, T, d), the tokens from `begin` on: (B, T, H·d).
 
-        Queries are turned, and hold Δ and 1/√d. newest: what `append` returned. unseen (T, all
-        tokens): which ones they do not see; none sees those before `first`.
+        Queries are turned, and hold Δ and 1/√d. newest: what `append` returned, in units of codes.
+        unseen (T, all tokens): which ones they do not see; none sees those before `first`.
         """
         K, B, G, T, d = q.shape
         end = begin + T
         groups = list(self.groups_of(begin, end))
         tiles = list(self.tiles_of(first, (end - 1) // GROUP * GROUP))      # all groups before
-        keys, values = self.as_codes(i, newest)[:, :, None]         # (K·B, 1, d, tokens)
+        keys, values = newest[:, :, None]                           # (K·B, 1, d, tokens)
         q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
         scores = q.new_zeros(K * B, G * T, end)
         for tokens, n in tiles:

@@ -126,25 +126,21 @@ def test_parts_of_kl_are_its_slopes(known):
     plan = random_bits(model)
     tokens = np.random.default_rng().integers(3, 96, 3 * 40 + 1)
     text = spread_windows(tokens, 3, 40)
-    errors, narrow = {}, {}
+    errors = {}
 
     def record(layer, k, v):
         *stored, attention = rounding.at(plan)(layer, k, v)
-        newest = attention.keywords["newest"]
-        for side, x in enumerate((k, v)):
-            narrow[side, layer] = newest[side] - x                  # bfloat16
-            errors[side, layer] = (stored[side] - newest[side]) @ rounding.U[side][layer]
+        for side, (x, hat) in enumerate(zip((k, v), stored, strict=True)):
+            errors[side, layer] = (hat - x) @ rounding.U[side][layer]
         return *stored, attention
 
     def kl(scale):
         def scaled(layer, k, v):
-            stored, newest = [], []
+            hats = []
             for side, x in enumerate((k, v)):
                 factor = scale[side, layer].repeat_interleave(x.shape[-1] // 8, -1)[:, None]
-                newest.append(x + narrow[side, layer])
-                error = (factor * errors[side, layer]) @ rounding.U[side][layer].mT
-                stored.append(newest[side] + error)
-            return *stored, partial(grouped_attention, newest=newest)
+                hats.append(x + (factor * errors[side, layer]) @ rounding.U[side][layer].mT)
+            return *hats, partial(grouped_attention, newest=(k, v))
 
         return log_ratio(model, text, scaled)
 
