@@ -177,7 +177,7 @@ def after_each(place: Tensor) -> Tensor:
 # Training
 
 class TrainedRounding(nn.Module):
-    """A Rounding that learns: `trained()` is the one at the current parameters."""
+    """A Rounding that learns: calling it gives the one at the current parameters."""
 
     def __init__(self, start: Projection, moments: Moments):
         super().__init__()
@@ -273,9 +273,8 @@ def load_bits(file: str | Path) -> Bits:
 # The report
 
 def total_share(mean_bits: float, T: int) -> float:
-    """Of a 16-bit cache of T tokens, with the exact ones and a whole newest group among them."""
-    exact = min(EXACT + GROUP, T)
-    return (exact * WHOLE + (T - exact) * mean_bits) / (T * WHOLE)
+    """What a cache for T tokens takes, in 16 bits its exact and newest ones; of a 16-bit cache."""
+    return mean_bits / WHOLE + (EXACT + GROUP) / T
 
 
 class Clamped:
@@ -288,9 +287,9 @@ class Clamped:
 
     def __call__(self, layer: int, k: Tensor, v: Tensor):
         for side, x in enumerate((k, v)):
-            rounded = self.rounding.coordinates(side, layer, x[:, :, EXACT:])
+            coordinates = self.rounding.coordinates(side, layer, x[:, :, EXACT:])
             step, top = self.rounding.grid(side, layer, self.plan[side, layer])
-            beyond = (rounded / step).abs() > top + 0.5
+            beyond = (coordinates / step).abs() > top + 0.5
             stored = (top > 0).expand_as(beyond)
             self.beyond += (beyond & stored).sum().item()
             self.count += stored.sum().item()

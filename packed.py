@@ -13,7 +13,7 @@ In a tile each field has a row of m = n / 8 · width bytes, and byte j holds it 
 2m + j, …, from its lowest bits on, counted from the tile's first. So one shift of whole rows for
 each of them, and a mask, unpack it with its tokens in their order. Then the fields of a code are
 joined, and the rows brought into the order of the coordinates. A tile is unpacked while it is
-attended to, in a workspace for one; no other copy of the past exists. Attention reads the codes:
+attended to, in a workspace for one; no other copy of the past exists. Attention reads codes:
 
     q · k̂ = Σ (q U)_j Δ_j code_j + q · μ − Σ (q U)_j Δ_j top_j
     Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ            a: attention's weights, Σ a = 1
@@ -48,7 +48,8 @@ class PackedCache:
     """Keys and values of `batch` sequences, up to max_len tokens, at a plan of bits (2, L, K, 8).
 
     `data` is the one tensor that grows with max_len, uint8; `newest` (L, 2, K·batch, d, 32) holds
-    the tokens of the last group; `length` is the number of tokens in both.
+    the length % 32 tokens of a group that is not whole. length may be set back to 0, not elsewhere;
+    and a pass that broke off cannot be repeated.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class PackedCache:
         self.length += T
 
     def fold(self, i: int, weights) -> Folded:
-        """The weights of layer i: v U comes out whole, also where all heads have 8 bits."""
+        """The weights of layer i: values come out as v U, all d coordinates of them."""
         if self.folded[i] is None:
             K, _, d = self.shape
             layout = Layout(
@@ -164,16 +165,16 @@ class PackedCache:
         v = v.to(self.wide).view(B, T, K, d)
         v = v.permute(2, 0, 1, 3)                                   # (K, B, T, d)
         new = torch.stack((turned[:, :, -1], v)) - centre           # (2, K, B, T, d)
-        newest = self.append(i, new.mT.flatten(1, 2))
-        newest = self.as_codes(i, newest)
+        unrounded = self.append(i, new.mT.flatten(1, 2))
+        unrounded = self.as_codes(i, unrounded)
 
         if T == 1 and not window:                                   # it sees all
-            return self.attend_piece(i, q, newest, None, 0, self.length)
+            return self.attend_piece(i, q, unrounded, None, 0, self.length)
         first = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
         begin = self.length
         outputs = []
         for part, unseen in in_pieces(q, 0, self.length + T, window):
-            outputs.append(self.attend_piece(i, part, newest, unseen, first, begin))
+            outputs.append(self.attend_piece(i, part, unrounded, unseen, first, begin))
             begin += part.shape[3]
         return torch.cat(outputs, dim=1)
 
@@ -208,21 +209,21 @@ class PackedCache:
         self,
         i: int,
         q: Tensor,
-        newest: Tensor,
+        unrounded: Tensor,
         unseen: Tensor | None,
         first: int,
         begin: int,
     ) -> Tensor:
         """Attention of queries (K, B, G, T, d), the tokens from `begin` on: (B, T, H·d).
 
-        Queries are turned, and hold Δ and 1/√d. newest: what `append` returned, in units of codes.
-        unseen (T, all tokens): which ones they do not see; none sees those before `first`.
+        Queries are turned, and hold Δ and 1/√d. unrounded: what `append` returned, in units of
+        codes. unseen (T, all tokens): which ones they do not see; none sees those before `first`.
         """
         K, B, G, T, d = q.shape
         end = begin + T
         groups = list(self.groups_of(begin, end))
         tiles = list(self.tiles_of(first, (end - 1) // GROUP * GROUP))      # all groups before
-        keys, values = newest[:, :, None]                           # (K·B, 1, d, tokens)
+        keys, values = unrounded[:, :, None]                        # (K·B, 1, d, tokens)
         q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
         scores = q.new_zeros(K * B, G * T, end)
         for tokens, n in tiles:

@@ -15,9 +15,9 @@ cache.
 
 Two kinds of tokens draw most of the attention and are not rounded to codes: the first four of a
 sequence (the exact tokens), whose x is kept in bfloat16, and the newest. Tokens come in groups of
-32, as in KIVI (arXiv 2402.02750); one that is whole becomes codes as soon as another begins. So a
-token sees its own group as it is, and of those before it the codes. Both kinds come on top of a
-budget, whatever the length.
+32, as in KIVI (arXiv 2402.02750), and one that is whole becomes codes. But a token sees its own
+group, 1 to 32 tokens up to itself, as it is, and only of those before it the codes. Both kinds come
+on top of a budget, whatever the length.
 
 A path lists lowerings, each of one block to its next fewer bits. It starts at 8 bits everywhere, a
 budget of 50%; a prefix makes a plan.
@@ -40,7 +40,7 @@ GROUP = 32              # tokens that become codes together
 WHOLE = 16              # bits of a number that is not rounded
 
 # Of b bits, for a normal distribution with a spread of 1: the step with the least mean square
-# error, and that error. The values that J. Max computes in "Quantizing for Minimum Distortion"
+# error, and that error, as J. Max computes them in "Quantizing for Minimum Distortion"
 # (1960); tests/test_rounding.py integrates them.
 STEP = {0: 1.0, 1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 6: 0.1041, 8: 0.0308}
 ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 0.001040, 8: 0.0000877}

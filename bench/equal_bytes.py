@@ -12,15 +12,16 @@ they combine. This script measures them with one yardstick, the bytes of a token
     ranks x int4    the coordinates that a plan keeps, in 4 bits with a scale and a zero
     bits            as bits.py trained them, if --out has bits.json; 4 exact tokens come on top
 
-KIVI and bits keep the newest group of 32 tokens exactly, and these draw most of the attention. So
-that no method has them for itself, each is measured twice: with that group exact, and without. It
-comes on top of the bytes shown, 32 tokens of 16 bits whatever the length.
+KIVI and bits keep the newest group exactly: a token sees its own group, 1 to 32 tokens up to
+itself, as it is, and these draw most of the attention. So that no method has them for itself, each
+is measured twice: with that group exact, and without. It comes on top of the bytes shown, 32 tokens
+of 16 bits whatever the length. The first 4 tokens of bits are exact in both.
 
 KL is the distance from the model on held-out text, in nats per token; top-1 the share of tokens
 whose likeliest next token stays the same. Recall: held-out passages of 64 tokens, followed by
 themselves; how much more often the next token is right in the second copy than in the first, as a
-share of the model's own gain. Nothing here is trained or tuned; ranks come as train.py and
-search.py left them.
+share of the model's own gain. Nothing is trained here: ranks come as train.py and search.py
+left them, bits as bits.py did.
 
     python bench/equal_bytes.py     # what train.py, search.py and bits.py left in out/
 """
@@ -98,7 +99,7 @@ def by_group(layer: int, k: Tensor, v: Tensor, bits: int):
 
 
 def twice(hook) -> dict:
-    """A hook with the newest group exact (True), and with no token seen as it is (False)."""
+    """A hook with the newest group exact (True), and without (False)."""
     def exact(layer: int, k: Tensor, v: Tensor):
         found = hook(layer, k, v)
         return found if len(found) == 3 else (*found, partial(grouped_attention, newest=(k, v)))
@@ -136,6 +137,7 @@ def candidates(args, config) -> list:
     if (args.out / "bits.json").exists():
         with common.blame("--out"):
             bits = load_bits(args.out / "bits.json")
+            bits.rounding.p.check_fits(config)
         for budget in (0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875):
             share = bits.plan(budget).double().mean().item() / WHOLE
             rows.append((f"bits {budget:.2%}", share, bits.at(budget)))
@@ -163,14 +165,14 @@ def draw(rows: list[dict], path: Path) -> None:
             x = [100 * row["bytes"] for row in mine]
             for found, style in (
                 ("newest exact", {"label": label, "marker": marker}),
-                ("none exact", {"linestyle": ":", "marker": marker, "markersize": 3}),
+                ("without", {"linestyle": ":", "marker": marker, "markersize": 3}),
             ):
                 style["color"] = color
                 distance.plot(x, [row[found]["kl"] for row in mine], **style)
                 memory.plot(x, [100 * row[found]["recall"] for row in mine], **style)
         distance.set(yscale="log", ylabel="KL to the base model, nats per token")
         memory.set(ylim=(0, 105), ylabel="recall, % of the model's own")
-        distance.legend(title=f"lines: the newest {GROUP} tokens are exact; dots: none is")
+        distance.legend(title="lines: the newest group exact; dots: without")
         for axis in (distance, memory):
             show_bytes(axis)
 
@@ -195,17 +197,17 @@ def main():
     own = recall(model, passages)
     print(f"\nThe model itself gains {own:.3f} in the second copy of {len(passages)} passages\n")
     columns = f"{'KL':>8s}   {'top-1':>6s}   {'recall':>6s}"
-    print(" " * 34 + f"| the newest {GROUP} tokens exact | no token exact")
+    print(" " * 34 + f"| {'the newest group exact':26s} | without")
     print(f"  {'bytes':>6s}   {'':24s} | {columns} | {columns}")
     found = []
     for name, share, hook in rows:
         row = {"name": name, "bytes": share}
         shown = ""
         for exact, project in twice(hook).items():
-            _, results = measure(model, held_out, {"": project}, 8, args.seq, args.windows)
+            _, results = measure(model, held_out, {"": project}, args.batch, args.seq, args.windows)
             result = results[""]
             result["recall"] = recall(model, passages, project) / own
-            row["newest exact" if exact else "none exact"] = result
+            row["newest exact" if exact else "without"] = result
             shown += f" | {result['kl']:8.5f}   {result['same']:6.1%}   {result['recall']:6.1%}"
         print(f"  {share:6.1%}   {name:24s}{shown}", flush=True)
         found.append(row)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CKPT, call, random_projection, relative, shape, small
-from test_rounding import random_bits, random_path
+from test_rounding import random_bits, random_path, random_rounding
 
 from bits import (
     TrainedRounding,
@@ -22,12 +22,14 @@ from bits import (
     total_share,
     water_filling,
 )
+from cache import KVCache
 from distance import spread_windows
 from generate import decode
 from model import load
 from order import output_weights, pairs_of_columns
-from projection import Moments
-from rounding import BITS, ERROR, bits_at, grouped_attention
+from packed import PackedCache
+from projection import Moments, Projection, uniform_ranks
+from rounding import BITS, ERROR, bits_at, grouped_attention, same_bits
 
 
 @pytest.fixture
@@ -228,9 +230,15 @@ def test_the_script_leaves_what_its_reader_reads(made):
     assert len(list(decode(model, bits.cache(0.0625, 1, 12), [1, 5, 9], 8))) <= 8
 
 
-def test_total_counts_the_exact_tokens():
-    assert total_share(2, 512) == pytest.approx((36 * 16 + 476 * 2) / (512 * 16))
-    assert total_share(2, 30) == 1
+def test_the_total_is_what_a_cache_takes():
+    """As large as the cache itself, whose newest tokens have 16 bits in a 16-bit model."""
+    model = load(CKPT)
+    r = random_rounding(model)
+    cache = PackedCache(r, same_bits(2, model.config), 1, 512, torch.bfloat16)
+    full = KVCache(Projection.identity(model.config), uniform_ranks(1.0, model.config), 1, 512,
+                   torch.bfloat16)
+    share = (cache.data.nbytes + cache.newest.nbytes) / full.data.nbytes
+    assert total_share(2, 512) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
