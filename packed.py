@@ -48,8 +48,8 @@ class PackedCache:
     """Keys and values of `batch` sequences, up to max_len tokens, at a plan of bits (2, L, K, 8).
 
     `data` is the one tensor that grows with max_len, uint8; `newest` (L, 2, K·batch, d, 32) holds
-    the length % 32 tokens of a group that is not whole. length may be set back to 0, not elsewhere;
-    and a pass that broke off cannot be repeated.
+    the length % 32 tokens of a group that is not whole. `length` may be set back to 0, to nothing
+    else; and a pass that broke off cannot be repeated.
     """
 
     def __init__(
@@ -251,8 +251,10 @@ class PackedCache:
         return a.flatten(2).to(self.dtype)
 
     def groups_of(self, begin: int, end: int):
-        """Of queries of tokens from `begin` to `end`: which are of a group, its tokens, where
-        these lie in what `append` returned."""
+        """The groups with queries of tokens from `begin` to `end`, three slices for each:
+
+        its queries, the tokens up to the last of them, and where these are in what `append` gave.
+        """
         held_from = self.length - self.length % GROUP
         for start in range(begin - begin % GROUP, end, GROUP):
             stop = min(start + GROUP, end)
