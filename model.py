@@ -302,15 +302,15 @@ class Model(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention of q (B, H, T, d) over k and v (B, K, T, d): (B, H, T, d).
+    """Causal attention of the last T of n tokens, q (B, H, T, d) over k, v (B, K, n, d): like q.
 
     Each token sees at most the last `window` tokens, itself included.
     """
-    T = q.shape[2]
-    if window is not None and window < T:
-        position = torch.arange(T, device=q.device)
-        age = position[:, None] - position
-        mask = (age >= 0) & (age < window)
+    T, n = q.shape[2], k.shape[2]
+    if T < n or (window or n) < n:
+        position = torch.arange(n, device=q.device)
+        age = position[-T:, None] - position
+        mask = (age >= 0) & (age < (window or n))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 

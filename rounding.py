@@ -13,8 +13,8 @@ no bytes. Coordinates come in blocks of d/8, and all of a block have the same bi
 is (2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit
 cache.
 
-Two kinds of tokens draw most of the attention and are not rounded to codes: the first four of a
-sequence (the exact tokens), whose x is kept in bfloat16, and the newest. Tokens come in groups of
+Two kinds of tokens are not rounded to codes: the first four of a sequence (the exact tokens), whose
+x is kept in bfloat16, for much attention goes there, and the newest. Tokens come in groups of
 32, as in KIVI (arXiv 2402.02750), and one that is whole becomes codes. But a token sees its own
 group, 1 to 32 tokens up to itself, as it is, and only of those before it the codes. Both kinds come
 on top of a budget, whatever the length.
@@ -27,11 +27,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from attention import unseen_tokens
+from model import causal_attention
 from projection import LEVELS, SIDES, Projection, shape_of
 
 BITS = (0, 1, 2, 3, 4, 6, 8)
@@ -131,7 +130,7 @@ class Rounding:
 
 
 def grouped_attention(q: Tensor, k_hat: Tensor, v_hat: Tensor, window: int | None, newest: tuple):
-    """Causal attention (model.py) to one's own group as it is, and to those before it as stored.
+    """Causal attention to one's own group as it is, and to those before it as stored.
 
     q (B, H, T, d); k̂, v̂ and the two of `newest`, k and v, (B, K, T, d). Returns (B, H, T, d).
     """
@@ -139,12 +138,9 @@ def grouped_attention(q: Tensor, k_hat: Tensor, v_hat: Tensor, window: int | Non
     outputs = []
     for start in range(0, q.shape[2], GROUP):
         own = slice(start, start + GROUP)
-        q_own = q[:, :, own]
         k = torch.cat((k_hat[:, :, :start], k_newest[:, :, own]), dim=2)
         v = torch.cat((v_hat[:, :, :start], v_newest[:, :, own]), dim=2)
-        seen = ~unseen_tokens(0, k.shape[2], q_own.shape[2], window, q.device)
-        a = F.scaled_dot_product_attention(q_own, k, v, attn_mask=seen, enable_gqa=True)
-        outputs.append(a)
+        outputs.append(causal_attention(q[:, :, own], k, v, window))
     return torch.cat(outputs, dim=2)
 
 

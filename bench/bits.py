@@ -88,11 +88,10 @@ def position(model, held_out, trained, by_window: dict, args) -> None:
         rows[f"untrained, windows of {seq}"] = partial(at_budget, rounding, path, model.config)
     print(f"\nKL by position, quarters of {args.seq} tokens, at 12.5%; the newest {GROUP} are")
     for name, at in rows.items():
-        for exact, hook in twice(at(0.125)).items():
+        for kept, hook in twice(at(0.125)).items():
             quarters = kl_by_quarter(model, x, hook)
             shown = "".join(f"{kl:9.4f}" for kl in quarters)
             ratio = quarters[3] / quarters[0]
-            kept = "exact" if exact else "stored"
             print(f"  {name:28s} {kept:7s} {shown}   last / first {ratio:.2f}")
 
 
@@ -105,7 +104,7 @@ def other_text(model, held_out, trained, args) -> None:
     tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
     other = encode(tokenizer, sources)
     hooks = {f"bits {budget:.2%}": trained.at(budget) for budget in (0.25, 0.125, 0.0625)}
-    hooks |= {f"int{bits}": twice(partial(by_token, bits=bits))[True] for bits in (4, 2)}
+    hooks |= {f"int{bits}": twice(partial(by_token, bits=bits))["exact"] for bits in (4, 2)}
     kls = []
     for text in (held_out, other):
         _, results = measure(model, text, hooks, args.batch, args.seq, args.windows)

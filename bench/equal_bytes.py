@@ -13,9 +13,9 @@ they combine. This script measures them with one yardstick, the bytes of a token
     bits            as bits.py trained them, if --out has bits.json; 4 exact tokens come on top
 
 KIVI and bits keep the newest group exactly: a token sees its own group, 1 to 32 tokens up to
-itself, as it is, and these draw most of the attention. So that no method has them for itself, each
-is measured twice: with that group exact, and without. It comes on top of the bytes shown, 32 tokens
-of 16 bits whatever the length. The first 4 tokens of bits are exact in both.
+itself, as it is. So that no method has that for itself, each is measured twice: with the newest
+group exact, and stored like all others. Exact it comes on top of the bytes shown, 32 tokens of 16
+bits whatever the length. The first 4 tokens of bits are exact in both.
 
 KL is the distance from the model on held-out text, in nats per token; top-1 the share of tokens
 whose likeliest next token stays the same. Recall: held-out passages of 64 tokens, followed by
@@ -88,22 +88,21 @@ def by_rank_and_token(layer: int, k: Tensor, v: Tensor, p: Projection, ranks: Te
 
 
 def by_group(layer: int, k: Tensor, v: Tensor, bits: int):
-    """The hook of KIVI N: keys channel by channel within a group, values token by token.
-
-    Tokens that do not fill a group are left as they are: nobody reads them but their own group.
-    """
-    whole = k.shape[2] // GROUP * GROUP
-    groups = k[:, :, :whole].unflatten(2, (-1, GROUP))
-    keys = rounded(groups, bits, 3).flatten(2, 3)
-    return torch.cat((keys, k[:, :, whole:]), dim=2), rounded(v, bits, -1)
+    """The hook of KIVI N: keys channel by channel within a group, values token by token."""
+    keys = [rounded(group, bits, 2) for group in k.split(GROUP, dim=2)]
+    return torch.cat(keys, dim=2), rounded(v, bits, -1)
 
 
 def twice(hook) -> dict:
-    """A hook with the newest group exact (True), and without (False)."""
+    """A hook with the newest group exact, and with it stored like all others."""
     def exact(layer: int, k: Tensor, v: Tensor):
         found = hook(layer, k, v)
         return found if len(found) == 3 else (*found, partial(grouped_attention, newest=(k, v)))
-    return {True: exact, False: lambda layer, k, v: hook(layer, k, v)[:2]}
+
+    def stored(layer: int, k: Tensor, v: Tensor):
+        return hook(layer, k, v)[:2]
+
+    return {"exact": exact, "stored": stored}
 
 
 # ------------------------------------------------------------------------------
@@ -157,22 +156,22 @@ CURVES = {      # names without their numbers: label, colour, marker
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """KL and recall against bytes: lines with the newest group exact, dots without."""
+    """KL and recall against bytes: lines with the newest group exact, dots with it stored."""
     with common.picture(path, columns=2, width=11, height=4.5) as (distance, memory):
         for curve, (label, color, marker) in CURVES.items():
             mine = [row for row in rows if re.sub(r"[\d.%]+", "", row["name"]).split() ==
                     curve.split()]
             x = [100 * row["bytes"] for row in mine]
             for found, style in (
-                ("newest exact", {"label": label, "marker": marker}),
-                ("without", {"linestyle": ":", "marker": marker, "markersize": 3}),
+                ("exact", {"label": label, "marker": marker}),
+                ("stored", {"linestyle": ":", "marker": marker, "markersize": 3}),
             ):
                 style["color"] = color
                 distance.plot(x, [row[found]["kl"] for row in mine], **style)
                 memory.plot(x, [100 * row[found]["recall"] for row in mine], **style)
         distance.set(yscale="log", ylabel="KL to the base model, nats per token")
         memory.set(ylim=(0, 105), ylabel="recall, % of the model's own")
-        distance.legend(title="lines: the newest group exact; dots: without")
+        distance.legend(title="lines: the newest group exact; dots: stored")
         for axis in (distance, memory):
             show_bytes(axis)
 
@@ -197,20 +196,18 @@ def main():
     own = recall(model, passages)
     print(f"\nThe model itself gains {own:.3f} in the second copy of {len(passages)} passages\n")
     columns = f"{'KL':>8s}   {'top-1':>6s}   {'recall':>6s}"
-    print(" " * 34 + f"| {'the newest group exact':26s} | without")
+    print(" " * 34 + f"| {'the newest group exact':26s} | stored like all others")
     print(f"  {'bytes':>6s}   {'':24s} | {columns} | {columns}")
     found = []
     for name, share, hook in rows:
-        row = {"name": name, "bytes": share}
+        hooks = twice(hook)
+        _, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
         shown = ""
-        for exact, project in twice(hook).items():
-            _, results = measure(model, held_out, {"": project}, args.batch, args.seq, args.windows)
-            result = results[""]
-            result["recall"] = recall(model, passages, project) / own
-            row["newest exact" if exact else "without"] = result
+        for newest, result in results.items():
+            result["recall"] = recall(model, passages, hooks[newest]) / own
             shown += f" | {result['kl']:8.5f}   {result['same']:6.1%}   {result['recall']:6.1%}"
         print(f"  {share:6.1%}   {name:24s}{shown}", flush=True)
-        found.append(row)
+        found.append({"name": name, "bytes": share} | results)
     with common.blame("--out"):
         common.write_json(args.out / "equal_bytes.json", {"rows": found}, indent=1)
         draw(found, args.out / "equal_bytes.png")

@@ -56,18 +56,18 @@ def test_the_cache_gives_the_logits_of_the_hook(wide_model, batch, window, least
 def test_each_number_of_bits_is_written_and_read(wide_model, bits):
     model = wide_model
     r, plan = random_rounding(model, torch.float64), same_bits(bits, model.config)
-    tokens = torch.randint(3, 96, (2, 30))
-    cache = PackedCache(r, plan, 2, 30, torch.float64)
-    assert relative(read_in(model, cache, tokens, (13, 1, 16)),
+    tokens = torch.randint(3, 96, (2, 80))                          # two groups become codes
+    cache = PackedCache(r, plan, 2, 80, torch.float64)
+    assert relative(read_in(model, cache, tokens, (13, 1, 66)),
                     model(tokens, project=r.at(plan))) < 1e-10
 
 
 def test_in_float32_too(model):
     r, bits = random_rounding(model), random_bits(model).clamp(min=2)
-    tokens = torch.randint(3, 96, (2, 25))
-    cache = PackedCache(r, bits, 2, 25)
+    tokens = torch.randint(3, 96, (2, 45))
+    cache = PackedCache(r, bits, 2, 45)
     expected = model(tokens, project=r.at(bits))
-    found = read_in(model, cache, tokens, (12, 1, 12))
+    found = read_in(model, cache, tokens, (12, 1, 32))
     close = (found - expected).abs().amax(-1) < 1e-4 * expected.abs().max()
     assert close.double().mean() > 0.8              # the others: a number on the other side of ½
 
