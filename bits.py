@@ -59,7 +59,7 @@ from rounding import (
     path_to_rows,
     same_bits,
 )
-from train import VALID, distillation, train
+from train import VALID, distillation, one_of_each, train
 
 BUDGETS = (0.5, 0.375, 0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875)
 TRIED = 2               # bits of a head that is measured alone, while all others have 8
@@ -199,14 +199,9 @@ class TrainedRounding(nn.Module):
 
 
 def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
-    """Plans (2, L, B, K, 8) of B budgets along the path, 0.9 to 4.5 bits on average, nudged.
-
-    The budgets are random, one out of each B-th of the range, so every step sees all of it.
-    """
+    """Plans (2, L, B, K, 8) of B budgets along the path, 0.9 to 4.5 bits on average, nudged."""
     low, high = math.log(0.9), math.log(4.5)
-    part = torch.randperm(B, generator=generator)
-    uniform = (part + torch.rand(B, generator=generator)) / B
-    means = (low + (high - low) * uniform).exp()
+    means = (low + (high - low) * one_of_each(B, generator)).exp()
     plans = [bits_at(path, config, mean / WHOLE) for mean in means.tolist()]
     plans = torch.stack(plans, dim=2)
 

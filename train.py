@@ -16,8 +16,9 @@ It gains where little of the cache is left and loses to PCA elsewhere. The defau
 
   start      PCA plus what queries and W_o read (query_aware): better before any training.
   ranks      plans of any size along an order of lowerings (draw_along), as search.py makes them:
-             one for the start (order.py), or --ranks FILE. --uniform: one level for a sequence,
-             each head at most one off (draw_levels). The paper's average to about half.
+             one for the start (order.py), or --ranks FILE. --uniform: one level for all heads
+             (draw_levels). The paper's average to about half.
+  steps      200, where the paper's recipe has 400: every step sees small and large plans.
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
              counts about the same at every budget. No cross-entropy: it pulls towards the text.
@@ -59,30 +60,27 @@ def draw_independent(B: int, config, generator: Generator) -> Tensor:
 
 
 def draw_levels(B: int, config, generator: Generator) -> Tensor:
-    """Every sequence is dealt a level from 2 to 7 (25 to 87.5%), each once before any twice."""
-    L, K, _ = shape_of(config)
-    dealt = LEVELS - 2
-    deals = [torch.randperm(dealt, generator=generator) for _ in range(0, B, dealt)]
-    levels = torch.cat(deals)[:B, None] + 2                         # (B, 1)
-    return nudged(levels.expand(2, L, B, K), config, generator)
+    """One level for all heads of a sequence, 2 to 7 (25 to 87.5%)."""
+    L, K, d = shape_of(config)
+    levels = 2 + ((LEVELS - 2) * one_of_each(B, generator)).long()
+    ranks = levels * (d // LEVELS)
+    return ranks[:, None].expand(2, L, B, K)
 
 
 def draw_along(B: int, config, generator: Generator, order) -> Tensor:
-    """A random budget, from 15% (or the order's end) to 100%; ranks: its plan, nudged."""
-    L, K, d = shape_of(config)
+    """The plans of B budgets along the order, from 15% (or its end) to 90%."""
+    L, K, _ = shape_of(config)
     end_of_order = 1 - len(order) / (2 * L * K * LEVELS)
-    lowest = max(0.15, end_of_order)
-    budgets = lowest + (1 - lowest) * torch.rand(B, generator=generator)
+    low, high = max(0.15, end_of_order), max(0.9, end_of_order)
+    budgets = low + (high - low) * one_of_each(B, generator)
     plans = [plan_at(order, config, budget) for budget in budgets.tolist()]
-    levels = torch.stack(plans, dim=2) // (d // LEVELS)
-    return nudged(levels, config, generator)
+    return torch.stack(plans, dim=2)
 
 
-def nudged(levels: Tensor, config, generator: Generator) -> Tensor:
-    """Ranks from levels (2, L, B, K), each head at most one level off."""
-    off = torch.randint(-1, 2, levels.shape, generator=generator)
-    levels = (levels + off).clamp(1, LEVELS)
-    return levels * (config.head_dim // LEVELS)
+def one_of_each(B: int, generator: Generator) -> Tensor:
+    """Random numbers from 0 to 1, one out of each B-th: every step sees all of a range. (B,)"""
+    part = torch.randperm(B, generator=generator)
+    return (part + torch.rand(B, generator=generator)) / B
 
 
 # ------------------------------------------------------------------------------
@@ -243,7 +241,7 @@ def options() -> argparse.Namespace:
     add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
     add("--uniform", action="store_true", help="train for the same rank everywhere")
-    add("--steps", type=count, default=400, help="[400]")
+    add("--steps", type=count, help="[200; paper: 400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
     add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
     add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
@@ -256,6 +254,7 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     paper = args.recipe == "paper"
     args.uniform |= paper
+    args.steps = args.steps or (400 if paper else 200)
     if args.ranks and args.uniform:
         common.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
                     "ranks along no order")

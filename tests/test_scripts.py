@@ -175,23 +175,23 @@ def test_the_papers_recipe_runs_with_its_rate_and_its_cross_entropy(chain, tmp_p
     assert not torch.allclose(tensors["U_k"], tensors["pca_U_k"], atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe, draw, floor", [
-    ("paper", draw_independent, None), ("uniform", draw_levels, 1e-3),
-    ("along an order", draw_along, 1e-3)])
+@pytest.mark.parametrize("recipe, draw, floor, steps", [
+    ("paper", draw_independent, None, 400), ("uniform", draw_levels, 1e-3, 200),
+    ("along an order", draw_along, 1e-3, 200)])
 def test_a_recipe_draws_its_ranks_and_takes_the_logarithm_or_not(
-        chain, tmp_path, monkeypatch, recipe, draw, floor):
+        chain, tmp_path, monkeypatch, recipe, draw, floor, steps):
     _, options = chain
     taken = []
 
     def note(run, model, tokens, draw, hook, floor, after_step):
-        taken.extend((draw, floor))
+        taken.extend((draw, floor, run.args.steps))
 
     monkeypatch.setattr("train.train", note)
     monkeypatch.setattr("train.finish", lambda *_: None)
     named = {"paper": ["--recipe", "paper"], "uniform": ["--uniform"]}.get(recipe, [])
-    call("train", *options, "--steps", 1, *named, "--out", tmp_path)
+    call("train", *options, *named, "--out", tmp_path)
     assert getattr(taken[0], "func", taken[0]) is draw
-    assert taken[1] == floor
+    assert taken[1:] == [floor, steps]
 
 
 def test_an_evaluation_is_of_the_text_and_model_that_were_trained_on(chain, tmp_path, refusal):
