@@ -552,7 +552,7 @@ def plan_memory(args, config, device: torch.device, dtype: torch.dtype) -> None:
     print(f"Memory of a step, predicted: {listed}; {total / 1e6:,.0f} MB in all{how}")
     if total > free:
         fail(f"--batch {args.batch} --seq {args.seq}: a step needs about {total / 1e9:.1f} GB and "
-             f"{free / 1e9:.1f} GB are free on {device}; try --seq, --accumulate or --checkpoint")
+             f"{free / 1e9:.1f} GB are free on {device}; take a smaller --batch or --seq")
 
 
 class Forecast:
