@@ -18,7 +18,7 @@ It gains where little of the cache is left and loses to PCA elsewhere. The defau
   ranks      plans of any size along an order of lowerings (draw_along), as search.py makes them:
              one for the start (order.py), or --ranks FILE. --uniform: one level for all heads
              (draw_levels). The paper's average to about half.
-  steps      200, where the paper's recipe has 400: every step sees small and large plans.
+  steps      200, where the paper's recipe has 400.
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
              counts about the same at every budget. No cross-entropy: it pulls towards the text.
