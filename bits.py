@@ -10,11 +10,10 @@ question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a blo
               But where all are rounded a block matters more, or less. So its part in the KL is
               measured too, around the path's plan at 9.4% of a 16-bit cache (parts_of_kl: backward
               passes tell all parts at once), twice, and its cost becomes the geometric mean.
-  training    is train.py's own loop, with plans of random budgets along the path, each block at
-              most one step off. Rounding has no gradient, so that of x is taken for it, up to the
-              last code; beyond it there is none. What learns: all entries of A (rounding sees turns
-              within a block too), means and spreads. The path is found anew after a quarter of the
-              steps, and at the end.
+  training    is train.py's own loop, with plans of random budgets along the path. Rounding has no
+              gradient, so that of x is taken for it, up to the last code; beyond it there is none.
+              What learns: all entries of A (rounding sees turns within a block too), means and
+              spreads. The path is found anew after a quarter of the steps, and after half of them.
   objective   the mean of log(KL + 0.0001): 0.001, as in train.py, would hide the KLs at 4 bits.
 
 The start is the query-aware basis over the calibration text; --proj takes the one in a file.
@@ -199,16 +198,11 @@ class TrainedRounding(nn.Module):
 
 
 def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
-    """Plans (2, L, B, K, 8) of B budgets along the path, 0.9 to 4.5 bits on average, nudged."""
-    low, high = math.log(0.9), math.log(4.5)
+    """The plans (2, L, B, K, 8) of B budgets along the path, 0.75 to 4.5 bits on average."""
+    low, high = math.log(0.75), math.log(4.5)
     means = (low + (high - low) * one_of_each(B, generator)).exp()
     plans = [bits_at(path, config, mean / WHOLE) for mean in means.tolist()]
-    plans = torch.stack(plans, dim=2)
-
-    step = torch.searchsorted(torch.tensor(BITS), plans)
-    chance = torch.rand(step.shape, generator=generator)
-    step = step - (chance < 1 / 6).long() + (chance > 5 / 6).long()
-    return torch.tensor(BITS)[step.clamp(0, len(BITS) - 1)]
+    return torch.stack(plans, dim=2)
 
 
 def bits_hook(rounding: TrainedRounding, bits: Tensor, batch: int):
@@ -347,9 +341,9 @@ def options():
     passage_arguments(parser)
     add = parser.add_argument
     add("--proj", type=Path, help="projections to start from [the query-aware basis]")
-    add("--steps", type=common.within(1, 10 ** 7), default=240, help="[240]")
+    add("--steps", type=common.within(1, 10 ** 7), default=120, help="[120]")
     add("--lr", type=common.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
-    parser.set_defaults(seq=None, accumulate=1, ce=0.0, amp=False, checkpoint=None)
+    parser.set_defaults(seq=None, accumulate=1, plans=1, ce=0.0, amp=False, checkpoint=None)
     return parser.parse_args()
 
 
@@ -405,7 +399,7 @@ def main():
             return Bits(rounding(torch.float64).to(None, torch.float32), run.path, config)
 
     def after_step(step: int) -> None:
-        if step in (args.steps // 4, args.steps):
+        if step in (args.steps // 4, args.steps // 2):
             with torch.no_grad():
                 now = rounding()
             run.path = path_around(model, now, moments, tokens, args, matters, run.path)
