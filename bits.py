@@ -6,10 +6,11 @@ question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a blo
   path        a block costs (how far rounding is off) × (who reads it) × (what its head matters).
               Water-filling (order.py) takes bits where that is cheapest, from 8 down to nothing; a
               prefix of the path makes a plan for any budget.
-  matters     the KL with a head's keys, or values, alone at 2 bits, before training (2LK passes).
+  matters     the KL, per error, with a head's keys, or values, alone at 2 bits, before training
+              (2LK passes).
               But where all are rounded a block matters more, or less. So its part in the KL is
               measured too, around the path's plan at 9.4% of a 16-bit cache (parts_of_kl: backward
-              passes tell all parts at once), twice, and its cost becomes the geometric mean.
+              passes tell all parts at once), and its cost becomes the geometric mean; twice.
   training    is train.py's own loop, with plans of random budgets along the path. Rounding has no
               gradient, so that of x is taken for it, up to the last code; beyond it there is none.
               What learns: all entries of A (rounding sees turns within a block too), means and
@@ -63,7 +64,7 @@ from train import VALID, distillation, one_of_each, train
 BUDGETS = (0.5, 0.375, 0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875)
 TRIED = 2               # bits of a head that is measured alone, while all others have 8
 AROUND = 0.09375        # the budget around whose plan the parts of blocks are measured
-WINDOWS = 32            # of training text, in which they are
+WINDOWS = 32            # of training text to measure them in
 
 
 # ------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def errors_at(bits: Tensor) -> Tensor:
 def water_filling(costs: Tensor) -> Tensor:
     """The path of blocks that cost `costs` (2, L, K, 8) × errors_at their bits."""
     bits = torch.tensor(BITS)
-    per_bit = -errors_at(bits).diff() / bits.diff()                 # of each lowering, 0 to 8
+    per_bit = -errors_at(bits).diff() / bits.diff()                 # of lowerings to 0, …, 6
     steps = costs.flatten()[:, None] * per_bit.flip(0)              # (places, 6), 8 first
     place = cheapest_first(steps)
     return torch.stack((place, after_each(place)), dim=1)
@@ -198,7 +199,7 @@ class TrainedRounding(nn.Module):
 
 
 def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
-    """The plans (2, L, B, K, 8) of B budgets along the path, 0.75 to 4.5 bits on average."""
+    """The plans (2, L, B, K, 8) of B budgets, 0.75 to 4.5 bits on average; even in the log."""
     low, high = math.log(0.75), math.log(4.5)
     means = (low + (high - low) * one_of_each(B, generator)).exp()
     plans = [bits_at(path, config, mean / WHOLE) for mean in means.tolist()]
@@ -343,7 +344,7 @@ def options():
     add("--proj", type=Path, help="projections to start from [the query-aware basis]")
     add("--steps", type=common.within(1, 10 ** 7), default=120, help="[120]")
     add("--lr", type=common.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
-    parser.set_defaults(seq=None, accumulate=1, plans=1, ce=0.0, amp=False, checkpoint=None)
+    parser.set_defaults(seq=None, accumulate=1, ce=0.0, amp=False, checkpoint=None)
     return parser.parse_args()
 
 

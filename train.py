@@ -18,7 +18,7 @@ It gains where little of the cache is left and loses to PCA elsewhere. The defau
   ranks      plans of any size along an order of lowerings (draw_along), as search.py makes them:
              one for the start (order.py), or --ranks FILE. --uniform: one level for all heads
              (draw_levels). The paper's average to about half.
-  steps      240 for 400; and each text serves two plans at once, which share the teacher's pass.
+  steps      200, where the paper's recipe has 400.
   objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
              87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
              counts about the same at every budget. No cross-entropy: it pulls towards the text.
@@ -49,7 +49,8 @@ from plans import read_plan
 from projection import LEVELS, Projection, Rotation, calibrate, plan_at, shape_of, uniform_ranks
 
 # ------------------------------------------------------------------------------
-# The ranks of a step, (2, L, B, K), multiples of d/8, for keys and values separately.
+# The ranks of a step, (2, L, B, K), multiples of d/8, for keys and values separately. That they are
+# new for every sequence is what nests the dolls.
 
 def draw_independent(B: int, config, generator: Generator) -> Tensor:
     """The paper's: each rank is any of the eight, whatever the others are."""
@@ -77,7 +78,7 @@ def draw_along(B: int, config, generator: Generator, order) -> Tensor:
 
 
 def one_of_each(B: int, generator: Generator) -> Tensor:
-    """Random numbers from 0 to 1, one out of each B-th: every step sees all of a range. (B,)"""
+    """Random numbers (B,), one out of each B-th of 0 to 1: every batch sees the whole range."""
     part = torch.randperm(B, generator=generator)
     return (part + torch.rand(B, generator=generator)) / B
 
@@ -107,11 +108,10 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
         visible = None
         for _ in range(args.accumulate):
             block = random_windows(tokens, B, args.seq, generator, mine)
-            block = block[::args.plans].repeat_interleave(args.plans, 0)[:args.batch]
             plans = draw(B, model.config, generator)
             project, seen = hook(rotation, plans)
             visible = seen if visible is None else visible | seen
-            loss, kl = distillation(model, block, project, args, args.plans)    # per sequence
+            loss, kl = distillation(model, block, project, args)                # per sequence
             objective = loss if floor is None else torch.log(loss + floor)
             if objective.requires_grad:                 # not where every head is full
                 (scale * objective.mean()).backward()
@@ -135,13 +135,13 @@ def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> No
         after_step(step + 1)
 
 
-def distillation(model: Model, block: Tensor, project, args, alike: int = 1):
-    """Of windows (B, T + 1), `alike` in a row the same: (1 − ce) KL + ce · cross-entropy; KL."""
+def distillation(model: Model, block: Tensor, project, args):
+    """Of windows (B, T + 1), per sequence: (1 − ce) KL + ce · cross-entropy, and the KL."""
     block = block.to(model.device)
     x = block[:, :-1]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.amp):
         with torch.no_grad():                           # the teacher: the same weights, no hook
-            teacher = model.hidden(x[::alike]).repeat_interleave(alike, 0)[:len(x)]
+            teacher = model.hidden(x)
         student = model.hidden(x, project, recompute=args.checkpoint)
     student, teacher = model.norm(student), model.norm(teacher)
     return Distill.apply(student, teacher, model, block[:, 1:], args.ce)
@@ -241,7 +241,7 @@ def options() -> argparse.Namespace:
     add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
     add("--uniform", action="store_true", help="train for the same rank everywhere")
-    add("--steps", type=count, help="[240; paper: 400]")
+    add("--steps", type=count, help="[200; paper: 400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
     add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
     add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
@@ -254,8 +254,7 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     paper = args.recipe == "paper"
     args.uniform |= paper
-    args.steps = args.steps or (400 if paper else 240)
-    args.plans = 1 if paper else 2                      # of a text, at once
+    args.steps = args.steps or (400 if paper else 200)
     if args.ranks and args.uniform:
         common.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
                     "ranks along no order")

@@ -156,7 +156,7 @@ def main():
     parser.add_argument("name", choices=names)
     data_arguments(parser)
     report_arguments(parser)
-    training_arguments(parser, steps=240)
+    training_arguments(parser, steps=200)
     args = parser.parse_args()
     device, dtype = common.prepare(args)
     common.keep_freed_memory()

@@ -34,7 +34,6 @@ def complete_training(args, config, dtype: torch.dtype, tokens) -> None:
         "uniform": True,
         "ce": 0.0,
         "accumulate": 1,
-        "plans": 2,
         "amp": False,
         "checkpoint": False,
         "ranks": None,

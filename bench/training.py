@@ -1,10 +1,9 @@
 """How fast training is, and what share of this machine it uses.
 
-A step's operations in matrix products are 5 N per token, N the weights in them: N for the teacher,
-which serves two plans at once, 2 N for the student, 2 N for the student's gradient (by its states
-alone: no weight has one). Their rate is set against the rate that products of the same shapes reach
-on their own. The rest of a step (softmax of two vocabularies, norms, the rotations) counts as lost
-time.
+A step's operations in matrix products are 6 N per token, N the weights in them: 2 N for the
+teacher, 2 N for the student, 2 N for the student's gradient (by its states alone: no weight has
+one). Their rate is set against the rate that products of the same shapes reach on their own. The
+rest of a step (softmax of two vocabularies, norms, the rotations) counts as lost time.
 
     python bench/training.py                    # 20 steps of train.py's default, nothing is kept
     python bench/training.py --amp              # the same with products in bfloat16
@@ -106,7 +105,7 @@ def main():
     product_dtype = torch.bfloat16 if args.amp else dtype
     rate = product_rate(model, min(made, 2048), product_dtype)
     weights = [*matrices(model.layers), model.lm_head.weight]
-    operations = (4 + 2 / args.plans) * sum(W.numel() for W in weights)
+    operations = 6 * sum(W.numel() for W in weights)
     shares = [operations * speed / rate for speed in speeds]
     name = str(product_dtype).removeprefix("torch.")
     print(f"\n{len(seconds)} steps of {made:,} tokens: {spread(speeds, ',.0f')} tokens/s")

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -20,7 +19,7 @@ from data import windows
 from distance import Distill
 from model import generate, read_config
 from projection import Rotation, plan_at, uniform_ranks
-from train import Run, distillation, draw_along, draw_independent, draw_levels
+from train import Run, draw_along, draw_independent, draw_levels
 
 
 def seeded() -> torch.Generator:
@@ -121,24 +120,6 @@ def test_accumulated_batches_are_one_large_batch(model):
         return rotation.A_k.grad
 
     assert relative(gradient(2), gradient(1)) < 1e-4
-
-
-@pytest.mark.parametrize("B", [1, 5, 6])
-def test_plans_of_a_text_share_its_teacher(model, monkeypatch, B):
-    """The losses are those of windows that have a teacher each; a batch need not be even."""
-    block = torch.randint(3, 96, (B, 21))
-    block = block[::2].repeat_interleave(2, 0)[:B]
-    rotation = Rotation(random_start(model))
-    hook = rotation().at(draw_levels(B, model.config, seeded()))
-    args = SimpleNamespace(amp=False, checkpoint=False, ce=0.3)
-    apart = distillation(model, block, hook, args)
-    hidden = Mock(side_effect=model.hidden)
-    monkeypatch.setattr(model, "hidden", hidden)
-    shared = distillation(model, block, hook, args, alike=2)
-    asked = [len(call.args[0]) for call in hidden.call_args_list]
-    assert asked == [(B + 1) // 2, B]                               # the teacher, the student
-    for one, other in zip(shared, apart, strict=True):
-        assert relative(one, other) < 1e-5
 
 
 def test_text_can_be_generated_before_training(model, tokens):
