@@ -46,7 +46,7 @@ def untrained(model, tokens, args, seq: int, start=None):
     start = start or moments.query_aware(output_weights(model))
     rounding = TrainedRounding(start, moments)()
     matters, path = first_path(model, rounding, moments, tokens, args)
-    path = path_around(model, rounding, moments, tokens, args, matters, path)   # as bits.py ends
+    path = path_around(model, rounding, moments, tokens, args, matters, path)   # as bits.py does
     return rounding, path
 
 

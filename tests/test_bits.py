@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CKPT, call, random_projection, relative, shape, small
+from conftest import CKPT, call, random_projection, relative, script, shape, small
 from test_rounding import random_bits, random_path, random_rounding
 
 from bits import (
@@ -263,3 +263,18 @@ def test_wrong_input_is_said_in_one_line(made, trained, tmp_path, refusal):
     longer = *small(trained), "--seq", 60, "--out", tmp_path
     line = refusal("bits", *longer, "--proj", tmp_path / "none")
     assert "--proj" in line
+
+
+def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path):
+    """Its path too, whose parts of the KL every process measures on windows of its own."""
+    options = ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--dtype", "float64"]
+    options += ["--seq", 60, "--steps", 4, "--windows", 4, "--passages", 0]
+    one, two = tmp_path / "one", tmp_path / "two"
+    call("bits", *options, "--batch", 8, "--out", one)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "bits.py"]
+    done = script(*torchrun, *options, "--batch", 4, "--out", two)
+    assert done.returncode == 0, done.stderr
+    a, b = (json.loads((out / "bits.json").read_text()) for out in (one, two))
+    assert a["path"] == b["path"]
+    assert a["loss"][:2] == pytest.approx(b["loss"][:2], rel=1e-9)
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)          # once a code flipped, Adam knows
