@@ -40,10 +40,11 @@ from evaluate import (
     held_out_passages,
     passage_arguments,
     report_arguments,
+    show_bytes,
     whole_recall,
 )
 from model import Model, load, read_config
-from order import alone, cheapest_first, kl_of_each, output_weights, pairs_of_columns
+from order import alone, kl_of_each, output_weights, pairs_of_columns
 from packed import PackedCache
 from projection import LEVELS, Moments, Projection, Rotation, calibrate
 from rounding import (
@@ -54,10 +55,12 @@ from rounding import (
     WHOLE,
     Rounding,
     bits_at,
+    errors_at,
     grouped_attention,
     path_of_rows,
     path_to_rows,
     same_bits,
+    water_filling,
 )
 from train import VALID, distillation, one_of_each, train
 
@@ -148,31 +151,6 @@ def scaled_errors(rounding: Rounding, plan: Tensor, scale: Tensor):
     return project
 
 
-def errors_at(bits: Tensor) -> Tensor:
-    """The mean square error of a coordinate with a spread of 1, at bits of any shape."""
-    errors = [ERROR.get(b, math.nan) for b in range(max(BITS) + 1)]
-    return torch.tensor(errors, dtype=torch.float64)[bits]
-
-
-def water_filling(costs: Tensor) -> Tensor:
-    """The path of blocks that cost `costs` (2, L, K, 8) × errors_at their bits."""
-    bits = torch.tensor(BITS)
-    per_bit = -errors_at(bits).diff() / bits.diff()                 # of lowerings to 0, …, 6
-    steps = costs.flatten()[:, None] * per_bit.flip(0)              # (places, 6), 8 first
-    place = cheapest_first(steps)
-    return torch.stack((place, after_each(place)), dim=1)
-
-
-def after_each(place: Tensor) -> Tensor:
-    """The bits that a block has after each lowering of a path."""
-    now = [len(BITS) - 1] * (int(place.max()) + 1)
-    after = []
-    for block in place.tolist():
-        now[block] -= 1
-        after.append(BITS[now[block]])
-    return torch.tensor(after)
-
-
 # ------------------------------------------------------------------------------
 # Training
 
@@ -210,6 +188,42 @@ def bits_hook(rounding: TrainedRounding, bits: Tensor, batch: int):
     """`train`'s hook: the plans of this process's sequences; all parameters are seen."""
     mine = bits[:, :, common.my_share(batch)]
     return rounding().at(mine), None
+
+
+class Run:
+    """A training's state as `train` takes it, with the path and what each head matters."""
+
+    # What must be as it was for a resumed training to end where the undisturbed one would have.
+    SETTINGS = (
+        "ckpt", "data", "proj", "steps", "batch", "seq", "lr", "seed", "dtype", "train_tokens",
+        "processes")
+    STATE = "bits.state.safetensors"
+
+    def __init__(self, args, rounding: TrainedRounding):
+        args.processes = common.WORLD
+        self.args, self.rotation = args, rounding
+        for parameter in rounding.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer = torch.optim.Adam(rounding.parameters())
+        config = {name: str(getattr(args, name)) for name in self.SETTINGS}
+        self.said = {"step": 0, "loss": [], "config": config}
+        self.file = args.out / self.STATE
+        self.saved_step, self.save_at = 0, 0.0          # when to save: the first step at once
+
+    def save(self) -> None:
+        began = time.time()
+        tensors = {"path": self.path, "matters": self.matters}
+        common.save_state(self.file, self.rotation, self.optimizer, tensors, self.said)
+        self.saved_step = self.said["step"]
+        self.save_at = time.time() + max(30, 49 * (time.time() - began))    # at most 2% of the time
+
+    def resume(self) -> None:
+        """Go on from what `save` wrote. ValueError if there is none, or one of other settings."""
+        tensors, said = common.load_state(self.file)
+        common.check_same(self.file, said["config"], self.said["config"])
+        common.restore_state(self.rotation, self.optimizer, tensors)
+        self.path, self.matters = tensors["path"], tensors["matters"]
+        self.said, self.saved_step = said, said["step"]
 
 
 # ------------------------------------------------------------------------------
@@ -322,16 +336,6 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.legend()
 
 
-def show_bytes(axis) -> None:
-    """A logarithmic axis of bytes, from many to few."""
-    ticks = [5, 6.25, 9.4, 12.5, 18.75, 25, 37.5, 50, 75]
-    axis.set(xscale="log", xlabel="bytes of a token, % of a 16-bit cache")
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.invert_xaxis()
-    axis.grid(alpha=0.3)
-
-
 # ------------------------------------------------------------------------------
 # The script
 
@@ -344,6 +348,7 @@ def options():
     add("--proj", type=Path, help="projections to start from [the query-aware basis]")
     add("--steps", type=common.within(1, 10 ** 7), default=120, help="[120]")
     add("--lr", type=common.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
+    add("--resume", action="store_true", help="continue the training that stopped in --out")
     parser.set_defaults(seq=None, accumulate=1, ce=0.0, amp=False, checkpoint=None)
     return parser.parse_args()
 
@@ -376,22 +381,19 @@ def main():
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
+    args.train_tokens = len(tokens)
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
     passages = held_out_passages(args, held_out, config)
     began = time.time()
     with common.blame("--ckpt"):
         rounding, moments = begin(args, model, tokens)
-        with torch.no_grad():
-            matters, path = first_path(model, rounding(), moments, tokens, args)
-    for parameter in rounding.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    run = SimpleNamespace(
-        args=args,
-        rotation=rounding,
-        optimizer=torch.optim.Adam(rounding.parameters()),
-        said={"step": 0, "loss": []},
-        path=path,
-    )
+    run = Run(args, rounding)
+    if args.resume:
+        with common.blame("--resume"):
+            run.resume()
+    else:
+        with common.blame("--ckpt"), torch.no_grad():
+            run.matters, run.path = first_path(model, rounding(), moments, tokens, args)
     seconds = time.time() - began
     print(f"Calibrated, and a path of {len(run.path)} lowerings found in {seconds:.0f} s")
 
@@ -403,13 +405,15 @@ def main():
         if step in (args.steps // 4, args.steps // 2):
             with torch.no_grad():
                 now = rounding()
-            run.path = path_around(model, now, moments, tokens, args, matters, run.path)
+            run.path = path_around(model, now, moments, tokens, args, run.matters, run.path)
         if common.RANK == 0 and len(valid) and (step % 100 == 0 or step == args.steps):
             now = trained()
             hooks = {budget: now.at(budget) for budget in (0.25, 0.125, 0.0625)}
             _, results = measure(model, valid, hooks, args.batch, args.seq, VALID)
             shown = {f"{budget:.2%}": round(result["kl"], 5) for budget, result in results.items()}
             print(f"\nKL on validation text: {shown}", file=sys.stderr)
+        if common.RANK == 0 and (step == args.steps or time.time() >= run.save_at):
+            run.save()                          # between steps: never half of one
 
     def draw_plans(B: int, config, generator: Generator) -> Tensor:
         return draw_bits(B, config, generator, run.path)
@@ -418,7 +422,8 @@ def main():
     try:
         train(run, model, tokens, draw_plans, hook, 1e-4, after_step)
     except KeyboardInterrupt:
-        common.fail("Stopped; nothing was saved", code=130)
+        where = f"the same command with --resume continues from step {run.saved_step}"
+        common.fail(f"Stopped; {where if run.saved_step else 'nothing was saved yet'}", code=130)
     if common.RANK == 0:
         print(f"\nCalibration, paths and training took {time.time() - began:.0f} s")
         bits = trained()
@@ -430,6 +435,7 @@ def main():
         with common.blame("--out"):
             bits.save(file, said | {"budgets": rows})
             draw(rows, file.with_suffix(".png"))
+        run.file.unlink(missing_ok=True)                # the training is over
         print(f"Saved {file.with_suffix('.safetensors')}, {file} and {file.with_suffix('.png')}")
     common.leave_processes()
 

@@ -267,6 +267,16 @@ def draw_plan(ranks: Tensor, d: int, searched_kl: list, uniform_kl: dict, path: 
         curve.legend()
 
 
+def show_bytes(axis) -> None:
+    """A logarithmic axis of bytes, from many to few."""
+    ticks = [5, 6.25, 9.4, 12.5, 18.75, 25, 37.5, 50, 75]
+    axis.set(xscale="log", xlabel="bytes of a token, % of a 16-bit cache")
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3)
+
+
 def report_tasks(model: Model, curves: dict, args) -> dict:
     """Multiple choice at every budget, through the real cache."""
     with common.blame("--tasks"):

@@ -22,6 +22,7 @@ on top of a budget, whatever the length.
 A path lists lowerings, each of one block to its next fewer bits. It starts at 8 bits everywhere, a
 budget of 50%; a prefix makes a plan.
 """
+import math
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 import common
 from model import causal_attention
+from order import cheapest_first
 from projection import LEVELS, SIDES, Projection, shape_of
 
 BITS = (0, 1, 2, 3, 4, 6, 8)
@@ -216,6 +218,31 @@ def bits_at(path: Tensor, config, budget: float) -> Tensor:
         raise ValueError(f"a path that ends at {end:.1%}, above the budget of {budget:.1%}")
     flat = plan.view(-1).scatter_reduce(0, place[:taken], after[:taken], "amin")
     return flat.view_as(plan)
+
+
+def errors_at(bits: Tensor) -> Tensor:
+    """The mean square error of a coordinate with a spread of 1, at bits of any shape."""
+    errors = [ERROR.get(b, math.nan) for b in range(max(BITS) + 1)]
+    return torch.tensor(errors, dtype=torch.float64)[bits]
+
+
+def water_filling(costs: Tensor) -> Tensor:
+    """The path of blocks that cost `costs` (2, L, K, 8) × errors_at their bits."""
+    bits = torch.tensor(BITS)
+    per_bit = -errors_at(bits).diff() / bits.diff()                 # of lowerings to 0, …, 6
+    steps = costs.flatten()[:, None] * per_bit.flip(0)              # (places, 6), 8 first
+    place = cheapest_first(steps)
+    return torch.stack((place, after_each(place)), dim=1)
+
+
+def after_each(place: Tensor) -> Tensor:
+    """The bits that a block has after each lowering of a path."""
+    now = [len(BITS) - 1] * (int(place.max()) + 1)
+    after = []
+    for block in place.tolist():
+        now[block] -= 1
+        after.append(BITS[now[block]])
+    return torch.tensor(after)
 
 
 def path_to_rows(path: Tensor, config) -> list:

@@ -36,10 +36,16 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common
-from bits import load_bits, show_bytes
+from bits import load_bits
 from data import data_arguments, text_for
 from distance import measure, recall
-from evaluate import describe, held_out_passages, passage_arguments, report_arguments
+from evaluate import (
+    describe,
+    held_out_passages,
+    passage_arguments,
+    report_arguments,
+    show_bytes,
+)
 from model import load
 from plans import read_plan
 from projection import Projection, uniform_ranks

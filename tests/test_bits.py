@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import CKPT, call, random_projection, relative, script, shape, small
+from safetensors.torch import load_file
 from test_rounding import random_bits, random_path, random_rounding
 
 from bits import (
+    Run,
     TrainedRounding,
     draw_bits,
-    errors_at,
     first_path,
     load_bits,
     parts_of_kl,
     path_around,
     scaled_errors,
     total_share,
-    water_filling,
 )
 from cache import KVCache
 from distance import spread_windows
@@ -29,7 +29,7 @@ from model import load
 from order import output_weights, pairs_of_columns
 from packed import PackedCache
 from projection import Moments, Projection, uniform_ranks
-from rounding import BITS, ERROR, bits_at, grouped_attention, same_bits
+from rounding import BITS, ERROR, bits_at, errors_at, grouped_attention, same_bits, water_filling
 
 
 @pytest.fixture
@@ -203,12 +203,44 @@ def test_plans_of_many_budgets_of_the_path_are_drawn(model):
     assert torch.equal(torch.stack(of_path, 2), bits)
 
 
+QUICK = "--seq", 60, "--steps", 12, "--windows", 4, "--passages", 4
+
+
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("bits")
-    options = ["--seq", 60, "--steps", 12, "--windows", 4, "--passages", 4, "--out", out]
-    call("bits", *small(trained), *options)
+    call("bits", *small(trained), *QUICK, "--out", out)
     return out
+
+
+def test_a_resumed_run_ends_where_the_undisturbed_one_does(
+        made, trained, tmp_path, monkeypatch, capsys, refusal):
+    """Stopped by a Ctrl-C two steps after the state was saved, between its two new paths."""
+    save = Run.save
+
+    def save_and_stop(run):
+        if run.said["step"] == 5:
+            save(run)
+            run.save_at = 0.0
+        if run.said["step"] == 7:
+            raise KeyboardInterrupt
+
+    options = [*small(trained), *QUICK, "--out", tmp_path]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(Run, "save", save_and_stop)
+        call("bits", *options)
+    assert left.value.code == 130
+    assert "--resume continues from step 5" in capsys.readouterr().err.splitlines()[-1]
+    assert "--lr" in refusal("bits", *options, "--resume", "--lr", 0.5)
+    call("bits", *options, "--resume")
+    assert not (tmp_path / Run.STATE).exists()
+    assert "--resume" in refusal("bits", *options, "--resume")
+    one, other = (load_file(out / "bits.safetensors") for out in (made, tmp_path))
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() < 1e-6, name
+    one, other = (json.loads((out / "bits.json").read_text()) for out in (made, tmp_path))
+    assert one["path"] == other["path"]
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_the_script_leaves_what_its_reader_reads(made):
@@ -277,4 +309,4 @@ def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path):
     a, b = (json.loads((out / "bits.json").read_text()) for out in (one, two))
     assert a["path"] == b["path"]
     assert a["loss"][:2] == pytest.approx(b["loss"][:2], rel=1e-9)
-    assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)          # once a code flipped, Adam knows
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)          # a code may have flipped
