@@ -129,7 +129,7 @@ def parts_of_kl(model: Model, rounding: Rounding, plan: Tensor, tokens, args) ->
     parts = torch.zeros_like(scale) if scale.grad is None else scale.grad
     parts = common.sum_over_processes(parts).cpu()
     if not parts.isfinite().all():
-        common.fail("The parts of the KL are not numbers: start again with another --dtype")
+        common.fail("The parts of the KL are not numbers: take a smaller --lr or another --dtype")
     return parts
 
 
