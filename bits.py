@@ -342,14 +342,14 @@ def draw(rows: list[dict], path: Path) -> None:
 def options():
     parser = common.arguments(__doc__, several=True)
     data_arguments(parser)
-    report_arguments(parser, batch=4)
+    report_arguments(parser, batch=4, seq=None)
     passage_arguments(parser)
     add = parser.add_argument
     add("--proj", type=Path, help="projections to start from [the query-aware basis]")
     add("--steps", type=common.within(1, 10 ** 7), default=120, help="[120]")
     add("--lr", type=common.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
-    parser.set_defaults(seq=None, accumulate=1, ce=0.0, amp=False, checkpoint=None)
+    parser.set_defaults(accumulate=1, ce=0.0, amp=False, checkpoint=None)
     return parser.parse_args()
 
 

@@ -303,11 +303,12 @@ def report_tasks(model: Model, curves: dict, args) -> dict:
 # ------------------------------------------------------------------------------
 # The script
 
-def report_arguments(parser, batch: int = 8, windows: int = 64) -> None:
+def report_arguments(parser, batch: int = 8, windows: int = 64, seq: int | None = 256) -> None:
     parser.add_argument("--batch", type=common.within(1, 10 ** 5), default=batch,
                         help=f"sequences at a time [{batch}]")
-    parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=256,
-                        help="tokens of each [256]")
+    length = seq or "the model's length, at most 2048"
+    parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=seq,
+                        help=f"tokens of each [{length}]")
     parser.add_argument("--windows", type=common.within(1, 10 ** 6), default=windows,
                         help=f"windows of --seq held-out tokens to report on [{windows}]")
 

@@ -343,7 +343,7 @@ def main():
         if last or time.time() >= run.save_at:
             run.save()                          # between steps: never half of one
 
-    forecast = common.Forecast(args, device)
+    forecast = common.Forecast(args, device, args.steps - run.said["step"])
     hook = partial(ranks_hook, batch=args.batch)
     try:
         train(run, model, tokens, draw, hook, floor, after_step)

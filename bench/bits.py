@@ -165,11 +165,11 @@ def memory(model, trained, tokens: int = 65536) -> None:
 def main():
     parser = common.arguments(__doc__)
     data_arguments(parser)
-    report_arguments(parser, batch=4)
+    report_arguments(parser, batch=4, seq=512)
     count = common.within(1, 10 ** 6)
     parser.add_argument("--length", type=count, default=4096, help="[4096]")
     parser.add_argument("--runs", type=count, default=5, help="[5]")
-    parser.set_defaults(seq=512, ce=0.0, amp=False, checkpoint=False)
+    parser.set_defaults(ce=0.0, amp=False, checkpoint=False)
     args = parser.parse_args()
     common.prepare(args)
     with common.blame("--ckpt"):

@@ -13,13 +13,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def forecast(monkeypatch, capsys):
     """`forecast(seconds of each step, **options)`: what is said on stderr."""
-    def said(seconds, before=0, **options):
+    def said(seconds, before=0, left=None, **options):
         defaults = {"steps": 400, "windows": 64, "batch": 8, "check_every": 100, "accumulate": 1,
                     "uniform": True}
         now = [1000.0]
         monkeypatch.setattr("time.time", lambda: now[0])
         monkeypatch.setattr("common.BEGAN", now[0] - before)
-        told = Forecast(SimpleNamespace(**{**defaults, **options}), CPU)
+        told = Forecast(SimpleNamespace(**{**defaults, **options}), CPU, left)
         for length in seconds:
             now[0] += length
             told()
@@ -63,6 +63,13 @@ def test_more_curves_more_windows_and_smaller_steps_take_longer_to_report(foreca
     assert four > 1.6 * two
     assert wide > 1.6 * two
     assert split == pytest.approx(two / 4, abs=0.06)
+
+
+def test_a_resumed_run_takes_the_steps_that_are_left(forecast):
+    whole, around = minutes(forecast([6] * 4))
+    rest, same = minutes(forecast([6] * 4, left=100))
+    assert same == around
+    assert rest - around == pytest.approx((whole - around) / 4, abs=0.11)
 
 
 def test_what_went_before_the_steps_counts(forecast):
