@@ -53,7 +53,8 @@ def attend_first(
     outputs = []
     for matrices, rows in values:
         r = rows.shape[1]
-        outputs.append(for_row(a[matrices, :, :, :r], B))           # of (J·B, G, T, r)
+        part = a[matrices, :, :, :r]                                # (J·B, G, T, r)
+        outputs.append(for_row(part.unflatten(0, (-1, B))))
     return join(outputs, 2)
 
 
@@ -64,9 +65,8 @@ def moved(x: Tensor, heads: Tensor, B: int) -> Tensor:
     return x.flatten(0, 1)
 
 
-def for_row(a: Tensor, B: int) -> Tensor:
-    """Attention's (J·B, G, T, r) of J heads as W_o' takes it, (B, T, J·G·r)."""
-    a = a.unflatten(0, (-1, B))                                     # (J, B, G, T, r)
+def for_row(a: Tensor) -> Tensor:
+    """Attention's (J, B, G, T, r) of J heads as W_o' takes it, (B, T, J·G·r)."""
     a = a.permute(1, 3, 0, 2, 4)                                    # (B, T, J, G, r)
     return a.flatten(2)
 
@@ -124,7 +124,7 @@ def attend_rows(
     """
     keys, values = groups
     K, B, G, T, d = q.shape
-    q = q.flatten(2, 3).flatten(0, 1)                               # (K·B, G·T, d)
+    q = q.reshape(K * B, G * T, d)
     scores = q.new_empty(K * B, G * T, end - begin)
     scale = d ** -0.5
     for matrices, rows in keys:
@@ -146,7 +146,7 @@ def attend_rows(
     for matrices, rows in values:
         v_r = rows[:, :, begin:end].mT                              # (J·B, tokens, r)
         a = torch.bmm(weights[matrices], v_r)                       # (J·B, G·T, r)
-        outputs.append(for_row(a.unflatten(1, (G, T)), B))
+        outputs.append(for_row(a.view(-1, B, G, T, a.shape[2])))
     return join(outputs, 2)
 
 
