@@ -143,7 +143,7 @@ def candidates(args, config) -> list:
         with common.blame("--out"):
             bits = load_bits(args.out / "bits.json")
             bits.rounding.p.check_fits(config)
-        for budget in (0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875):
+        for budget in (0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875):
             share = bits.plan(budget).double().mean().item() / WHOLE
             rows.append((f"bits {budget:.2%}", share, bits.at(budget)))
     return sorted(rows, key=lambda row: -row[1])
