@@ -4,13 +4,13 @@ Beyond the paper. rounding.py rounds a coordinate to few bits; which ones deserv
 question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a block of d/8.
 
   path        a block costs (how far rounding is off) × (who reads it) × (what its head matters).
-              Water-filling (order.py) takes bits where that is cheapest, from 8 down to nothing; a
-              prefix of the path makes a plan for any budget.
+              Water-filling (rounding.py) takes bits where that is cheapest, from 8 down to nothing;
+              a prefix of the path makes a plan for any budget.
   matters     the KL, per error, with a head's keys, or values, alone at 2 bits, before training
-              (2LK passes).
-              But where all are rounded a block matters more, or less. So its part in the KL is
-              measured too, around the path's plan at 9.4% of a 16-bit cache (parts_of_kl: backward
-              passes tell all parts at once), and its cost becomes the geometric mean; twice.
+              (2LK passes). But where all are rounded a block matters more, or less. So its part in
+              the KL is measured too, around the path's plan at 9.4% of a 16-bit cache (parts_of_kl:
+              backward passes tell all parts at once), and its cost becomes the geometric mean;
+              twice.
   training    is train.py's own loop, with plans of random budgets along the path. Rounding has no
               gradient, so that of x is taken for it, up to the last code; beyond it there is none.
               What learns: all entries of A (rounding sees turns within a block too), means and
@@ -395,7 +395,7 @@ def main():
         with common.blame("--ckpt"), torch.no_grad():
             run.matters, run.path = first_path(model, rounding(), moments, tokens, args)
     seconds = time.time() - began
-    print(f"Calibrated, and a path of {len(run.path)} lowerings found in {seconds:.0f} s")
+    print(f"Calibrated, with a path of {len(run.path)} lowerings, in {seconds:.0f} s")
 
     def trained() -> Bits:
         with torch.no_grad():

@@ -563,9 +563,9 @@ class Forecast:
     8/3 of a pass.
     """
 
-    def __init__(self, args, device: torch.device, steps: int | None = None):
+    def __init__(self, args, device: torch.device, left: int):
         self.args, self.device = args, device
-        self.steps = steps or args.steps                # fewer are left where one is resumed
+        self.left = left                                # steps, fewer where a run is resumed
         self.before = time.time() - BEGAN
         self.warm = self.done = 0
 
@@ -584,7 +584,7 @@ class Forecast:
         validation = 4 * math.ceil(8 / args.batch)
         around = self.before + one_pass * (report + validation)
         each = step + one_pass * validation / args.check_every
-        minutes = (around + self.steps * each) / 60
+        minutes = (around + self.left * each) / 60
         fit = int((20 * 60 - around) / each)
         advice = f"--steps {fit} would fit in 20" if fit > 0 else "fewer --windows would shorten it"
         if self.device.type == "cuda":

@@ -19,7 +19,8 @@ def forecast(monkeypatch, capsys):
         now = [1000.0]
         monkeypatch.setattr("time.time", lambda: now[0])
         monkeypatch.setattr("common.BEGAN", now[0] - before)
-        told = Forecast(SimpleNamespace(**{**defaults, **options}), CPU, left)
+        args = SimpleNamespace(**{**defaults, **options})
+        told = Forecast(args, CPU, left or args.steps)
         for length in seconds:
             now[0] += length
             told()
