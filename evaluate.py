@@ -1,20 +1,26 @@
-"""The report: how far the compressed models in a folder are from the model, on held-out text.
+"""How far a compressed model is from the model, on text it never saw.
 
-    distance    KL, perplexity, accuracy, and recall: held-out passages of 64 tokens, followed by
-                themselves, and how much of what the model gains in the second copy is left
-                (distance.py)
+    KL          Σ p log(p / q), the model's next-token distribution p against the compressed one's
+                q, in nats per token: 0 is the model itself. The mean over tokens, which is also
+                what training minimises (train.py), and the 99.9th percentile, the worst of them
+    perplexity  exp of the mean −log q(next token); accuracy: how often q's likeliest token is it
+    same        how often q's likeliest token is p's
+    recall      a passage is said twice: how much more often q's likeliest token is the next one in
+                the second copy than in the first. The mean KL hides this: in most of a text little
+                hangs on tokens far back, and to remember them is what a cache is for
     questions   multiple choice by log-likelihood, through the real cache: the measure of the paper
                 (MatryoshkaKV, arXiv 2410.14731, section 4.1)
 
-A curve of the report is a projection with a plan, the ranks of all heads, for every budget, the
-share of the cache kept.
+All but the questions are taken with keys and values projected (`project=`); the cache gives the
+same logits. A curve of the report is a projection with a plan, the ranks of all heads, for every
+budget, the share of the cache kept.
 
     python evaluate.py                                  # what train.py and search.py left in out/
     python evaluate.py --tasks demo/questions.jsonl
 
-Reads projections.safetensors in the --out folder, and where they are train.json, ranks.json and
-ranks_pca.json (`search.py --pca`); writes evaluation.json and .png. A line of --tasks is
-{"context": text, "choices": [texts], "label": number of the right one, from 0}.
+Reads projections.safetensors in the --out folder, and ranks.json and ranks_pca.json (search.py)
+where they were searched for these projections; writes evaluation.json and .png. A line of --tasks
+is {"context": text, "choices": [texts], "label": number of the right one, from 0}.
 """
 import itertools
 import json
@@ -26,13 +32,165 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import common
 from cache import KVCache
-from data import data_arguments, text_for
-from distance import PASSAGE, logits, measure, recall, spread_windows
-from model import Model, load
-from plans import read_plan
-from projection import BUDGETS, LEVELS, SIDES, Projection, uniform_ranks
+from model import Model, load, log_probabilities, logits
+from projection import BUDGETS, Projection, plan_at, uniform_ranks
+from support.cli import (
+    arguments,
+    blame,
+    data_arguments,
+    keep_freed_memory,
+    out_argument,
+    passage_arguments,
+    prepare,
+    report_arguments,
+    run_script,
+)
+from support.data import even_windows, held_out_passages, text_for
+from support.files import check_folder, open_safetensors, read_json, write_json
+from support.pictures import CURVES, draw_report, whole_recall
+from support.plans import PROJECTIONS, order_in
+from support.tokenizer import load_tokenizer, with_beginning
+
+# ------------------------------------------------------------------------------
+# On held-out text
+
+@torch.no_grad()
+def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit: int):
+    """The model, and the model with each hook `project=`, over at most `limit` windows of T tokens.
+
+    Returns ({"perplexity", "accuracy"} of the base, {name: {"kl", "perplexity", "accuracy", "same",
+    "kl_99.9"}}). ValueError where a cross-entropy is not a number, or beyond any sense.
+    """
+    text = even_windows(tokens, limit, T)
+    base = torch.zeros(4, dtype=torch.float64)
+    totals = {name: torch.zeros(4, dtype=torch.float64) for name in hooks}
+    kls = {name: [] for name in hooks}              # of every token: 4 bytes for each hook
+    for block in text.to(model.device).split(B):
+        x, y = block[:, :-1], block[:, 1:].flatten()
+        teacher = model.norm(model.hidden(x)).flatten(0, 1)
+        likeliest = torch.empty_like(y)
+        for rows, log_p in log_probabilities(model, teacher):
+            likeliest[rows] = log_p.argmax(-1)
+            base += by_token(log_p, log_p, y[rows], likeliest[rows]).sum(1)
+        for name, project in hooks.items():
+            student = model.norm(model.hidden(x, project)).flatten(0, 1)
+            for rows, log_p, log_q in log_probabilities(model, teacher, student):
+                found = by_token(log_p, log_q, y[rows], likeliest[rows])
+                totals[name] += found.sum(1)
+                kls[name].append(found[0].float())
+    n = text[:, 1:].numel()
+    _, perplexity, accuracy, _ = means(base, n)
+    results = {}
+    for name, total in totals.items():
+        kl, ppl, right, same = means(total, n)
+        worst = float(np.quantile(torch.cat(kls[name]).numpy(), 0.999))
+        results[name] = {"kl": kl, "perplexity": ppl, "accuracy": right}
+        results[name] |= {"same": same, "kl_99.9": worst}
+    return {"perplexity": perplexity, "accuracy": accuracy}, results
+
+
+def by_token(log_p: Tensor, log_q: Tensor, y: Tensor, likeliest: Tensor) -> Tensor:
+    """KL(p ‖ q), the cross-entropy of q, and whether its likeliest token is y, is p's: (4, n).
+
+    Log-probabilities are (n, vocab); y, the next token, and p's likeliest are (n,).
+    """
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    cross_entropy = -log_q.gather(1, y[:, None])[:, 0]
+    guess = log_q.argmax(-1)
+    found = kl, cross_entropy, guess == y, guess == likeliest
+    return torch.stack([x.double() for x in found]).cpu()
+
+
+def means(total: Tensor, n: int) -> tuple[float, float, float, float]:
+    """KL, perplexity, accuracy, and share of p's guesses kept, from sums over n tokens."""
+    kl, cross_entropy, accuracy, same = (total / n).tolist()
+    if not cross_entropy < 700:                     # exp would overflow; NaN is not below either
+        raise ValueError(f"a cross-entropy of {cross_entropy:.3g} nats per token: are the weights "
+                         "whole?")
+    return kl, math.exp(cross_entropy), accuracy, same
+
+
+@torch.no_grad()
+def recall(model: Model, passages: Tensor, project=None) -> float:
+    """How much more often the next token is right in the second copy of passages (N, n).
+
+    The accuracy over tokens 2 to n of the second copy, less that over the same tokens in the first.
+    """
+    n = passages.shape[1]
+    right = torch.zeros(2)
+    for part in passages.to(model.device).split(16):
+        twice = part.repeat(1, 2)
+        states = model.norm(model.hidden(twice, project)).flatten(0, 1)
+        guesses = [log_q.argmax(-1) for _, log_q in log_probabilities(model, states)]
+        hits = torch.cat(guesses).view_as(twice)[:, :-1] == twice[:, 1:]
+        first, second = hits[:, :n - 1].sum(), hits[:, n:].sum()
+        right += torch.stack((first, second)).cpu()
+    first, second = (right / (len(passages) * (n - 1))).tolist()
+    return second - first
+
+
+# ------------------------------------------------------------------------------
+# The report: curves, each a hook `project=` for every budget
+
+def report(model: Model, held_out: np.ndarray, curves: dict, budgets, args, passages=None):
+    """Measure `curves`, {name: function from a budget to a hook}, and print a table.
+
+    args: --batch, --seq, --windows. passages (N, n): what recall is measured on, if at all. Returns
+    what the base model has, and a row for every budget.
+    """
+    hooks = {(name, b): hook(b) for name, hook in curves.items() for b in budgets if b < 1}
+    with blame("--ckpt"):
+        base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
+    # At full ranks a curve is the model itself.
+    full = {"kl": 0.0} | base | {"same": 1.0, "kl_99.9": 0.0}
+    if passages is not None:
+        base["recall"] = full["recall"] = recall(model, passages)
+        for key, hook in hooks.items():
+            results[key]["recall"] = recall(model, passages, hook)
+    rows = [{"budget": budget} | {name: results.get((name, budget), full) for name in curves}
+            for budget in budgets]
+    print_table(base, rows)
+    return base, rows
+
+
+def hooks_of(curves: dict) -> dict:
+    """Of curves that are a projection and its plan for a budget, what `report` takes."""
+    def hook(projection, plan, budget):
+        return projection.at(plan(budget))
+
+    return {name: partial(hook, *curve) for name, curve in curves.items()}
+
+
+def print_table(base: dict, rows: list[dict]) -> None:
+    """Two tables side by side would be too wide: means first, then what is lost of the model."""
+    print(f"\nHeld-out text, base model: perplexity {base['perplexity']:.3f}, accuracy "
+          f"{base['accuracy']:.2%}")
+    print_columns(rows, [("KL to the base model", "kl", ".5f", 1),
+                         ("perplexity", "perplexity", ".3f", 1),
+                         ("accuracy, %", "accuracy", ".2f", 100)])
+    lost = [("same likeliest, %", "same", ".2f", 100),
+            ("KL, 99.9th percentile", "kl_99.9", ".4f", 1)]
+    if "recall" in base:
+        print(f"\nRecall of the base model: passages said a second time gain {base['recall']:.2%}")
+        lost.append(("recall, % of base", "recall", ".2f", whole_recall(base["recall"])))
+    print_columns(rows, lost)
+    own_plan = {"pca_ordered", "trained_ordered", "pca_searched", "searched"}
+    print("\n* with its own rank for every head\n" if own_plan & rows[0].keys() else "")
+
+
+def print_columns(rows: list[dict], columns: list) -> None:
+    """Of every column, (title, key, format, factor), what each curve has at each budget."""
+    names = [name for name in rows[0] if name != "budget"]
+    headings = "".join(f"{CURVES[name][0]:>11s}" for name in names)
+    print("\n   cache" + "".join(f" | {title:^{len(headings)}s}" for title, *_ in columns))
+    print("        " + f" | {headings}" * len(columns))
+    for row in rows:
+        line = f"  {row['budget']:6.1%}"
+        for _, key, form, scale in columns:
+            line += " | " + "".join(f"{scale * row[name][key]:11{form}}" for name in names)
+        print(line)
+
 
 # ------------------------------------------------------------------------------
 # Multiple choice
@@ -73,7 +231,7 @@ def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Te
     context belongs to the choices.
     """
     def ids(text: str) -> list[int]:
-        return common.with_beginning(tokenizer, tokenizer.encode(text))
+        return with_beginning(tokenizer, tokenizer.encode(text))
 
     context_tokens = len(ids(question["context"].rstrip()))
     wholes = [ids(question["context"] + choice) for choice in question["choices"]]
@@ -92,7 +250,7 @@ def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Te
     states = model.hidden(prefix, cache=cache)[:, -1:].expand(len(ends), -1, -1)
     if longest > 1:
         padded = [end[:-1] + [0] * (longest - len(end)) for end in ends]    # zeros are never seen
-        wider = spread(cache, len(ends), longest - 1)
+        wider = copies(cache, len(ends), longest - 1)
         after = model.hidden(torch.tensor(padded, device=model.device), cache=wider)
         states = torch.cat((states, after), dim=1)
     log_p = logits(model.norm(states), model.lm_head.weight).log_softmax(-1)
@@ -104,7 +262,7 @@ def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Te
     return torch.stack(scores)
 
 
-def spread(cache: KVCache, batch: int, more: int) -> KVCache:
+def copies(cache: KVCache, batch: int, more: int) -> KVCache:
     """A cache of `batch` copies of the one sequence in `cache`, with room for `more` tokens."""
     n = cache.length
     wider = KVCache(cache.projection, cache.ranks, batch, n + more, cache.dtype, cache.device)
@@ -131,157 +289,11 @@ def answer(model: Model, tokenizer, questions: list[dict], projection: Projectio
     return {"accuracy": accuracy, "accuracy_by_character": accuracy_by_character}
 
 
-# ------------------------------------------------------------------------------
-# The report: named curves, each a projection with a plan for every budget
-
-CURVES = {      # name in files: heading in tables, label and style in pictures
-    "pca": ("PCA", "PCA, uniform ranks", "C1", "s"),
-    "trained": ("trained", "trained, uniform ranks", "C0", "o"),
-    "uniform": ("uniform", "uniform ranks", "C0", "o"),
-    "pca_ordered": ("PCA*", "PCA, ranks along the order", "C3", "v"),
-    "trained_ordered": ("trained*", "trained, ranks along the order", "C2", "^"),
-    "pca_searched": ("PCA*", "PCA, searched ranks", "C3", "v"),
-    "searched": ("trained*", "trained, searched ranks", "C2", "^"),
-}
-
-
-def write_report(model, held_out, curves: dict, args, path: Path, said: dict, more=dict,
-                 passages=None) -> None:
-    """Report on `curves`; write rows, `said` and what `more` gives to `path`, and a picture."""
-    base, rows = report(model, held_out, curves, args, passages=passages)
-    said = said | more() | {"base": base, "budgets": rows}
-    with common.blame("--out"):
-        common.write_json(path, said, indent=1)
-        draw(base, rows, path.with_suffix(".png"))
-    print(f"Saved {path} and {path.with_suffix('.png')}")
-
-
-def report(model: Model, held_out: np.ndarray, curves: dict, args, budgets=BUDGETS, passages=None):
-    """Measure `curves`, {name: (projection, function from a budget to a plan)}, and print a table.
-
-    passages (N, n): what recall is measured on, if at all.
-    Returns what the base model has, and a row for every budget.
-    """
-    hooks = {}
-    for name, (projection, plan) in curves.items():
-        hooks |= {(name, b): projection.at(plan(b)) for b in budgets if b < 1}
-    with common.blame("--ckpt"):
-        base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
-    # At full ranks a curve is the model itself.
-    full = {"kl": 0.0} | base | {"same": 1.0, "kl_99.9": 0.0}
-    if passages is not None:
-        base["recall"] = full["recall"] = recall(model, passages)
-        for key, hook in hooks.items():
-            results[key]["recall"] = recall(model, passages, hook)
-    rows = [{"budget": budget} | {name: results.get((name, budget), full) for name in curves}
-            for budget in budgets]
-    print_table(base, rows)
-    return base, rows
-
-
-def print_table(base: dict, rows: list[dict]) -> None:
-    """Two tables side by side would be too wide: means first, then what is lost of the model."""
-    print(f"\nHeld-out text, base model: perplexity {base['perplexity']:.3f}, accuracy "
-          f"{base['accuracy']:.2%}")
-    print_columns(rows, [("KL to the base model", "kl", ".5f", 1),
-                         ("perplexity", "perplexity", ".3f", 1),
-                         ("accuracy, %", "accuracy", ".2f", 100)])
-    lost = [("same likeliest, %", "same", ".2f", 100),
-            ("KL, 99.9th percentile", "kl_99.9", ".4f", 1)]
-    if "recall" in base:
-        print(f"\nRecall of the base model: passages said a second time gain {base['recall']:.2%}")
-        lost.append(("recall, % of base", "recall", ".2f", whole_recall(base["recall"])))
-    print_columns(rows, lost)
-    own_plan = {"pca_ordered", "trained_ordered", "pca_searched", "searched"}
-    print("\n* with its own rank for every head\n" if own_plan & rows[0].keys() else "")
-
-
-def whole_recall(gain: float) -> float:
-    """What makes a recall a percentage of the model's own; NaN where the model has none."""
-    return 100 / gain if gain > 0 else math.nan
-
-
-def print_columns(rows: list[dict], columns: list) -> None:
-    """Of every column, (title, key, format, factor), what each curve has at each budget."""
-    names = [name for name in rows[0] if name != "budget"]
-    headings = "".join(f"{CURVES[name][0]:>11s}" for name in names)
-    print("\n   cache" + "".join(f" | {title:^{len(headings)}s}" for title, *_ in columns))
-    print("        " + f" | {headings}" * len(columns))
-    for row in rows:
-        line = f"  {row['budget']:6.1%}"
-        for _, key, form, scale in columns:
-            line += " | " + "".join(f"{scale * row[name][key]:11{form}}" for name in names)
-        print(line)
-
-
-def draw(base: dict, rows: list[dict], path: Path) -> None:
-    """KL, accuracy, and recall where it was measured, against the budget."""
-    x = [100 * row["budget"] for row in rows]
-    columns = 3 if "recall" in base else 2
-    with common.picture(path, columns, width=5 * columns) as axes:
-        distance, quality, *memory = axes
-        for name in rows[0]:
-            if name == "budget":
-                continue
-            _, label, color, marker = CURVES[name]
-            style = {"label": label, "color": color, "marker": marker}
-            kl = [row[name]["kl"] if row["budget"] < 1 else math.nan for row in rows]   # not log 0
-            distance.plot(x, kl, **style)
-            quality.plot(x, [100 * row[name]["accuracy"] for row in rows], **style)
-            for axis in memory:
-                recalls = [row[name]["recall"] for row in rows]
-                axis.plot(x, [whole_recall(base["recall"]) * y for y in recalls], **style)
-        distance.set(yscale="log", ylabel="KL to the base model, nats per token",
-                     title="Distance from the base model")
-        quality.axhline(100 * base["accuracy"], color="grey", linestyle="--", label="base model")
-        quality.set(ylabel="accuracy of the next token, %", title="Quality on held-out text")
-        for axis in memory:
-            axis.axhline(100, color="grey", linestyle="--", label="base model")
-            axis.set(ylabel="recall, % of the base model's", title="Passages said a second time")
-        for axis in axes:
-            axis.set(xlabel="size of the KV cache, % of full", xticks=x)
-            axis.invert_xaxis()
-            axis.grid(alpha=0.3)
-            axis.legend()
-
-
-def draw_plan(ranks: Tensor, d: int, searched_kl: list, uniform_kl: dict, path: Path) -> None:
-    """A plan (2, L, K) as two heat maps; the KL after each lowering, against uniform ranks."""
-    _, L, K = ranks.shape
-    with common.picture(path, 3, width=13, width_ratios=[1, 1, 1.5]) as (keys, values, curve):
-        for side, axis in enumerate((keys, values)):
-            image = axis.imshow(ranks[side].numpy(), vmin=0, vmax=d, aspect="auto", cmap="viridis")
-            share = ranks[side].sum() / ranks.sum()
-            axis.set(title=f"{SIDES[side]}: {share:.0%} of the cache", ylabel="layer",
-                     xlabel="key-value head", xticks=range(0, K, max(1, K // 8)),
-                     yticks=range(0, L, max(1, L // 8)))
-        values.figure.colorbar(image, ax=values, label="rank")
-        one = 100 / (ranks.numel() * LEVELS)
-        sizes = [100 - one * (n + 1) for n in range(len(searched_kl))]
-        curve.plot(sizes, searched_kl, label="searched")
-        curve.plot([100 * b for b in uniform_kl], uniform_kl.values(), marker="o", label="uniform")
-        curve.set(yscale="log", ylim=(1e-5, None), xlabel="size of the KV cache, % of full",
-                  ylabel="KL on the calibration text, nats per token")
-        curve.invert_xaxis()
-        curve.grid(alpha=0.3)
-        curve.legend()
-
-
-def show_bytes(axis) -> None:
-    """A logarithmic axis of bytes, from many to few."""
-    ticks = [5, 6.25, 9.4, 12.5, 18.75, 25, 37.5, 50, 75]
-    axis.set(xscale="log", xlabel="bytes of a token, % of a 16-bit cache")
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.minorticks_off()
-    axis.invert_xaxis()
-    axis.grid(alpha=0.3)
-
-
 def report_tasks(model: Model, curves: dict, args) -> dict:
     """Multiple choice at every budget, through the real cache."""
-    with common.blame("--tasks"):
+    with blame("--tasks"):
         questions = read_questions(args.tasks)
-        tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
+        tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
         n = len(questions)
         print(f"{args.tasks}: {n} questions, accuracy by summed log-likelihood "
               "(and by log-likelihood per character), %\n")
@@ -303,49 +315,30 @@ def report_tasks(model: Model, curves: dict, args) -> dict:
 # ------------------------------------------------------------------------------
 # The script
 
-def report_arguments(parser, batch: int = 8, windows: int = 64, seq: int | None = 256) -> None:
-    parser.add_argument("--batch", type=common.within(1, 10 ** 5), default=batch,
-                        help=f"sequences at a time [{batch}]")
-    length = seq or "the model's length, at most 2048"
-    parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=seq,
-                        help=f"tokens of each [{length}]")
-    parser.add_argument("--windows", type=common.within(1, 10 ** 6), default=windows,
-                        help=f"windows of --seq held-out tokens to report on [{windows}]")
-
-
-def passage_arguments(parser, least: int = 0) -> None:
-    none = "" if least else "; 0 for none"
-    parser.add_argument("--passages", type=common.within(least, 10 ** 6), default=500,
-                        help=f"held-out passages to say twice, for the recall{none} [500]")
-
-
-def held_out_passages(args, held_out: np.ndarray, config, n: int = PASSAGE) -> Tensor | None:
-    """--passages of n tokens (N, n), of fewer where the model has no positions for two; or None."""
-    if not args.passages:
-        return None
-    n = min(n, config.max_position_embeddings // 2)
-    with common.blame("--passages"):
-        return spread_windows(held_out, args.passages, n)[:, 1:]
-
-
 def curves_in(folder: Path, model: Model) -> dict:
-    """What train.py and search.py left in a folder, as curves."""
-    config = model.config
-    trained, pca = (Projection.load(folder / "projections.safetensors", p) for p in ("", "pca_"))
-    trained.check_fits(config)
-    trained, pca = trained.to(model.device), pca.to(model.device)
-    uniform = partial(uniform_ranks, config=config)
-    curves = {"pca": (pca, uniform), "trained": (trained, uniform)}
-    if (folder / "ranks_pca.json").exists():
-        curves["pca_searched"] = (
-            pca, lambda budget: read_plan(folder / "ranks_pca.json", config, budget)[1])
-    if (folder / "ranks.json").exists():
-        curves["searched"] = (
-            trained, lambda budget: read_plan(folder / "ranks.json", config, budget)[1])
-    return curves
+    """What train.py and search.py left in a folder, as curves: (projection, plan for a budget)."""
+    config, file = model.config, folder / PROJECTIONS
+    curves, searched = {}, {}
+    with open_safetensors(file) as tensors:
+        has_pca = "pca_U_k" in tensors.keys()
+    for name, prefix in (("pca", "pca_"), ("trained", ""))[not has_pca:]:
+        projection = Projection.load(file, prefix)
+        projection.check_fits(config)
+        on_device = projection.to(model.device)
+        curves[name] = on_device, partial(uniform_ranks, config=config)
+        ranks = folder / ("ranks_pca.json" if prefix else "ranks.json")
+        order = order_in(ranks, projection, config)
+        if order is not None:
+            try:
+                plan_at(order, config, BUDGETS[-1])         # fail now if a path ends too early
+            except ValueError as error:
+                raise ValueError(f"{ranks}: {error}") from None
+            name = "pca_searched" if prefix else "searched"
+            searched[name] = on_device, partial(plan_at, order, config)
+    return curves | searched
 
 
-def describe(ckpt: Path, model) -> str:
+def describe(ckpt: Path, model: Model) -> str:
     c, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
     return (f"{ckpt}: {millions:,.1f} M parameters, {c.num_hidden_layers} layers, "
             f"{c.num_attention_heads} query heads on {c.num_key_value_heads}, {c.head_dim} wide")
@@ -355,43 +348,51 @@ def check_same_run(folder: Path, args) -> None:
     """ValueError where train.json names another model, text or --seq."""
     if not (folder / "train.json").exists():
         return
-    config = common.read_json(folder / "train.json").get("config")
+    config = read_json(folder / "train.json").get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'train.json'}: no config of a training")
-    for name, now in (("ckpt", str(args.ckpt)), ("data", str(args.data or "")), ("seq", args.seq)):
-        if config[name] != now:
-            raise ValueError(f"{folder}: was trained with --{name} {config[name]}, not {now}")
+    for name in ("ckpt", "data", "seq"):
+        before, now = config[name], getattr(args, name) or ""
+        if isinstance(before, str) and before and now:      # wherever the script was called from
+            before, now = Path(before).resolve(), now.resolve()
+        if before != now:
+            raise ValueError(f"{folder}: was trained with --{name} {before}, not {now}")
 
 
 def main():
-    parser = common.arguments(__doc__)
+    parser = arguments(__doc__)
     data_arguments(parser)
+    out_argument(parser)
     report_arguments(parser)
     passage_arguments(parser)
     parser.add_argument("--tasks", type=Path,
                         help="a .jsonl of multiple-choice questions to answer at every budget")
     args = parser.parse_args()
-    device, dtype = common.prepare(args)
-    common.keep_freed_memory()
+    device, dtype = prepare(args)
+    keep_freed_memory()
     if args.tasks:
-        with common.blame("--tasks"):
+        with blame("--tasks"):
             read_questions(args.tasks)
-    common.check_folder(args.out)
-    with common.blame("--ckpt"):
+    check_folder(args.out)
+    with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
-    with common.blame("--out"):
+    with blame("--out"):
         curves = curves_in(args.out, model)
         check_same_run(args.out, args)
-        for _, plan in curves.values():
-            plan(BUDGETS[-1])                       # fail now if a path ends too early
     print(describe(args.ckpt, model))
     _, held_out = text_for(args, model.config)
     passages = held_out_passages(args, held_out, model.config)
 
-    tasks = partial(report_tasks, model, curves, args) if args.tasks else dict
-    write_report(model, held_out, curves, args, args.out / "evaluation.json", {}, tasks,
-                 passages)
+    base, rows = report(model, held_out, hooks_of(curves), BUDGETS, args, passages)
+    said = {"base": base, "budgets": rows}
+    file = args.out / "evaluation.json"
+    with blame("--out"):
+        write_json(file, said, indent=1)                # whatever becomes of the questions
+        draw_report(base, rows, file.with_suffix(".png"))
+        if args.tasks:
+            write_json(file, report_tasks(model, curves, args) | said, indent=1)
+    print(f"Saved {file} and {file.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

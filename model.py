@@ -9,13 +9,12 @@ One layer, for a token's state x (a row), in the order in which data meets it:
     x       = x + (silu(RMSNorm(x) Wgate) * RMSNorm(x) Wup) Wdown
 
 What this project compresses is k (after RoPE) and v, the two things that a model keeps of every
-past token. So `forward` has three hooks on that spot, one at a time, and knows nothing else:
+past token. So `forward` has three hooks on that spot, and knows nothing else of compression:
 
-    project(layer, k, v) -> (k̂, v̂)     replaces them by their projections (projection.py), and may
-                                        add an attention in place of the causal one (rounding.py)
-    observe(layer, q, k, v)             is shown them: calibration
-    cache                               keeps them, in few coordinates, and attends by weights of
-                                        its own (begin, fold, attend, advance); then no other hook
+    project(layer, k, v) -> (k̂, v̂)     replaces them by their projections (projection.py)
+    observe(layer, q, k, v)             is shown them (calibration)
+    cache                               keeps them in few coordinates, and attends to what it keeps
+                                        by weights of its own (cache.py)
 
 Letters: B batch, T tokens, L layers, H query heads, K key-value heads, G = H / K (grouped-query
 attention), d = head_dim. The weights are frozen: this project trains rotations around them.
@@ -27,125 +26,23 @@ tokens before it, which is what a cache is for (generate.py).
     python model.py --prompt "The json module"                   # the demo checkpoint
     python model.py --ckpt /path/to/Llama-2-7b-hf --prompt "..." --tokens 20
 """
-import copy
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import common
-
-# ------------------------------------------------------------------------------
-# config.json
-
-@dataclass(frozen=True)
-class Config:
-    """What config.json says, under Hugging Face's names; rope_scaling is LLaMA-3.1's, or None."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None
-    sliding_window: int | None
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-    bos_token_id: int | None
-    eos_token_id: tuple[int, ...]
-    model_type: str = "llama"       # or one of the others below
-
-
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def read_config(path: Path) -> Config:
-    """Read and check `path` (a config.json). ValueError names what is missing or not supported."""
-    raw = common.read_json(path)
-    generation = Path(path).with_name("generation_config.json")
-    said = common.read_json(generation) if generation.exists() else {}
-    raw["eos_token_id"] = ends_of(raw) + ends_of(said)      # chat models add theirs there
-    listed = raw.get("architectures")
-    name = raw.get("model_type") or (listed[0] if isinstance(listed, list) and listed else listed)
-    raw["model_type"] = str(name).lower().removesuffix("forcausallm")
-    if raw["model_type"] not in ARCHITECTURES:
-        raise ValueError(f"{path}: the architecture is {name}; known: {', '.join(ARCHITECTURES)}")
-    for key, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),
-                      ("use_sliding_window", False)):
-        if raw.get(key) not in (None, only):
-            raise ValueError(f"{path}: {key} is {raw[key]!r}; only {only!r} is supported")
-    try:
-        config = parse_config(raw)
-    except KeyError as missing:
-        raise ValueError(f"{path}: no {missing.args[0]!r}") from None
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as error:
-        raise ValueError(f"{path}: a setting has the wrong type or value ({error})") from None
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-                "num_attention_heads", "num_key_value_heads", "sliding_window"):
-        size = getattr(config, key)
-        if size is not None and not 1 <= size < 2 ** 31:
-            raise ValueError(f"{path}: {key} is {size}, not a positive size")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"{path}: {config.num_attention_heads} query heads do not divide among "
-                         f"{config.num_key_value_heads} key-value heads")
-    return config
-
-
-def parse_config(raw: dict) -> Config:
-    """The settings of a config.json, old or new. Raises KeyError, TypeError or ValueError."""
-    heads = int(raw["num_attention_heads"])
-    window = raw.get("sliding_window") if raw["model_type"] == "mistral" else None
-    # Older files hold rope_theta at the top and rope_scaling beside it; newer ones hold both inside
-    # rope_parameters.
-    rope = {"rope_theta": raw.get("rope_theta") or 10000.0}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(key) or {}, dict):
-            raise ValueError(f"{key} is {raw[key]!r}; expected an object or null")
-        rope.update(raw.get(key) or {})
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type not in ("default", "llama3"):
-        raise ValueError(f"the rope type is {rope_type!r}; only 'default' and 'llama3' are known")
-    return Config(
-        vocab_size=int(raw["vocab_size"]),
-        hidden_size=int(raw["hidden_size"]),
-        intermediate_size=int(raw["intermediate_size"]),
-        num_hidden_layers=int(raw["num_hidden_layers"]),
-        num_attention_heads=heads,
-        num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
-        rms_norm_eps=float(raw["rms_norm_eps"]),
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling={key: float(rope[key]) for key in LLAMA3} if rope_type == "llama3" else None,
-        sliding_window=None if window is None else int(window),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        max_position_embeddings=int(raw.get("max_position_embeddings") or 2048),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=raw["eos_token_id"],
-        model_type=raw["model_type"],
-    )
-
-
-def ends_of(said: dict) -> tuple:
-    """The ends of a sequence that a config names: one, several, or none."""
-    ends = said.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
-    return tuple(end for end in ends if end is not None)
-
+from support.checkpoint import Config, load_weights, read_config
+from support.cli import arguments, blame, prepare, prompt_arguments, run_script
+from support.tokenizer import encode_prompt, load_tokenizer, show
 
 # ------------------------------------------------------------------------------
 # The transformer. Attention and Layer only hold weights, under Hugging Face's names; the arithmetic
-# is in Model.layer, by F.linear on the weights: a module's call costs as much as a small product.
+# is in Model.layer.
 
 class Attention(nn.Module):
     def __init__(self, c: Config):
@@ -168,9 +65,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.linear(x, self.gate_proj.weight)
-        up = F.linear(x, self.up_proj.weight)
-        return F.linear(F.silu(gate) * up, self.down_proj.weight)
+        gate, up = linear(x, self.gate_proj), linear(x, self.up_proj)
+        return linear(F.silu(gate) * up, self.down_proj)
 
 
 class RMSNorm(nn.Module):
@@ -180,7 +76,8 @@ class RMSNorm(nn.Module):
         self.eps = c.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # w x / sqrt(mean x² + eps)
+        weight = self.weight.to(x.dtype)
+        return F.rms_norm(x, weight.shape, weight, self.eps)        # w x / sqrt(mean x² + eps)
 
 
 class Layer(nn.Module):
@@ -192,8 +89,14 @@ class Layer(nn.Module):
         self.mlp = MLP(c)
 
 
+def linear(x: Tensor, module: nn.Linear) -> Tensor:
+    """x W + b in the dtype of x: the search has float32 states over bfloat16 weights."""
+    W, b = module.weight, module.bias
+    return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+
 class Model(nn.Module):
-    """A LLaMA, Mistral or Qwen decoder: `model(tokens)` gives logits, by embed, layer and head."""
+    """A LLaMA, Mistral or Qwen decoder: `model(tokens)` gives logits."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -219,7 +122,7 @@ class Model(nn.Module):
 
         With a cache the tokens follow those that it holds, and are appended to it.
         """
-        return self.head(self.hidden(tokens, project, observe, cache))
+        return linear(self.norm(self.hidden(tokens, project, observe, cache)), self.lm_head)
 
     def hidden(self, tokens: Tensor, project=None, observe=None, cache=None, recompute=False):
         """The states (B, T, hidden) that leave the last layer, before the final norm.
@@ -227,56 +130,49 @@ class Model(nn.Module):
         With `recompute` a layer's inner states are made again in the backward pass (activation
         checkpointing): one more forward pass, for one layer's memory instead of all layers'.
         """
-        x = self.embed(tokens)
-        cos_sin = None if cache is None else cache.begin(self, *tokens.shape)
+        T, start = tokens.shape[1], 0
+        if cache is not None:
+            cache.before_pass(self, *tokens.shape)
+            start = cache.length
+        x = self.embed_tokens(tokens)                               # (B, T, hidden)
+        cos_sin = self.rope.rows(start, T, x.dtype, x.device)
         for i in range(self.config.num_hidden_layers):
             if recompute:
-                x = checkpoint(self.layer, i, x, project, use_reentrant=False)
+                x = checkpoint(self.layer, i, x, cos_sin, project, use_reentrant=False)
             else:
-                x = self.layer(i, x, project, observe, cache, cos_sin)
+                x = self.layer(i, x, cos_sin, project, observe, cache)
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.after_pass(T)
         return x
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        return self.embed_tokens(tokens)                            # (B, T, hidden)
-
-    def head(self, x: Tensor) -> Tensor:
-        norm, lm_head = (self.widened(module, x.dtype) for module in (self.norm, self.lm_head))
-        return lm_head(norm(x))                                     # (..., vocab)
-
-    def widened(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """A part as it is, or a copy for states wider than the weights: float32 over bfloat16."""
-        return module if dtype == self.dtype else copy.deepcopy(module).to(dtype)
-
-    def layer(self, i: int, x: Tensor, project=None, observe=None, cache=None, cos_sin=None):
-        """Layer i over states x (B, T, hidden): of positions 0 … T−1, or behind the cache.
-
-        cos_sin: the cosines and sines of those positions (Rope.rows), which a cache knows.
-        """
-        layer = self.widened(self.layers[i], x.dtype)
-        weights = layer.self_attn
+    def layer(self, i: int, x: Tensor, cos_sin, project=None, observe=None, cache=None) -> Tensor:
+        """Layer i over states x (B, T, hidden); cos_sin: Rope.rows of their positions."""
+        layer = self.layers[i]
         h = layer.input_layernorm(x)
         if cache is not None:
-            a = self.attend_by_cache(i, h, cache, cos_sin)
+            x = x + self.attend_by_cache(i, h, cos_sin, cache)
         else:
-            q, k, v = (self.split_heads(part(h))
-                       for part in (weights.q_proj, weights.k_proj, weights.v_proj))
-            if weights.q_norm is not None:
-                q, k = weights.q_norm(q), weights.k_norm(k)
-            cos_sin = self.rope.rows(0, x.shape[1], x.dtype, x.device)
-            q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-            if observe is not None:
-                observe(i, q, k, v)
-            attention = causal_attention
-            if project is not None:
-                k, v, attention = (*project(i, k, v), attention)[:3]
-            a = attention(q, k, v, self.config.sliding_window)              # (B, H, T, d)
-            a = weights.o_proj(a.transpose(1, 2).flatten(2))
-        x = x + a
+            x = x + self.attend(i, h, cos_sin, project, observe)
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
-    def attend_by_cache(self, i: int, h: Tensor, cache, cos_sin) -> Tensor:
+    def attend(self, i: int, h: Tensor, cos_sin, project, observe) -> Tensor:
+        """Layer i's attention among the tokens passed: (B, T, hidden), from normed states h."""
+        c, weights = self.config, self.layers[i].self_attn
+        q = self.split_heads(linear(h, weights.q_proj))             # (B, H, T, d)
+        k = self.split_heads(linear(h, weights.k_proj))             # (B, K, T, d)
+        v = self.split_heads(linear(h, weights.v_proj))
+        if weights.q_norm is not None:
+            q, k = weights.q_norm(q), weights.k_norm(k)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        if observe is not None:
+            observe(i, q, k, v)
+        if project is not None:
+            k, v = project(i, k, v)
+        attention = getattr(project, "attention", causal_attention)         # bits/ has its own
+        a = attention(q, k, v, c.sliding_window)                    # (B, H, T, d)
+        return linear(a.transpose(1, 2).flatten(2), weights.o_proj)
+
+    def attend_by_cache(self, i: int, h: Tensor, cos_sin, cache) -> Tensor:
         """Layer i's attention to what the cache keeps: (B, T, hidden), from normed states h.
 
         One product makes all: of each key-value head its G queries and then its key, which one
@@ -315,15 +211,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def stored_for_rows(W: Tensor) -> Tensor:
-    """The same matrix (out, in), on a CPU with its columns end to end if they are its longer side.
-
-    One row times it, x W, then runs along memory, which is faster; with short columns it is not.
-    """
-    rows, columns = W.shape
-    return W if W.is_cuda or rows <= columns else W.T.contiguous().T
-
-
 # ------------------------------------------------------------------------------
 # RoPE: the position of a token, as rotations of its queries and keys
 
@@ -342,10 +229,6 @@ class Rope:
             self.grow(max(512, 2 ** (end - 1).bit_length()), dtype, device)
         return self.cos[start:end], self.sin[start:end]
 
-    def row(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """What `rotate` takes for one position on the device, (1,) int64, and in the table."""
-        return self.cos.index_select(0, position), self.sin.index_select(0, position)
-
     @torch.inference_mode(False)    # the table outlives a generation, and training may use it next
     def grow(self, positions: int, dtype, device) -> None:
         """Angles and cosines are float64, since positions run to 10⁵ and beyond."""
@@ -362,10 +245,10 @@ def frequencies(c: Config) -> Tensor:
     if c.rope_scaling is None:
         return frequency
     # LLaMA 3.1: slow frequencies are slowed by `factor`, fast ones kept, those between blended.
-    factor, low, high, length = (c.rope_scaling[key] for key in LLAMA3)
-    turns = length * frequency / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(frequency / factor, frequency, keep)
+    s = c.rope_scaling
+    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    return torch.lerp(frequency / s["factor"], frequency, keep.clamp(0, 1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -377,14 +260,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------
 # Loading
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
 def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model in folder `path` (config.json and safetensors, sharded or not), frozen.
 
-    Peak memory is the model's size, once: tensors arrive one by one, and on a CPU those that have
-    the dtype already stay views of the mapped file. ValueError names the file and its fault.
+    Peak memory is the model's size, once. ValueError names the file and its fault.
     """
     path = Path(path)
     if not path.is_dir():
@@ -392,89 +271,103 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     config = read_config(path / "config.json")
     with torch.device("meta"):      # shapes alone: the weights are about to be replaced
         model = Model(config)
-    files = common.tensor_files(path)
-    wanted = {name if name.startswith("lm_head.") else f"model.{name}": parameter
-              for name, parameter in model.named_parameters()}
-    tied = [model.embed_tokens, model.lm_head] if config.tie_word_embeddings else []
-    if tied and EMBEDDING not in files and HEAD in files:   # the one matrix may have either name
-        wanted[HEAD] = wanted.pop(EMBEDDING)
-        tied.reverse()
-    for name in files:              # other biases and norms mean another architecture
-        twice = name == HEAD and tied
-        if name not in wanted and not twice and not name.endswith("rotary_emb.inv_freq"):
-            raise ValueError(f"{files[name]}: holds {name}, which no {config.model_type} has")
-    for name, parameter in wanted.items():
-        tensor = read_tensor(files, name, path, device, dtype)
-        if tensor.shape != parameter.shape:
-            raise ValueError(f"{files[name]}: {name} has the shape {list(tensor.shape)}, "
-                             f"but config.json asks for {list(parameter.shape)}")
-        module, _, leaf = name.removeprefix("model.").rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
-    if tied:
-        tied[1].weight = tied[0].weight
+    load_weights(model, path, device, dtype)
     return model.eval()
 
 
-def read_tensor(files: dict[str, Path], name: str, path: Path, device, dtype) -> Tensor:
-    """One tensor, moved and converted. The file is opened for each, so that it can be unmapped."""
-    if name not in files:
-        raise ValueError(f"{path}: the tensor {name} is missing")
-    with common.open_safetensors(files[name]) as file:
-        try:
-            tensor = file.get_tensor(name)
-        except SafetensorError:
-            raise ValueError(f"{files[name]}: the tensor {name} is missing") from None
-        is_product = tensor.ndim == 2 and name != EMBEDDING
-        if is_product and tensor.dtype != dtype:        # is copied anyway
-            tensor = stored_for_rows(tensor)
-        return tensor.to(device, dtype)
-
-
 # ------------------------------------------------------------------------------
-# Text
+# From states to probabilities, and to text
 
-def pick(logits: Tensor, temperature: float) -> Tensor:
+CHUNK = 256     # tokens whose logits exist at a time; so few that on a CPU they stay in its cache
+
+
+def log_probabilities(model: Model, *states: Tensor):
+    """log p of states (n, hidden) behind the model's last norm, of the same tokens, by chunks.
+
+    Yields (slice of the tokens, log p of the first states, of the second, …), never all at once.
+    """
+    for start in range(0, len(states[0]), CHUNK):
+        rows = slice(start, start + CHUNK)
+        yield rows, *(logits(x[rows], model.lm_head.weight).log_softmax(-1) for x in states)
+
+
+def logits(x: Tensor, W: Tensor) -> Tensor:
+    """x Wᵀ of states (n, hidden) and W (vocab, hidden), in float32 or float64.
+
+    In a bfloat16 result small KLs drown and likeliest tokens tie, so its weights are widened, 8,192
+    rows of the vocabulary at a time.
+    """
+    x = x.to(wide(x.dtype))
+    if x.dtype == W.dtype:
+        return x @ W.T
+    return torch.cat([x @ piece.to(x.dtype).T for piece in W.split(2 ** 13)], dim=-1)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that probabilities are computed in: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.inference_mode()
+def generate(model: Model, tokens: list[int], count: int, temperature: float = 0.0, cache=None):
+    """Yields up to `count` tokens that follow `tokens`, or those up to the end of the sequence.
+
+    A cache, of one sequence, must have room for len(tokens) + count − 1: the first pass fills it
+    with the prompt (prefill), and every later one is of a single token (decode). Without one each
+    pass is of all tokens again.
+    """
+    passed = torch.tensor([tokens], device=model.device)
+    for _ in range(count):
+        states = model.hidden(passed, cache=cache)
+        token = pick(last_logits(model, states[:, -1]), temperature)        # (1, 1)
+        if token.item() in model.config.eos_token_id:
+            return
+        yield token.item()
+        passed = torch.cat((passed, token), dim=1) if cache is None else token
+
+
+def last_logits(model: Model, x: Tensor, recomputed: int = 64) -> Tensor:
+    """Float32 logits (B, vocab) of states x (B, hidden) that left the last layer.
+
+    Rounded to 2 bytes many logits tie, so the largest few are computed again. Widening all of the
+    head's weights would copy them for every token.
+    """
+    x = model.norm(x)
+    scores = linear(x, model.lm_head).float()
+    if model.dtype.itemsize > 2:
+        return scores
+    best = scores.topk(min(recomputed, scores.shape[-1])).indices
+    rows = model.lm_head.weight[best].float()                       # (B, recomputed, hidden)
+    return scores.scatter(1, best, (rows @ x.float()[..., None])[..., 0])
+
+
+def pick(scores: Tensor, temperature: float) -> Tensor:
     """The next token of each sequence, (B, 1), from logits (B, vocab): greedy at temperature 0."""
-    logits = logits.float()
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits - logits.amax(-1, keepdim=True)     # so that no temperature overflows
-    likely = (logits / temperature).softmax(-1)
+        return scores.argmax(-1, keepdim=True)
+    scores = scores - scores.amax(-1, keepdim=True)     # so that no temperature overflows
+    likely = (scores / temperature).softmax(-1)
     # torch.multinomial's own way for one draw, without its checks, which wait for a GPU.
     return (likely / torch.empty_like(likely).exponential_()).argmax(-1, keepdim=True)
 
 
-@torch.inference_mode()
-def generate(model: Model, tokens: list[int], count: int, temperature: float = 0.0):
-    """Yields up to `count` tokens that follow `tokens`, or those up to the end of the sequence."""
-    tokens = list(tokens)
-    for _ in range(count):
-        states = model.hidden(torch.tensor([tokens], device=model.device))
-        wide = torch.promote_types(model.dtype, torch.float32)      # in bfloat16 many logits tie
-        token = pick(model.head(states[:, -1].to(wide)), temperature).item()
-        if token in model.config.eos_token_id:
-            return
-        tokens.append(token)
-        yield token
-
-
 def main():
-    parser = common.arguments(__doc__)
-    common.prompt_arguments(parser)
+    parser = arguments(__doc__)
+    prompt_arguments(parser)
     args = parser.parse_args()
-    device, dtype = common.prepare(args)
-    with common.blame("--ckpt"):
+    device, dtype = prepare(args)
+    with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
-        tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
-    with common.blame("--prompt"):
-        prompt = common.encode_prompt(tokenizer, args.prompt)
+        tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
+    with blame("--prompt"):
+        prompt = encode_prompt(tokenizer, args.prompt)
 
     began = time.perf_counter()
-    made = common.show(tokenizer, prompt, generate(model, prompt, args.tokens, args.temperature))
+    made = show(tokenizer, prompt, generate(model, prompt, args.tokens, args.temperature))
     seconds = time.perf_counter() - began
     print(f"{len(made)} tokens at {len(made) / seconds:,.0f} tokens/s, each a whole pass",
           file=sys.stderr)
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -11,8 +11,9 @@ and q · k̂ = (q U_r) · (k U_r). One U serves every rank like nested dolls, Ma
 rank uses a prefix of the same columns. Keys are projected after RoPE, and need no mean m: it would
 add one and the same number, q · m(I − P), to all scores of a query, which softmax does not see.
 
-The matrices start as eigenvectors of moments over a calibration text; training then rotates them.
-The Cayley map C of a skew-symmetric A is orthogonal by construction, and the identity at A = 0:
+The matrices start as a PCA, eigenvectors of covariances over a calibration text; training then
+rotates them (train.py). The Cayley map C of a skew-symmetric A is orthogonal by construction, and
+the identity at A = 0:
 
     U = U₀ C(A),        C(A) = (I − A/2)⁻¹ (I + A/2)
 
@@ -29,9 +30,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import common
-from data import data_arguments, random_windows, text_for
 from model import Model, load
+from support import processes
+from support.cli import arguments, blame, data_arguments, out_argument, prepare, run_script
+from support.data import random_windows, text_for
+from support.files import hash_of, read_tensors, write_tensors
 
 LEVELS = 8
 NAMES = ("U_k", "U_v", "mean_v")
@@ -104,15 +107,19 @@ class Projection:
         """What `tensors` gave. Raises KeyError for one that is missing."""
         return Projection(*(tensors[prefix + name] for name in NAMES))
 
+    def hash(self) -> str:
+        """What a file of ranks says it was made for: the sha256 of U_k and U_v."""
+        return hash_of(self.U_k, self.U_v)
+
     def save(self, path: str | Path, pca=None) -> None:
         """Write a safetensors file; plain PCA of the same text stands in it as pca_U_k, …"""
         beside = pca.tensors("pca_") if pca else {}
-        common.write_tensors(path, self.tensors() | beside)
+        write_tensors(path, self.tensors() | beside)
 
     @staticmethod
     def load(path: str | Path, prefix: str = "") -> "Projection":
         """Read what `save` wrote; prefix "pca_" for the PCA in it. ValueError names the file."""
-        tensors = common.read_tensors(path)
+        tensors = read_tensors(path)
         try:
             return Projection.of(tensors, prefix).to(None, torch.float32)
         except KeyError as missing:
@@ -146,7 +153,7 @@ def identity_like(U: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------
-# Calibration: second moments over a text, and the two starts computed from them
+# Calibration: moments over a text, and the PCA computed from them
 
 class Moments:
     """Sums over a calibration text, per layer and KV head, float64; the model's hook `observe=`.
@@ -192,31 +199,6 @@ class Moments:
         cov_k, cov_v = self.covariances()
         return Projection(leading(cov_k), leading(cov_v), self.mean_v())
 
-    def query_aware(self, W_o: list[Tensor]) -> Projection:
-        """PCA that also asks who reads; W_o (hidden, H·d) of every layer, as stored.
-
-        A direction counts if keys or values vary along it, or if somebody looks along it: queries
-        at keys, W_o at values. The two are added with equal weight: the eigenvectors of
-
-            keys      cov(k) / tr cov(k) + E[qᵀq] / tr E[qᵀq]
-            values    cov(v) / tr cov(v) + M / tr M,     M as in `readers`
-
-        A heuristic, not in the paper; docs/results.md compares it with PCA.
-        """
-        cov_k, cov_v = self.covariances()
-        U_k = leading(unit_trace(cov_k) + unit_trace(self.qq))
-        U_v = leading(unit_trace(cov_v) + unit_trace(self.readers(W_o)))
-        return Projection(U_k, U_v, self.mean_v())
-
-    def readers(self, W_o: list[Tensor]) -> Tensor:
-        """M = Σ W_o[h]ᵀ W_o[h] over the query heads h of a group: (L, K, d, d)."""
-        _, K, d = self.v.shape
-        M = torch.empty_like(self.vv)
-        for i, W in enumerate(W_o):
-            W = W.to(M).view(-1, K, self.G, d)                      # (hidden, K, G, d)
-            M[i] = torch.einsum("xkgd,xkge->kde", W, W)
-        return M
-
 
 def covariance(n: Tensor, total: Tensor, squares: Tensor) -> Tensor:
     """The covariance of n (L,) rows with sum `total` (L, K, d) and Σ xᵀx `squares`."""
@@ -233,24 +215,58 @@ def leading(symmetric: Tensor) -> Tensor:
     return vectors.float().contiguous()
 
 
-def unit_trace(matrix: Tensor) -> Tensor:
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return matrix / trace[..., None, None]
-
-
 @torch.no_grad()
 def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16):
     """Moments of queries, keys and values over random windows of the training text."""
     moments = Moments(model.config, model.device)
     generator = torch.Generator().manual_seed(seed)
-    mine = common.my_share(B)
+    mine = processes.my_share(B)
     for _ in range(batches):
-        block = random_windows(tokens, common.WORLD * B, T, generator, mine)
+        block = random_windows(tokens, processes.WORLD * B, T, generator, mine)
         x = block[:, :-1].to(model.device)
         model.hidden(x, observe=moments)
     for total in moments.sums:
-        common.sum_over_processes(total)
+        processes.sum_over(total)
     return moments
+
+
+# ------------------------------------------------------------------------------
+# Not in the paper: a start that also asks who reads. Untrained, with the same rank everywhere, its
+# KL on the demo is .84 of PCA's at 50%, .88 at 25% (docs/results.md).
+
+def query_aware(moments: Moments, W_o: list[Tensor]) -> Projection:
+    """The start of `--recipe ours`; W_o (hidden, H·d) of every layer, as stored.
+
+    A direction counts if keys or values vary along it, or if somebody looks along it: queries at
+    keys, W_o at values. The two are added with equal weight: the eigenvectors of
+
+        keys      cov(k) / tr cov(k) + E[qᵀq] / tr E[qᵀq]
+        values    cov(v) / tr cov(v) + M / tr M,     M as in `readers`
+    """
+    cov_k, cov_v = moments.covariances()
+    U_k = leading(unit_trace(cov_k) + unit_trace(moments.qq))
+    U_v = leading(unit_trace(cov_v) + unit_trace(readers(moments, W_o)))
+    return Projection(U_k, U_v, moments.mean_v())
+
+
+def readers(moments: Moments, W_o: list[Tensor]) -> Tensor:
+    """M = Σ W_o[h]ᵀ W_o[h] over the query heads h of a group: (L, K, d, d)."""
+    _, K, d = moments.v.shape
+    M = torch.empty_like(moments.vv)
+    for i, W in enumerate(W_o):
+        W = W.to(M).view(-1, K, moments.G, d)                       # (hidden, K, G, d)
+        M[i] = torch.einsum("xkgd,xkge->kde", W, W)
+    return M
+
+
+def output_weights(model: Model) -> list[Tensor]:
+    """W_o (hidden, H·d) of every layer, as stored."""
+    return [layer.self_attn.o_proj.weight for layer in model.layers]
+
+
+def unit_trace(matrix: Tensor) -> Tensor:
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return matrix / trace[..., None, None]
 
 
 # ------------------------------------------------------------------------------
@@ -259,10 +275,10 @@ def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16
 class Rotation(nn.Module):
     """U = U₀ C(A) for every head: `rotation()` is the Projection at the current parameters.
 
-    The parameters are entries of A above the diagonal, zero at the start. Those between columns of
-    one eighth are left out: every rank keeps or drops an eighth whole, so turning within it changes
-    no projection, and near A = 0 its gradient is rounding noise, which Adam would blow up. The
-    value means train too. `within_blocks`: with those entries (bits.py).
+    The parameters are entries of A above the diagonal, zero at the start, and the value means.
+    Entries between columns of one eighth are left out: every rank keeps or drops an eighth whole,
+    so turning within it changes no projection, and near A = 0 its gradient is rounding noise, which
+    Adam would blow up. `within_blocks`: with those entries (bits/).
     """
 
     def __init__(self, start: Projection, within_blocks: bool = False):
@@ -271,9 +287,7 @@ class Rotation(nn.Module):
         self.start = start
         self.eighth = d // LEVELS
         rows, columns = torch.triu_indices(d, d, 1)
-        matters = rows // self.eighth != columns // self.eighth
-        if within_blocks:
-            matters[:] = True
+        matters = (rows // self.eighth != columns // self.eighth) | within_blocks
         self.rows = rows[matters].to(start.U_k.device)
         self.columns = columns[matters].to(start.U_k.device)
         zeros = start.U_k.new_zeros(L, K, len(self.rows))
@@ -283,9 +297,22 @@ class Rotation(nn.Module):
 
     def forward(self, dtype: torch.dtype | None = None) -> Projection:
         """In `dtype`: float64 before saving, so that the Cayley map adds no error of its own."""
+        return self.turned(self.A_k, self.A_v, dtype)
+
+    def at(self, ranks: Tensor):
+        """The hook of a training step with ranks (2, L, B, K): `Projection.at`, with gradients.
+
+        None for entries that no rank of the step can see: as above, it would be noise.
+        """
+        entries = []
+        for A, seen in zip((self.A_k, self.A_v), self.visible_entries(ranks), strict=True):
+            entries.append(torch.where(seen, A, A.detach()))
+        return self.turned(*entries).at(ranks)
+
+    def turned(self, A_k: Tensor, A_v: Tensor, dtype: torch.dtype | None = None) -> Projection:
         start = self.start.to(None, dtype)
-        U_k = start.U_k @ self.cayley(self.A_k.to(dtype))
-        U_v = start.U_v @ self.cayley(self.A_v.to(dtype))
+        U_k = start.U_k @ self.cayley(A_k.to(dtype))
+        U_v = start.U_v @ self.cayley(A_v.to(dtype))
         return Projection(U_k, U_v, self.mean_v.to(dtype))
 
     def cayley(self, entries: Tensor) -> Tensor:
@@ -302,7 +329,6 @@ class Rotation(nn.Module):
 
         An entry turns two columns, of eighths a < b, into each other. It is seen if some sequence
         keeps the one and cuts the other off, at a level a < level ≤ b (counting eighths from 0).
-        Near A = 0 the gradient of the others is rounding noise, as above; it is always dropped.
         """
         levels = (ranks // self.eighth).transpose(2, 3)             # (2, L, K, B)
         drawn = levels.new_zeros(*levels.shape[:3], LEVELS + 1)
@@ -369,12 +395,13 @@ def show_variance(side: str, U: Tensor, covariance: Tensor) -> None:
 
 @torch.no_grad()
 def main():
-    parser = common.arguments(__doc__)
+    parser = arguments(__doc__)
     data_arguments(parser)
+    out_argument(parser)
     args = parser.parse_args()
     args.seq = 256
-    device, dtype = common.prepare(args)
-    with common.blame("--ckpt"):
+    device, dtype = prepare(args)
+    with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     tokens, _ = text_for(args, model.config)
     print("Calibrating on training text ...", file=sys.stderr)
@@ -387,4 +414,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

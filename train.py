@@ -10,54 +10,212 @@ and the means μ learn (projection.py):
 The ranks are drawn anew for every sequence. So each leading group of columns must do as well as it
 can without those that follow, like nested dolls, and one U serves every rank.
 
-`--recipe paper` is the paper's as its authors' code has it: it starts from PCA, draws every rank
-independently, and minimises the mean of 0.25 KL + 0.75 cross-entropy by Adam at 0.001.
-It gains where little of the cache is left and loses to PCA elsewhere. The default differs in
+    python train.py --recipe paper --out out_paper                  # the paper's recipe
 
-  start      PCA plus what queries and W_o read (query_aware): better before any training.
-  ranks      plans of any size along an order of lowerings (draw_along), as search.py makes them:
-             one for the start (order.py), or --ranks FILE. --uniform: one level for all heads
-             (draw_levels). The paper's average to about half.
-  steps      200, where the paper's recipe has 400.
-  objective  the mean of log(KL + 0.001) over sequences. KL at 25% is some fifty times that at
-             87.5%: in a plain mean the small ranks drown the rest. In the logarithm a tenth less KL
-             counts about the same at every budget. No cross-entropy: it pulls towards the text.
-  rate       0.5 / d. Adam steps every angle alike; a column is turned by nearly d of them.
+is the paper's as its authors' code has it: U₀ is the PCA, every rank is drawn independently
+(draw_independent), and the mean of 0.25 KL + 0.75 cross-entropy is minimised by Adam at 0.001. It
+gains where little of the cache is left, and loses to PCA elsewhere. The default differs in
 
-    python train.py                                             # the demo on Python's documentation
-    python train.py --recipe paper --out out_paper              # the paper's recipe, to compare
-    python train.py --uniform --out out_uniform                 # for the same rank everywhere
-    torchrun --nproc_per_node=8 train.py --ckpt DIR --data FILE     # several GPUs (docs/seven_b.md)
+    start       PCA plus what queries and W_o read: `query_aware`, projection.py
+    ranks       plans of any size along an order of lowerings: `draw_along`. The order is found for
+                the start (`find_order`, search.py), or that of --ranks FILE. --uniform: one level
+                for all heads, `draw_levels`
+    objective   the mean of log(KL + 0.001) over sequences, no cross-entropy: `Recipe.floor`
+    rate        0.5 / d: Adam steps every angle alike; a column is turned by nearly d of them
+    steps       200, where the paper's recipe has 400
+
+    python train.py                                                 # on Python's documentation
+    python train.py --uniform --out out_uniform                     # for the same rank everywhere
+    torchrun --nproc_per_node=8 train.py --ckpt DIR --data FILE     # several GPUs: docs/seven_b.md
 """
 import argparse
 import math
 import sys
-import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
-import common
-from data import data_arguments, random_windows, set_apart, text_for
-from distance import Distill, measure, wide
-from evaluate import describe, report_arguments, write_report
-from model import Model, load, read_config
-from order import find_order, output_weights
-from plans import read_plan
-from projection import LEVELS, Projection, Rotation, calibrate, plan_at, shape_of, uniform_ranks
+from evaluate import describe, hooks_of, measure, report
+from model import Model, load, log_probabilities, wide
+from projection import (
+    BUDGETS,
+    LEVELS,
+    Projection,
+    Rotation,
+    calibrate,
+    check_ranks,
+    output_weights,
+    plan_at,
+    query_aware,
+    shape_of,
+    uniform_ranks,
+)
+from search import find_order
+from support import processes
+from support.checkpoint import read_config
+from support.cli import (
+    arguments,
+    blame,
+    data_arguments,
+    fail,
+    out_argument,
+    report_arguments,
+    run_script,
+    within,
+)
+from support.data import random_windows, set_apart, text_for
+from support.files import write_json
+from support.pictures import draw_report
+from support.plans import PROJECTIONS, read_ranks
+from support.progress import Progress
+from support.training import (
+    Forecast,
+    TrainingState,
+    peak_memory,
+    prepare_training,
+    read_state,
+    settings_of,
+)
 
 # ------------------------------------------------------------------------------
-# The ranks of a step, (2, L, B, K), multiples of d/8, for keys and values separately. That they are
-# new for every sequence is what nests the dolls.
+# The loss of a step
+
+@dataclass
+class Recipe:
+    """How to train: what `train` is told beside the model, the text and the draw."""
+    steps: int
+    batch: int                      # sequences of a step, each with ranks of its own
+    seq: int                        # tokens of each
+    lr: float                       # Adam's, at its peak
+    ce: float = 0.0                 # share of the next-token cross-entropy in the loss
+    # None: the objective is the mean of the loss, as in the paper. A number: the mean of
+    # log(loss + floor). KL at 25% is some fifty times that at 87.5%, and in a plain mean the small
+    # ranks drown the rest; in the logarithm a tenth less KL counts about the same at every budget.
+    floor: float | None = None
+    accumulate: int = 1             # batches of a step
+    amp: bool = False               # products in bfloat16 over float32 weights
+    recompute: bool = False         # layers again in the backward pass
+    seed: int = 0
+
+
+def distil(model: Model, text: Tensor, project, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Of windows (B, T + 1), per sequence: (1 − ce) KL + ce · cross-entropy, and the KL; (B,)."""
+    text = text.to(model.device)
+    x = text[:, :-1]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.amp):
+        with torch.no_grad():                           # the teacher: the same weights, no hook
+            teacher = model.hidden(x)
+        student = model.hidden(x, project, recompute=recipe.recompute)
+    student, teacher = model.norm(student), model.norm(teacher)
+    return Distill.apply(student, teacher, model, text[:, 1:], recipe.ce)
+
+
+class Distill(torch.autograd.Function):
+    """(1 − c) KL(p_teacher ‖ p_student) + c · cross-entropy, and the KL: means over T, (B,) each.
+
+    Its gradient for the student's logits is q − ((1 − c) p + c · onehot), taken in the same pass,
+    chunk by chunk, while the probabilities are at hand: no logits are kept for the backward pass.
+    Student and teacher are normed states (B, T, hidden).
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, model: Model, targets: Tensor, c: float):
+        B, T, _ = student.shape
+        s, t = student.flatten(0, 1), teacher.flatten(0, 1)
+        y = targets.flatten()[:, None]
+        gradient = torch.empty_like(s)
+        kl = s.new_zeros(B * T, dtype=wide(s.dtype))
+        cross_entropy = torch.zeros_like(kl)
+        for rows, log_q, log_p in log_probabilities(model, s, t):
+            target = log_p.exp()                                    # what q should be
+            kl[rows] = log_p.sub_(log_q).mul_(target).sum(-1)       # Σ p log(p / q)
+            if c > 0:
+                cross_entropy[rows] = -log_q.gather(1, y[rows])[:, 0]
+                share = torch.full_like(target[:, :1], c)
+                target.mul_(1 - c).scatter_add_(1, y[rows], share)
+            by_logits = log_q.exp_().sub_(target)
+            gradient[rows] = by_logits.to(s.dtype) @ model.lm_head.weight
+        ctx.save_for_backward(gradient.view_as(student))
+        kl = kl.view(B, T).mean(1)
+        cross_entropy = cross_entropy.view(B, T).mean(1)
+        ctx.mark_non_differentiable(kl)
+        return (1 - c) * kl + c * cross_entropy, kl
+
+    @staticmethod
+    def backward(ctx, by_loss: Tensor, _):
+        gradient, = ctx.saved_tensors
+        by_token = by_loss[:, None, None] / gradient.shape[1]
+        return gradient * by_token.to(gradient), None, None, None, None
+
+
+# ------------------------------------------------------------------------------
+# Training
 
 def draw_independent(B: int, config, generator: Generator) -> Tensor:
-    """The paper's: each rank is any of the eight, whatever the others are."""
+    """The paper's ranks of a step, (2, L, B, K): each any of d/8, …, d, whatever the others are.
+
+    That keys and values, layers, heads and sequences differ is what nests the dolls.
+    """
     L, K, d = shape_of(config)
     levels = torch.randint(1, LEVELS + 1, (2, L, B, K), generator=generator)
     return levels * (d // LEVELS)
 
+
+def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, after_step) -> None:
+    """Rotate the projections so that the model with the small cache says what the model says.
+
+    draw(B, config, generator) gives random plans, ranks (2, L, B, K); state.module.at(plans) the
+    student's hook `project=` for them (Rotation). Calls after_step(number) after each step.
+    """
+    parameters = list(state.module.parameters())
+    B = processes.WORLD * recipe.batch
+    mine = processes.my_share(recipe.batch)
+    # A token's share of the gradient may be below 6e-8, the smallest number of float16.
+    scale = recipe.batch * recipe.seq if model.dtype == torch.float16 else 1
+    progress = Progress(recipe.steps)
+    for step in range(state.step, recipe.steps):
+        # Everything random in a step follows from the seed and the step's number: a resumed
+        # training draws what it would have, and N processes what one with N times the batch would.
+        generator = Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        kl_of_step = torch.zeros(1, dtype=torch.float64)
+        for _ in range(recipe.accumulate):
+            text = random_windows(tokens, B, recipe.seq, generator, mine)
+            plans = draw(B, model.config, generator)[:, :, mine]
+            loss, kl = distil(model, text, state.module.at(plans), recipe)
+            objective = loss if recipe.floor is None else torch.log(loss + recipe.floor)
+            if objective.requires_grad:                 # not where every head is full
+                (scale * objective.mean()).backward()
+            kl_of_step += scale * kl.mean().item()
+        gradients = [kl_of_step, *(p.grad for p in parameters)]
+        for gradient in gradients:
+            processes.sum_over(gradient).div_(scale * recipe.accumulate * processes.WORLD)
+        if not all(gradient.isfinite().all() for gradient in gradients):
+            fail(f"--lr {recipe.lr}: the loss of step {step + 1} or its gradient is not a number. "
+                 "Start again with a smaller --lr or another --dtype")
+        for group in state.optimizer.param_groups:
+            group["lr"] = recipe.lr * schedule(step, recipe.steps)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=False)
+        state.facts["loss"].append(kl_of_step.item())
+        state.facts["step"] = step + 1
+        progress(step + 1, f"KL {kl_of_step.item():.4f}", recipe.accumulate * B * recipe.seq)
+        after_step(step + 1)
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate's factor: a cosine to zero, times a warm-up over the first tenth."""
+    warm_up = min(1.0, (step + 1) / (0.1 * steps))
+    cosine = math.cos(math.pi * step / steps)
+    return warm_up * 0.5 * (1 + cosine)
+
+
+# ------------------------------------------------------------------------------
+# Not in the paper: draws of exactly the plans that are used later; every step sees all budgets. On
+# the demo the paper's recipe has a KL of .178 at 50% and .684 at 25%; with our start and objective
+# `draw_levels` has .140 and .560, `draw_along` .079 and .326 along its order (docs/results.md).
 
 def draw_levels(B: int, config, generator: Generator) -> Tensor:
     """One level for all heads of a sequence, 2 to 7 (25 to 87.5%)."""
@@ -84,167 +242,30 @@ def one_of_each(B: int, generator: Generator) -> Tensor:
 
 
 # ------------------------------------------------------------------------------
-# Training
-
-def train(run: "Run", model: Model, tokens, draw, hook, floor, after_step) -> None:
-    """Rotate the projections so that the model with the small cache says what the model says.
-
-    draw(B, config, generator) gives random plans; hook(rotation, plans) the student's `project=`,
-    and which entries of A_k and A_v it sees, (2, …), or None for all. The objective is the mean of
-    log(loss + floor) over sequences, or of the loss, where floor is None.
-    """
-    args, rotation = run.args, run.rotation
-    parameters = list(rotation.parameters())
-    # A token's share of the gradient may be below 6e-8, the smallest number of float16.
-    scale = args.batch * args.seq if model.dtype == torch.float16 else 1
-    progress = common.Progress(args.steps)
-    mine = common.my_share(args.batch)
-    B = common.WORLD * args.batch
-    for step in range(run.said["step"], args.steps):
-        # Everything random in a step follows from the seed and the step's number: a resumed
-        # training draws what it would have, and N processes what one with N times the batch would.
-        generator = Generator().manual_seed(args.seed * 1_000_003 + step)
-        kl_of_step = torch.zeros(1, dtype=torch.float64)
-        visible = None
-        for _ in range(args.accumulate):
-            block = random_windows(tokens, B, args.seq, generator, mine)
-            plans = draw(B, model.config, generator)
-            project, seen = hook(rotation, plans)
-            visible = seen if visible is None else visible | seen
-            loss, kl = distillation(model, block, project, args)                # per sequence
-            objective = loss if floor is None else torch.log(loss + floor)
-            if objective.requires_grad:                 # not where every head is full
-                (scale * objective.mean()).backward()
-            kl_of_step += scale * kl.mean().item()
-        gradients = [kl_of_step, *(p.grad for p in parameters)]
-        for gradient in gradients:
-            common.sum_over_processes(gradient).div_(scale * args.accumulate * common.WORLD)
-        if not all(gradient.isfinite().all() for gradient in gradients):
-            common.fail(f"--lr {args.lr}: the loss of step {step + 1} or its gradient is not a "
-                        "number. Start again with a smaller --lr or another --dtype")
-        if visible is not None:                         # drop the others: visible_entries
-            rotation.A_k.grad.mul_(visible[0])
-            rotation.A_v.grad.mul_(visible[1])
-        for group in run.optimizer.param_groups:
-            group["lr"] = args.lr * schedule(step, args.steps)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=False)
-        run.said["loss"].append(kl_of_step.item())
-        run.said["step"] = step + 1
-        progress(step + 1, f"KL {kl_of_step.item():.4f}", args.accumulate * B * args.seq)
-        after_step(step + 1)
-
-
-def distillation(model: Model, block: Tensor, project, args):
-    """Of windows (B, T + 1), per sequence: (1 − ce) KL + ce · cross-entropy, and the KL."""
-    block = block.to(model.device)
-    x = block[:, :-1]
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.amp):
-        with torch.no_grad():                           # the teacher: the same weights, no hook
-            teacher = model.hidden(x)
-        student = model.hidden(x, project, recompute=args.checkpoint)
-    student, teacher = model.norm(student), model.norm(teacher)
-    return Distill.apply(student, teacher, model, block[:, 1:], args.ce)
-
-
-def ranks_hook(rotation: Rotation, ranks: Tensor, batch: int):
-    """`train`'s hook for ranks (2, L, WORLD · batch, K): the student uses its process's share."""
-    mine = ranks[:, :, common.my_share(batch)]
-    return rotation().at(mine), rotation.visible_entries(ranks)
-
-
-def schedule(step: int, steps: int) -> float:
-    """The learning rate's factor: a cosine to zero, times a warm-up over the first tenth."""
-    warm_up = min(1.0, (step + 1) / (0.1 * steps))
-    cosine = math.cos(math.pi * step / steps)
-    return warm_up * 0.5 * (1 + cosine)
-
-
-# ------------------------------------------------------------------------------
-# A training's state
-
-class Run:
-    """The rotation and its start, plain PCA, the order, Adam's moments, the KL of every step."""
-
-    # What must be as it was for a resumed training to end where the undisturbed one would have.
-    SETTINGS = (
-        "recipe", "uniform", "ce", "steps", "batch", "seq", "lr",
-        "accumulate", "seed", "dtype", "amp", "train_tokens", "processes")
-    FILES = ("ckpt", "data", "ranks")
-    START, STATE = "train.start.safetensors", "train.state.safetensors"
-
-    def __init__(self, args, start: Projection, pca: Projection, order):
-        args.processes = common.WORLD
-        self.args = args
-        self.start, self.pca, self.order = start, pca, order
-        self.start_file = args.out / self.START
-        self.file = args.out / self.STATE
-        self.rotation = Rotation(start)
-        for parameter in self.rotation.parameters():    # a step where all are full has no gradient
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer = torch.optim.Adam(self.rotation.parameters())
-        config = {name: getattr(args, name) for name in self.SETTINGS}
-        config |= {name: str(getattr(args, name) or "") for name in self.FILES}
-        self.said = {"step": 0, "loss": [], "checks": [], "config": config}
-        self.saved_step, self.save_at = 0, 0.0          # when to save: the first step at once
-
-    def projection(self) -> Projection:
-        """What has been learnt so far, orthogonal within float32's rounding."""
-        with torch.no_grad():
-            return self.rotation(torch.float64).to(None, torch.float32)
-
-    def save(self) -> None:
-        """The state; at first what never changes too. A state of another start is removed."""
-        began = time.time()
-        if not self.saved_step:
-            self.file.unlink(missing_ok=True)
-            tensors = self.start.tensors("start.") | self.pca.tensors("pca.")
-            if self.order is not None:
-                tensors["order"] = self.order
-            with common.blame("--out"):
-                common.write_tensors(self.start_file, tensors)
-        common.save_state(self.file, self.rotation, self.optimizer, {}, self.said)
-        self.saved_step = self.said["step"]
-        if self.args.save_every:                        # all processes wait: at most 2% of the time
-            seconds = time.time() - began
-            self.save_at = time.time() + max(self.args.save_every, 49 * seconds)
-
-    @staticmethod
-    def resume(args, model: Model, *_) -> "Run":
-        """The training that `save` wrote. ValueError if there is none, or one of other settings."""
-        file = args.out / Run.STATE
-        tensors, said = common.load_state(file)
-        fixed = common.read_tensors(args.out / Run.START)
-        start = Projection.of(fixed, "start.").to(model.device)
-        pca = Projection.of(fixed, "pca.")
-        run = Run(args, start, pca, fixed.get("order"))
-        common.check_same(file, said["config"], run.said["config"])
-        common.restore_state(run.rotation, run.optimizer, tensors)
-        run.said, run.saved_step = said, said["step"]
-        return run
-
-
-# ------------------------------------------------------------------------------
 # The script
 
 VALID = 8       # windows of validation text, the end of the training text
+OPTIONS = ("recipe", "uniform", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype",
+           "amp")       # what a resumed training must have been started with
+PATHS = ("ckpt", "data", "ranks")
 
 
 def options() -> argparse.Namespace:
     """The command line, checked as far as it can be before any file is opened."""
-    parser = common.arguments(__doc__, several=True)
+    parser = arguments(__doc__, several=True)
     data_arguments(parser)
+    out_argument(parser)
     report_arguments(parser, windows=32)
     add = parser.add_argument
-    count = common.within(1, 10 ** 7)
-    positive = common.within(0.0, 1e6)
+    count = within(1, 10 ** 7)
+    positive = within(0.0, 1e6)
     add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
     add("--uniform", action="store_true", help="train for the same rank everywhere")
     add("--steps", type=count, help="[200; paper: 400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
     add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
-    add("--ce", type=common.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
+    add("--ce", type=within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
     add("--amp", action="store_true", help="matrix products in bfloat16 over float32 weights")
     add("--checkpoint", action=argparse.BooleanOptionalAction,
         help="recompute layers in the backward pass: less memory, more time [if need be]")
@@ -256,104 +277,131 @@ def options() -> argparse.Namespace:
     args.uniform |= paper
     args.steps = args.steps or (400 if paper else 200)
     if args.ranks and args.uniform:
-        common.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
-                    "ranks along no order")
+        fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
+             "ranks along no order")
     if args.ce is None:
         args.ce = 0.75 if paper else 0.0
     return args
 
 
-def begin(args, model: Model, tokens, order) -> Run:
-    """A new training: its start is an eigenbasis over a calibration text."""
+def recipe_of(args) -> Recipe:
+    return Recipe(
+        args.steps, args.batch, args.seq, args.lr, args.ce,
+        floor=None if args.recipe == "paper" else 1e-3,
+        accumulate=args.accumulate, amp=args.amp, recompute=args.checkpoint, seed=args.seed)
+
+
+def start_of(args, model: Model, tokens, order) -> dict[str, Tensor]:
+    """What a training begins with, for its state: its start, plain PCA, and the order, if any."""
     moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
-    start = pca = moments.pca()                         # pca waits on the CPU for the report
+    start = pca = moments.pca()
     if args.recipe == "ours":
-        start = moments.query_aware(output_weights(model))
+        start = query_aware(moments, output_weights(model))
     start = start.to(model.device, wide(model.dtype))
     if order is None and not args.uniform:
-        order = find_order(model, start, moments, tokens, args)
-    return Run(args, start, pca.to("cpu"), order)
+        order = find_order(model, start, moments, tokens, args.batch, args.seq)
+    tensors = start.tensors("start.") | pca.to("cpu").tensors("pca.")
+    return tensors if order is None else tensors | {"order": order}
 
 
-def check(run: Run, model: Model, valid, plan) -> None:
+def check(state: TrainingState, model: Model, valid, plan, recipe: Recipe) -> None:
     """Print the KL on validation text: set apart from training, and not the held-out text."""
-    p = run.projection()
+    p = learnt(state)
     hooks = {budget: p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
-    with common.blame("--ckpt"):
-        _, results = measure(model, valid, hooks, run.args.batch, run.args.seq, VALID)
-    checked = {"step": run.said["step"]}
+    with blame("--ckpt"):
+        _, results = measure(model, valid, hooks, recipe.batch, recipe.seq, VALID)
+    checked = {"step": state.step}
     for budget, result in results.items():
         checked[f"{budget:.0%}"] = round(result["kl"], 5)
-    run.said["checks"].append(checked)
+    state.facts.setdefault("checks", []).append(checked)
     print(f"\nKL on validation text: {checked}", file=sys.stderr)
 
 
-def finish(run: Run, model: Model, held_out, plan) -> None:
+def learnt(state: TrainingState) -> Projection:
+    """What has been learnt so far, orthogonal within float32's rounding."""
+    with torch.no_grad():
+        return state.module(torch.float64).to(None, torch.float32)
+
+
+def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
     """Save the projections, report on them, and write train.json and train.png."""
-    out, trained = run.args.out, run.projection()
-    pca = run.pca.to(model.device)
-    with common.blame("--out"):
-        trained.save(out / "projections.safetensors", pca)
+    trained = learnt(state)
+    pca = Projection.of(state.tensors, "pca.").to(model.device)
+    with blame("--out"):
+        trained.save(args.out / PROJECTIONS, pca)
     uniform = partial(uniform_ranks, config=model.config)
     curves = {"pca": (pca, uniform), "trained": (trained, uniform)}
-    if run.order is not None:
+    facts = state.facts
+    if "order" in state.tensors:
         curves |= {"pca_ordered": (pca, plan), "trained_ordered": (trained, plan)}
-        run.said["order"] = run.order.tolist()
-    write_report(model, held_out, curves, run.args, out / "train.json", run.said)
-    run.file.unlink(missing_ok=True)            # the training is over
-    run.start_file.unlink(missing_ok=True)
+        facts = facts | {"order": state.tensors["order"].tolist()}
+    base, rows = report(model, held_out, hooks_of(curves), BUDGETS, args)
+    file = args.out / "train.json"
+    with blame("--out"):
+        write_json(file, facts | {"base": base, "budgets": rows}, indent=1)
+        draw_report(base, rows, file.with_suffix(".png"))
+    state.remove()
+    print(f"Saved {args.out / PROJECTIONS}, {file} and {file.with_suffix('.png')}")
 
 
 def main():
     args = options()
-    with common.blame("--ckpt"):
+    with blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
-    device, dtype = common.prepare_training(args, config, LEVELS)
+        check_ranks(uniform_ranks(1.0, config), *shape_of(config))      # head_dim in eighths
+    need = partial(peak_memory, config, args.batch, args.seq)
+    device, dtype = prepare_training(args, config, need)
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
     order = None
     if args.ranks and not args.resume:
-        with common.blame("--ranks"):
-            order, _ = read_plan(args.ranks, config, budget=0.25)     # as far as reports go
-    with common.blame("--ckpt"):
+        with blame("--ranks"):
+            order = read_ranks(args.ranks, config).order
+            plan_at(order, config, BUDGETS[-1])         # it must go as far as reports do
+    with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
     if args.seq < config.max_position_embeddings:
         print(f"For texts of up to {args.seq} tokens; for longer ones train with a longer --seq")
     tokens, held_out = text_for(args, config)
-    args.train_tokens = len(tokens)
+    settings = settings_of(args, OPTIONS, PATHS, len(tokens))
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
-    start = Run.resume if args.resume else begin
-    with common.blame("--resume" if args.resume else "--ckpt"):
-        run = start(args, model, tokens, order)
-    draw, plan, floor = draw_levels, partial(uniform_ranks, config=config), 1e-3
+    file = args.out / "train.state.safetensors"
+    saved = None
+    if args.resume:
+        with blame("--resume"):
+            saved = read_state(file, settings)
+    with blame("--ckpt"):
+        tensors = saved.tensors if saved else start_of(args, model, tokens, order)
+    rotation = Rotation(Projection.of(tensors, "start.").to(device))
+    state = TrainingState(file, rotation, settings, tensors, saved)
+
+    draw, plan = draw_levels, partial(uniform_ranks, config=config)
     if args.recipe == "paper":
-        draw, floor = draw_independent, None
-    elif run.order is not None:
-        draw = partial(draw_along, order=run.order)
-        plan = partial(plan_at, run.order, config)
+        draw = draw_independent
+    elif "order" in tensors:
+        draw = partial(draw_along, order=tensors["order"])
+        plan = partial(plan_at, tensors["order"], config)
+
+    recipe = recipe_of(args)
+    forecast = Forecast(args, device, args.steps - state.step)
 
     def after_step(step: int) -> None:
-        if common.RANK:
+        if processes.RANK:
             return
         forecast()
-        last = step == args.steps
-        if len(valid) and (last or step % args.check_every == 0):
-            check(run, model, valid, plan)
-        if last or time.time() >= run.save_at:
-            run.save()                          # between steps: never half of one
+        if len(valid) and (step == args.steps or step % args.check_every == 0):
+            check(state, model, valid, plan, recipe)
+        state.save_if_due(args.save_every, last=step == args.steps)     # never half of a step
 
-    forecast = common.Forecast(args, device, args.steps - run.said["step"])
-    hook = partial(ranks_hook, batch=args.batch)
     try:
-        train(run, model, tokens, draw, hook, floor, after_step)
+        train(model, state, tokens, draw, recipe, after_step)
     except KeyboardInterrupt:
-        where = f"the same command with --resume continues from step {run.saved_step}"
-        common.fail(f"Stopped; {where if run.saved_step else 'nothing was saved yet'}", code=130)
-    if common.RANK == 0:
-        finish(run, model, held_out, plan)
-    common.leave_processes()
+        state.stopped()
+    if processes.RANK == 0:
+        finish(state, model, held_out, plan, args)
+    processes.leave()
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

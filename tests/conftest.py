@@ -13,10 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from cache import KVCache
-from common import load_tokenizer
 from model import load
-from order import output_weights
-from projection import Moments, Projection, shape_of, uniform_ranks
+from projection import (
+    Moments,
+    Projection,
+    output_weights,
+    query_aware,
+    shape_of,
+    uniform_ranks,
+)
+from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -35,9 +41,18 @@ KINDS = ["llama_mha", "llama_gqa_tied_llama3", "mistral_sharded_head_dim", "qwen
 
 
 @pytest.fixture(params=KINDS)
-def model(request):
-    """A tiny random model of each kind: G = 1, G = 2, head_dim unlike hidden / H, biases, norms."""
+def every_model(request):
+    """A tiny random model of each kind: G = 1, G = 2, head_dim unlike hidden / H, biases, norms.
+
+    For what an architecture may change; `model` is for all else.
+    """
     return load(GOLDEN / request.param)
+
+
+@pytest.fixture
+def model():
+    """A tiny random model: G = 2, and head_dim unlike hidden / H."""
+    return load(CKPT)
 
 
 @pytest.fixture
@@ -72,7 +87,7 @@ def random_start(model) -> Projection:
     """The query-aware start over a random text."""
     moments = Moments(model.config)
     model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
-    return moments.query_aware(output_weights(model))
+    return query_aware(moments, output_weights(model))
 
 
 def full_cache(model, batch: int, max_len: int) -> KVCache:
@@ -105,7 +120,7 @@ def script(*arguments) -> subprocess.CompletedProcess:
 
 
 def call(name: str, *arguments) -> None:
-    """The main of a script, in this process: `call("train", "--steps", 3)`."""
+    """The main of a script, in this process: `call("train", "--steps", 3)`, `call("bits.train")`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         importlib.import_module(name).main()

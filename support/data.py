@@ -5,8 +5,8 @@ windows of another, which is held out: the last tenth of a user's file, and of P
 modules and topics that a hash of their name picks. Each document begins with the tokenizer's
 beginning of sequence.
 
-    python data.py                                   # what Python's own text amounts to
-    python data.py --ckpt DIR --data text.jsonl      # tokenises it, and says what it found
+    python -m support.data                                  # what Python's own text amounts to
+    python -m support.data --ckpt DIR --data text.jsonl     # tokenises it, and says what it found
 
 --data takes a .txt, a .jsonl with a "text" field, a .bin of token ids (uint16 if the vocabulary has
 at most 65,536 pieces, else uint32) or a .npy of them. A text is tokenised once, streaming, into a
@@ -28,8 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor, distributed
 
-import common
-from model import read_config
+from support import processes
+from support.checkpoint import read_config
+from support.cli import arguments, blame, data_arguments, out_argument, run_script
+from support.files import check_folder, read_json, write_json, written_whole
+from support.tokenizer import load_tokenizer, with_beginning
 
 # ------------------------------------------------------------------------------
 # Windows
@@ -54,6 +57,30 @@ def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generato
     return windows(tokens, starts[mine], T)
 
 
+def even_windows(tokens: np.ndarray, count: int, T: int) -> Tensor:
+    """Up to `count` windows of T + 1 tokens, spaced evenly over all of them: (count, T + 1).
+
+    ValueError where the tokens do not fill one.
+    """
+    if len(tokens) <= T:
+        raise ValueError(f"too short, {len(tokens)} tokens for windows of {T}")
+    count = min(count, (len(tokens) - 1) // T)
+    stride = (len(tokens) - 1) // count
+    return windows(tokens, torch.arange(count) * stride, T)
+
+
+PASSAGE = 64            # tokens that are said twice, for the recall
+
+
+def held_out_passages(args, held_out: np.ndarray, config, n: int = PASSAGE) -> Tensor | None:
+    """--passages of n tokens (N, n), of fewer where the model has no positions for two; or None."""
+    if not args.passages:
+        return None
+    n = min(n, config.max_position_embeddings // 2)
+    with blame("--passages"):
+        return even_windows(held_out, args.passages, n)[:, 1:]
+
+
 # ------------------------------------------------------------------------------
 # Ids
 
@@ -64,7 +91,7 @@ def load_data(path: Path | None, ckpt: Path, vocab_size: int, out: Path = Path("
     `out`. ValueError names the file and what is wrong with it.
     """
     if path is None:
-        tokenizer = common.load_tokenizer(ckpt)
+        tokenizer = load_tokenizer(ckpt)
         training, held_out = python_documents()
         return encode(tokenizer, training), encode(tokenizer, held_out)
     if not path.is_file():
@@ -117,11 +144,11 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 def text_for(args, config) -> tuple[np.ndarray, np.ndarray]:
     """The (training, held-out) ids that --data asks for; fails if they do not fill one window."""
-    with common.blame("--data"):
-        if common.RANK:                                 # the first process tokenises,
+    with blame("--data"):
+        if processes.RANK:                                 # the first process tokenises,
             distributed.barrier()
         tokens, held_out = load_data(args.data, args.ckpt, config.vocab_size, args.out)
-        if common.WORLD > 1 and common.RANK == 0:       # and the others then find the file
+        if processes.WORLD > 1 and processes.RANK == 0:       # and the others then find the file
             distributed.barrier()
         for part, name in ((tokens, "training"), (held_out, "held-out")):
             if len(part) <= args.seq:
@@ -141,7 +168,7 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
     Made unless it is there and neither text nor tokenizer changed. Streams: memory does not grow
     with the file.
     """
-    tokenizer = common.load_tokenizer(ckpt)
+    tokenizer = load_tokenizer(ckpt)
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"{path.name}.bin"
     note = target.with_suffix(".json")                  # what the .bin was made from; written last
@@ -152,13 +179,13 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
         "vocab_size": vocab_size,
         "tokenizer": [zlib.crc32(file.read_bytes()) for file in sorted(ckpt.glob("tokenizer*"))],
     }
-    if target.exists() and note.exists() and common.read_json(note) == origin:
+    if target.exists() and note.exists() and read_json(note) == origin:
         return target
     is_one = path.suffix == ".txt"
     texts = text_pieces(path) if is_one else jsonl_documents(path)
     dtype = id_dtype(vocab_size)
     began = shown = time.time()
-    with common.written_whole(target) as file:
+    with written_whole(target) as file:
         for ids in token_stream(tokenizer, texts, one_document=is_one):
             if len(ids) and ids.max() >= vocab_size:
                 raise ValueError(f"{ckpt}: its tokenizer.model or .json makes the token id "
@@ -169,7 +196,7 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
                 print(f"Tokenising {path}: {file.tell() // dtype.itemsize:,} tokens, "
                       f"{shown - began:.0f} s", file=sys.stderr)
         note.unlink(missing_ok=True)
-    common.write_json(note, origin)
+    write_json(note, origin)
     return target
 
 
@@ -185,7 +212,7 @@ def token_stream(tokenizer, texts, one_document: bool):
         if text is None or characters > 2 ** 20:
             ids = array("I")
             for found in tokenizer.encode(batch, num_threads=os.cpu_count()):
-                ids.extend(found if within else common.with_beginning(tokenizer, found))
+                ids.extend(found if within else with_beginning(tokenizer, found))
                 within = one_document
             yield np.array(ids, np.uint32)
             batch, characters = [], 0
@@ -279,22 +306,14 @@ def docstrings(name: str, node: ast.AST) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------
-
-def data_arguments(parser) -> None:
-    parser.add_argument("--data", type=Path,
-                        help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
-    parser.add_argument("--out", type=Path, default=Path("out"),
-                        help="folder for what is written, token ids among it [out]")
-
-
 def main():
-    parser = common.arguments(__doc__)
+    parser = arguments(__doc__)
     data_arguments(parser)
+    out_argument(parser)
     args = parser.parse_args()
     args.seq = 1
-    common.check_folder(args.out)
-    with common.blame("--ckpt"):
+    check_folder(args.out)
+    with blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
     tokens, held_out = text_for(args, config)
     seen = np.zeros(config.vocab_size, bool)
@@ -302,7 +321,7 @@ def main():
         seen[tokens[start:start + 2 ** 22]] = True
     print(f"{seen.sum():,} of the {config.vocab_size:,} ids occur in the training text")
     try:
-        tokenizer = common.load_tokenizer(args.ckpt)
+        tokenizer = load_tokenizer(args.ckpt)
     except ValueError as error:
         print(error)
         return
@@ -311,4 +330,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

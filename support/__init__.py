@@ -1,0 +1,1 @@
+"""What every script needs and no reader of the method must read."""

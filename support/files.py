@@ -1,0 +1,103 @@
+"""Files: reading gives a ValueError that names the file; writing leaves a whole file or none.
+
+What is written goes to a temporary name first, and is then renamed: a failure never costs what was
+there before.
+"""
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from support.cli import blame
+
+
+def open_safetensors(path: str | Path):
+    """safetensors.safe_open; its tensors on a CPU are views of the memory-mapped file."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or a truncated one ({error})") from None
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}
+
+
+def tensor_files(path: Path) -> dict[str, Path]:
+    """Which file holds which tensor. Never a glob: some folders hold all weights twice."""
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if index.exists():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{index}: no weight_map")
+        return {name: path / file for name, file in files.items()}
+    if not single.exists():
+        raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
+    with open_safetensors(single) as file:
+        return {name: single for name in file.keys()}
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path):
+    """Yields PATH.part, open for bytes; once written, it is flushed and takes the place of PATH."""
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:                                # after a failure: a full disk is left no fuller
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: dict, indent: int | None = None) -> None:
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=indent).encode())
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata=None) -> None:
+    """A safetensors file; `metadata` (str to str) is what it says beside the tensors."""
+    copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    with written_whole(path) as file:
+        file.write(serialize(copies, metadata))
+
+
+def check_folder(path: Path) -> None:
+    """Make the folder of --out; fail before any work is done if nothing can be written there."""
+    with blame("--out"):
+        path.mkdir(parents=True, exist_ok=True)
+        with written_whole(path / "writable"):
+            pass
+        (path / "writable").unlink()
+
+
+def hash_of(*tensors: Tensor) -> str:
+    """The sha256 of the bytes of float32 tensors, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
