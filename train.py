@@ -304,15 +304,11 @@ def start_of(args, model: Model, tokens, order) -> dict[str, Tensor]:
     return tensors if order is None else tensors | {"order": order}
 
 
-def check(state: TrainingState, model: Model, valid, plan, recipe: Recipe) -> None:
+def check(state: TrainingState, model: Model, valid, hooks: dict, recipe: Recipe) -> None:
     """Print the KL on validation text: set apart from training, and not the held-out text."""
-    p = learnt(state)
-    hooks = {budget: p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
     with blame("--ckpt"):
         _, results = measure(model, valid, hooks, recipe.batch, recipe.seq, VALID)
-    checked = {"step": state.step}
-    for budget, result in results.items():
-        checked[f"{budget:.0%}"] = round(result["kl"], 5)
+    checked = {"step": state.step} | {name: round(r["kl"], 5) for name, r in results.items()}
     state.facts.setdefault("checks", []).append(checked)
     print(f"\nKL on validation text: {checked}", file=sys.stderr)
 
@@ -391,7 +387,9 @@ def main():
             return
         forecast()
         if len(valid) and (step == args.steps or step % args.check_every == 0):
-            check(state, model, valid, plan, recipe)
+            p = learnt(state)
+            hooks = {f"{budget:.0%}": p.at(plan(budget)) for budget in (0.75, 0.5, 0.25)}
+            check(state, model, valid, hooks, recipe)
         state.save_if_due(args.save_every, last=step == args.steps)     # never half of a step
 
     try:

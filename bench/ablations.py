@@ -10,7 +10,6 @@ Each prints a line for every row. They exist to be compared with one another: th
 same steps (--steps 100 shows all that is in the documentation).
 """
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,14 +17,9 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
-import train
-from bench.tools import complete_training, training_arguments
-from data import data_arguments, text_for
-from distance import measure
-from evaluate import report_arguments
+from bench.tools import query_aware_start, recipe_of, training_arguments, unsaved_state
+from evaluate import measure
 from model import Model, load
-from order import output_weights
 from projection import (
     BUDGETS,
     LEVELS,
@@ -34,9 +28,24 @@ from projection import (
     Projection,
     Rotation,
     calibrate,
+    output_weights,
+    query_aware,
     shape_of,
     uniform_ranks,
 )
+from support.cli import (
+    arguments,
+    blame,
+    data_arguments,
+    keep_freed_memory,
+    out_argument,
+    prepare,
+    report_arguments,
+    run_script,
+)
+from support.data import text_for
+from support.plans import PROJECTIONS
+from train import draw_levels, learnt, train
 
 SMALLER = BUDGETS[1:]
 
@@ -48,7 +57,7 @@ def starts(moments: Moments, model: Model) -> dict[str, Projection]:
     return {
         "channels": channels(moments),
         "PCA": moments.pca(),
-        "query-aware start": moments.query_aware(output_weights(model)),
+        "query-aware start": query_aware(moments, output_weights(model)),
     }
 
 
@@ -78,24 +87,18 @@ def permutation(energy: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------
 # Trainings that lack something
 
-class Free(Rotation):
-    """U = U₀ + A with any A: U_r U_rᵀ is then no projection."""
+class Free(nn.Module):
+    """In place of Rotation: U and the means themselves learn, and U_r U_rᵀ is no projection."""
 
     def __init__(self, start: Projection):
-        super().__init__(start)
-        self.A_k = nn.Parameter(torch.zeros_like(start.U_k))
-        self.A_v = nn.Parameter(torch.zeros_like(start.U_v))
+        super().__init__()
+        self.learnt = nn.ParameterDict(start.tensors())
 
     def forward(self, dtype: torch.dtype | None = None) -> Projection:
-        start = self.start.to(None, dtype)
-        U_k = start.U_k + self.A_k.to(dtype)
-        U_v = start.U_v + self.A_v.to(dtype)
-        return Projection(U_k, U_v, self.mean_v.to(dtype))
+        return Projection.of(self.learnt).to(None, dtype)
 
-
-def free_hook(rotation: Free, ranks: Tensor):
-    """`train.train`'s hook: all entries of A are seen."""
-    return rotation().at(ranks), None
+    def at(self, ranks: Tensor):
+        return self().at(ranks)
 
 
 def draw_one_level(B: int, config, _) -> Tensor:
@@ -105,20 +108,16 @@ def draw_one_level(B: int, config, _) -> Tensor:
 
 
 def do_nothing(step: int) -> None:
-    """For `train.train`, which calls it after every step: nothing is saved or checked."""
+    """For `train`, which calls it after every step: nothing is saved or checked."""
 
 
 def trained(name: str, args, model: Model, tokens) -> Projection:
     """What train.py --uniform, or a training that lacks something, makes of the start."""
-    run = train.begin(args, model, tokens, None)
-    draw = draw_one_level if name == "fixed" else train.draw_levels
-    hook = partial(train.ranks_hook, batch=args.batch)
-    if name == "free":
-        run.rotation = Free(run.start)
-        run.optimizer = torch.optim.Adam(run.rotation.parameters())
-        hook = free_hook
-    train.train(run, model, tokens, draw, hook, 1e-3, after_step=do_nothing)
-    return run.projection()
+    start = query_aware_start(args, model, tokens)
+    state = unsaved_state(Free(start) if name == "free" else Rotation(start))
+    draw = draw_one_level if name == "fixed" else draw_levels
+    train(model, state, tokens, draw, recipe_of(args, model.config), after_step=do_nothing)
+    return learnt(state)
 
 
 # ------------------------------------------------------------------------------
@@ -135,8 +134,8 @@ def hooks_for(args, model: Model, tokens) -> dict:
     """The hook `project=` for every row and budget of the table: {(row, budget): hook}."""
     config = model.config
     if args.name == "sides":
-        with common.blame("--out"):
-            projection = Projection.load(args.out / "projections.safetensors")
+        with blame("--out"):
+            projection = Projection.load(args.out / PROJECTIONS)
             projection.check_fits(config)
         projection = projection.to(model.device)
         return {(f"{name} alone", budget): projection.at(one_side(side, budget, config))
@@ -151,19 +150,19 @@ def hooks_for(args, model: Model, tokens) -> dict:
 
 
 def main():
-    parser = common.arguments(__doc__)
+    parser = arguments(__doc__)
     names = ("start", "sides", "fixed", "free", "default")
     parser.add_argument("name", choices=names)
     data_arguments(parser)
+    out_argument(parser)
     report_arguments(parser)
     training_arguments(parser, steps=200)
     args = parser.parse_args()
-    device, dtype = common.prepare(args)
-    common.keep_freed_memory()
-    with common.blame("--ckpt"):
+    device, dtype = prepare(args)
+    keep_freed_memory()
+    with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     tokens, held_out = text_for(args, model.config)
-    complete_training(args, model.config, dtype, tokens)
     hooks = hooks_for(args, model, tokens)
     _, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
     print(" " * 20 + "".join(f"{budget:>9.1%}" for budget in SMALLER))
@@ -173,4 +172,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
 from bench.tools import ragged_ranks, ratio, timed
 from cache import KVCache
 from model import Model, load
 from projection import Projection, shape_of
+from support.cli import arguments, blame, prepare, run_script, within
 
 HEADS, D = 32, 128                              # LLaMA-2-7B's
 LENGTHS = (512, 1024, 2048, 4096)
@@ -93,14 +93,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @torch.inference_mode()
 def main():
-    parser = common.arguments(__doc__)
-    count = common.within(1, 10 ** 6)
+    parser = arguments(__doc__)
+    count = within(1, 10 ** 6)
     parser.add_argument("--rounds", type=count, default=5, help="[5]")
     parser.add_argument("--tokens", type=count, default=8192,
                         help="in the cache of the attention step [8192]")
     args = parser.parse_args()
-    device, dtype = common.prepare(args)
-    with common.blame("--ckpt"):
+    device, dtype = prepare(args)
+    with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     time_attention(args.tokens, args.rounds, dtype, device)
     print(f"\nA whole step of {args.ckpt}: tokens/s with the full cache, and time against it\n")
@@ -108,4 +108,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -20,13 +20,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
 from bench.tools import ragged_ranks, ratio, timed
 from cache import KVCache
-from data import encode, python_documents
-from generate import decode
-from model import Model, load
+from model import Model, generate, load
 from projection import Projection, shape_of
+from support.cli import arguments, blame, fail, prepare, run_script, within
+from support.data import encode, python_documents
+from support.tokenizer import load_tokenizer
 
 PROMPT, NEW = 448, 128
 BUDGETS = (1.0, 0.375)
@@ -38,7 +38,7 @@ def their_model(path: Path, model: Model):
     try:
         import transformers
     except ImportError:
-        common.fail("bench/generate.py: transformers is not installed; pip install transformers")
+        fail("bench/generate.py: transformers is not installed; pip install transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
@@ -53,33 +53,33 @@ def our_generation(model: Model, prompt: list[int], budget: float):
     ranks = ragged_ranks(*shape_of(model.config), budget)
     cache = KVCache(projection, ranks, 1, PROMPT + NEW, model.dtype, model.device)
 
-    def generate() -> list[int]:
+    def new_tokens() -> list[int]:
         cache.length = 0
-        return list(decode(model, cache, prompt, NEW))
+        return list(generate(model, prompt, NEW, cache=cache))
 
-    return generate
+    return new_tokens
 
 
 def their_generation(theirs, prompt: list[int]):
     tokens = torch.tensor([prompt], device=theirs.device)
     everything = torch.ones_like(tokens)
 
-    def generate() -> list[int]:
+    def new_tokens() -> list[int]:
         made = theirs.generate(tokens, attention_mask=everything, max_new_tokens=NEW,
                                do_sample=False)
         return made[0, PROMPT:].tolist()
 
-    return generate
+    return new_tokens
 
 
 def main():
-    parser = common.arguments(__doc__)
-    count = common.within(1, 10 ** 6)
+    parser = arguments(__doc__)
+    count = within(1, 10 ** 6)
     parser.add_argument("--rounds", type=count, default=5, help="[5]")
     args = parser.parse_args()
-    device, dtype = common.prepare(args)
-    with common.blame("--ckpt"):
-        model, tokenizer = load(args.ckpt, device, dtype), common.load_tokenizer(args.ckpt)
+    device, dtype = prepare(args)
+    with blame("--ckpt"):
+        model, tokenizer = load(args.ckpt, device, dtype), load_tokenizer(args.ckpt)
     theirs = their_model(args.ckpt, model)
     model.config = replace(model.config, eos_token_id=())
     _, held_out = python_documents()
@@ -102,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

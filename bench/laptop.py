@@ -22,10 +22,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
 import train
 from bench.memory import make_checkpoint
-from bench.tools import arguments, in_fresh_process, need_linux, process_memory
+from bench.tools import arguments, in_fresh_process, need_linux, peak
+from support.cli import run_script, within
 
 SMOLLM2_135M = {
     "model_type": "llama",
@@ -48,12 +48,12 @@ def watched_training(options: list[str]) -> dict:
     """train.py with these options: what it said, the seconds of each step, the peak, the time."""
     ends = []
 
-    class Watched(common.Forecast):
+    class Watched(train.Forecast):
         def __call__(self):
             super().__call__()
             ends.append(time.perf_counter())
 
-    common.Forecast = Watched
+    train.Forecast = Watched
     sys.argv = ["train.py", *options]
     said = io.StringIO()
     began = time.perf_counter()
@@ -62,18 +62,18 @@ def watched_training(options: list[str]) -> dict:
     return {
         "said": said.getvalue(),
         "steps": [b - a for a, b in pairwise(ends)],
-        "peak": process_memory("VmHWM"),
+        "peak": peak(),
         "seconds": time.perf_counter() - began,
     }
 
 
 def main():
     parser = arguments(__doc__)
-    count = common.within(8, 10 ** 6)
+    count = within(8, 10 ** 6)
     parser.add_argument("--steps", type=count, default=12, help="at least 8 [12]")
     parser.add_argument("--windows", type=count, default=8, help="of the report, as train.py's [8]")
-    parser.add_argument("--batch", type=common.within(1, 10 ** 5), default=8, help="[8]")
-    parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=256, help="[256]")
+    parser.add_argument("--batch", type=within(1, 10 ** 5), default=8, help="[8]")
+    parser.add_argument("--seq", type=within(2, 10 ** 6), default=256, help="[256]")
     args = parser.parse_args()
     need_linux()
     with tempfile.TemporaryDirectory() as name:
@@ -93,14 +93,14 @@ def main():
 
     predicted, announced = re.findall(r"(Memory of a step.*|Measured:.*)", run["said"])
     print(f"{predicted}\n{announced}\n")
-    step, peak, minutes = map(float, re.findall(r"([\d.]+) (?:s a|GB|minutes,)", announced)[:3])
+    step, most, minutes = map(float, re.findall(r"([\d.]+) (?:s a|GB|minutes,)", announced)[:3])
     later = statistics.median(run["steps"][3:])
     rows = (("seconds a step", step, later),
-            ("GB at the peak", peak, run["peak"] / 1e9),
+            ("GB at the peak", most, run["peak"] / 1e9),
             ("minutes of the run", minutes, run["seconds"] / 60))
     for what, said, was in rows:
         print(f"  {what:20s} announced {said:8.2f}  was {was:8.2f}  ({was / said - 1:+.1%})")
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -25,11 +25,13 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
 import train
-from bench.tools import arguments, in_fresh_process, need_linux, process_memory
-from model import Model, load, read_config
+from bench.tools import arguments, in_fresh_process, need_linux, peak
+from model import Model, load
 from projection import calibrate
+from support.checkpoint import read_config
+from support.cli import run_script, within
+from support.training import peak_memory
 
 LLAMA_2_7B = {
     "model_type": "llama",
@@ -63,7 +65,7 @@ def show_table(folder: Path) -> None:
     for name, settings in MODELS.items():
         config = write_config(folder, settings)
         for recompute in (True, False):
-            parts = common.peak_memory(config, 1, 2048, torch.bfloat16, recompute)
+            parts = peak_memory(config, 1, 2048, torch.bfloat16, recompute)
             option = "--checkpoint" if recompute else "--no-checkpoint"
             listed = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
             total = sum(parts.values())
@@ -123,15 +125,15 @@ def training_peak(folder: Path, checkpoint: str) -> int:
     # One batch of calibration, not 16, and no report: the peak is the same.
     train.calibrate = partial(calibrate, batches=1)
     train.finish = lambda *_: None
-    before = process_memory("VmHWM")
+    before = peak()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         train.main()
-    return process_memory("VmHWM") - before
+    return peak() - before
 
 
 def loading_peak(folder: Path) -> dict[str, float]:
     """Bytes at the peak, before anything was loaded and after a pass, and the seconds of both."""
-    before = process_memory("VmHWM")
+    before = peak()
     began = time.perf_counter()
     model = load(folder, dtype=torch.bfloat16)
     loaded = time.perf_counter()
@@ -139,7 +141,7 @@ def loading_peak(folder: Path) -> dict[str, float]:
     passed = time.perf_counter()
     return {
         "before": before,
-        "peak": process_memory("VmHWM"),
+        "peak": peak(),
         "load": loaded - began,
         "pass": passed - loaded,
     }
@@ -155,11 +157,11 @@ def measure_training(folder: Path) -> None:
     config = read_config(folder / "config.json")
     for option in ("--no-checkpoint", "--checkpoint"):
         recompute = option == "--checkpoint"
-        parts = common.peak_memory(config, 1, SEQ, torch.float32, recompute)
+        parts = peak_memory(config, 1, SEQ, torch.float32, recompute)
         predicted = sum(parts.values())
-        peak = in_fresh_process(training_peak, folder, option)
-        print(f"2 layers, {SEQ:,} tokens, float32, {option:15s} peak {peak / 1e9:.2f} GB, "
-              f"predicted {predicted / 1e9:.2f}, ratio {peak / predicted:.2f}", flush=True)
+        most = in_fresh_process(training_peak, folder, option)
+        print(f"2 layers, {SEQ:,} tokens, float32, {option:15s} peak {most / 1e9:.2f} GB, "
+              f"predicted {predicted / 1e9:.2f}, ratio {most / predicted:.2f}", flush=True)
 
 
 def measure_loading(folder: Path, layers: int) -> None:
@@ -173,7 +175,7 @@ def measure_loading(folder: Path, layers: int) -> None:
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--table", action="store_true", help="the prediction alone")
-    parser.add_argument("--layers", type=common.within(1, 32), default=32,
+    parser.add_argument("--layers", type=within(1, 32), default=32,
                         help="of the model that is loaded [32]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -188,4 +190,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

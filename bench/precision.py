@@ -11,8 +11,10 @@ first 50 lowerings are the same, and the KL, measured in float32, of the plans a
 """
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,11 +23,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
-from data import data_arguments, random_windows, text_for
 from model import load
-from projection import LEVELS, Projection, shape_of
-from search import Cost, lazy
+from projection import LEVELS, Projection, plan_at
+from search import Cost, lazy, rounding_noise
+from support.cli import (
+    arguments,
+    blame,
+    data_arguments,
+    keep_freed_memory,
+    out_argument,
+    prepare,
+    run_script,
+    within,
+)
+from support.data import random_windows, text_for
+from support.plans import PROJECTIONS
+from support.progress import Progress
 
 SHARED = 50                 # lowerings that are compared
 BUDGETS = (0.875, 0.75)     # of the plans that are compared
@@ -68,60 +81,52 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-def order_of_lowerings(cost: Cost, count: int) -> list:
-    """The first `count` candidates that the search lowers."""
-    progress = common.Progress(count, "lowering")
+def order_of_lowerings(cost: Cost, count: int) -> Tensor:
+    """The first `count` that the search finds, places in the flattened (2, L, K)."""
+    progress = Progress(count, "lowering")
     order = []
-    for candidate in lazy(cost):
-        order.append(candidate)
+    for candidate in islice(lazy(cost), count):
+        order.append(int(np.ravel_multi_index(candidate, cost.ranks.shape)))
         progress(len(order), f"KL {cost.kl:.2e}  {cost.passes} passes")
-        if len(order) == count:
-            return order
+    return torch.tensor(order)
 
 
 @torch.no_grad()
 def main():
-    parser = common.arguments(__doc__)
+    parser = arguments(__doc__)
     data_arguments(parser)
-    parser.add_argument("--windows", type=common.within(1, 64), default=4, help="of 256 tokens [4]")
+    out_argument(parser)
+    parser.add_argument("--windows", type=within(1, 64), default=4, help="of 256 tokens [4]")
     args = parser.parse_args()
-    common.prepare(args)
-    common.keep_freed_memory()
+    prepare(args)
+    keep_freed_memory()
     args.seq = 256
     exact, low = load(args.ckpt), load(args.ckpt, dtype=torch.bfloat16)
-    with common.blame("--out"):
-        projection = Projection.load(args.out / "projections.safetensors")
+    with blame("--out"):
+        projection = Projection.load(args.out / PROJECTIONS)
     tokens, _ = text_for(args, exact.config)
     generator = torch.Generator().manual_seed(args.seed)
     text = random_windows(tokens, args.windows, args.seq, generator)[:, :-1]
 
-    L, K, d = shape_of(exact.config)
-    count = int(2 * L * K * LEVELS * (1 - BUDGETS[-1]))
     cost = Cost(exact, projection, text)
-    print(f"float32: noise {cost.noise:.1e}", flush=True)
+    count = int(cost.ranks.numel() * LEVELS * (1 - BUDGETS[-1]))
+    print(f"float32: noise {rounding_noise(cost):.1e}", flush=True)
     expected = order_of_lowerings(cost, count)
-    torch.backends.cuda.matmul.allow_tf32 = True        # as common.prepare has it on a GPU
+    torch.backends.cuda.matmul.allow_tf32 = True        # as support.cli.prepare has it on a GPU
     with PlainAttention(), RoundedProducts():
         cost = Cost(low, projection, text)
-        print(f"bfloat16 weights, TF32 products: noise {cost.noise:.1e}", flush=True)
+        print(f"bfloat16 weights, TF32 products: noise {rounding_noise(cost):.1e}", flush=True)
         found = order_of_lowerings(cost, count)
 
-    same = Counter(expected[:SHARED]) & Counter(found[:SHARED])
+    same = Counter(expected[:SHARED].tolist()) & Counter(found[:SHARED].tolist())
     print(f"Of the first {SHARED} lowerings {same.total()} are the same")
     cost = Cost(exact, projection, text)
     for budget in BUDGETS:
-        taken = round((1 - budget) * 2 * L * K * LEVELS)
-        kl = [cost.measure(plan(order[:taken], L, K, d), 0)[0] for order in (expected, found)]
+        plans = [plan_at(order, exact.config, budget) for order in (expected, found)]
+        kl = [cost.measure(plan, 0)[0] for plan in plans]
         print(f"{budget:.1%}: KL {kl[0]:.3e} by float32's order, {kl[1]:.3e} by the other, "
               f"ratio {kl[1] / kl[0]:.3f}")
 
 
-def plan(order: list, L: int, K: int, d: int) -> Tensor:
-    ranks = torch.full((2, L, K), d)
-    for candidate in order:
-        ranks[candidate] -= d // LEVELS
-    return ranks
-
-
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -13,11 +13,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
-from bench.tools import in_fresh_process, need_linux, process_memory
+from bench.tools import in_fresh_process, need_linux, resident
 from cache import KVCache
 from model import load
 from projection import Projection, shape_of, uniform_ranks
+from support.cli import arguments, blame, run_script, within
 
 
 def fill(ckpt: Path, budget: float, tokens: int, smaller: float | None) -> tuple[int, int]:
@@ -31,22 +31,22 @@ def fill(ckpt: Path, budget: float, tokens: int, smaller: float | None) -> tuple
     prompt = torch.randint(3, model.config.vocab_size, (1, 512))
     model(prompt, cache=KVCache(projection, ranks, 1, 512))
 
-    before = process_memory("VmRSS")
+    before = resident()
     cache = KVCache(projection, ranks, 1, tokens)
     cache.data.normal_()
     cache.length = tokens
     if smaller is not None:
         cache.shrink(uniform_ranks(smaller, model.config))
-    return cache.data.nbytes, process_memory("VmRSS") - before
+    return cache.data.nbytes, resident() - before
 
 
 def main():
-    parser = common.arguments(__doc__)
-    parser.add_argument("--tokens", type=common.within(1, 10 ** 7), default=65536,
+    parser = arguments(__doc__)
+    parser.add_argument("--tokens", type=within(1, 10 ** 7), default=65536,
                         help="that the cache holds [65536]")
     args = parser.parse_args()
     need_linux()
-    with common.blame("--ckpt"):
+    with blame("--ckpt"):
         load(args.ckpt)
     print(f"{args.tokens:,} tokens, float32, on the CPU\n")
     print("           budget   bytes of cache.data   growth of the resident set   ratio")
@@ -57,4 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -3,7 +3,7 @@
 They are made here with `tokenizers`, small, from mixed text: byte-level BPE as of GPT-2, LLaMA-3
 and Qwen2 (each with its own way to split a text, and LLaMA-3's beginning of sequence), and Unigram.
 For each: how many of the lines get the same ids as from transformers' fast tokenizer; how many
-tokens a .txt has in pieces (data.py) and in one; and the speed on all cores.
+tokens a .txt has in pieces (support/data.py) and in one; and the speed on all cores.
 
     pip install transformers && python bench/tokenizer.py
 """
@@ -19,9 +19,10 @@ from tokenizers.processors import TemplateProcessing
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
 from bench.tools import arguments
-from data import encode, text_pieces
+from support.cli import run_script, within
+from support.data import encode, text_pieces
+from support.tokenizer import load_tokenizer, with_beginning
 
 WORDS = ("the", "function", "returns", "Größe", "naïve", "l'été", "don't", "WE'LL", "snake_case",
          "CamelCase", "x86_64", "3.14159", "1,000,000", "https://a.org/b?c=d#e", "user@example.com",
@@ -118,7 +119,7 @@ def ids_of_transformers(folder: Path, lines: list[str]) -> list[list[int]]:
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--lines", type=common.within(1, 10 ** 6), default=2000, help="[2000]")
+    parser.add_argument("--lines", type=within(1, 10 ** 6), default=2000, help="[2000]")
     args = parser.parse_args()
     lines = mixed_lines(args.lines)
     with tempfile.TemporaryDirectory() as name:
@@ -131,9 +132,9 @@ def main():
         for kind in KINDS:
             folder = Path(name) / kind
             make_tokenizer(kind, folder, 1000)
-            tokenizer = common.load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder)
             theirs = ids_of_transformers(folder, lines)
-            ours = [common.with_beginning(tokenizer, ids) for ids in tokenizer.encode(lines)]
+            ours = [with_beginning(tokenizer, ids) for ids in tokenizer.encode(lines)]
             same = sum(a == b for a, b in zip(ours, theirs, strict=True))
             began = time.perf_counter()
             in_pieces = encode(tokenizer, pieces, one_document=True)
@@ -145,4 +146,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""What several of these scripts need: options, made-up plans, timing by turns, fresh processes."""
+"""What several of these scripts need: options, trainings, made-up plans, timing, processes."""
 import argparse
 import multiprocessing
 import statistics
@@ -7,43 +7,21 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import common
-from projection import LEVELS
+from model import Model, wide
+from projection import LEVELS, Projection, calibrate, output_weights, query_aware
+from support.cli import fail, within
+from support.training import TrainingState, linux_says
+from train import Recipe
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
     """A parser with a script's docstring as its help, for scripts that run no model."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = common.fail
+    parser.error = fail
     return parser
-
-
-def training_arguments(parser, steps: int) -> None:
-    count = common.within(1, 10 ** 7)
-    parser.add_argument("--steps", type=count, default=steps, help=f"[{steps}]")
-    parser.add_argument("--lr", type=common.within(0.0, 1e6), help="[0.5 / head_dim]")
-
-
-def complete_training(args, config, dtype: torch.dtype, tokens) -> None:
-    """What train.Run asks of its args beside the options above: the defaults of train.py."""
-    defaults = {
-        "recipe": "ours",
-        "uniform": True,
-        "ce": 0.0,
-        "accumulate": 1,
-        "amp": False,
-        "checkpoint": False,
-        "ranks": None,
-    }
-    for name, value in defaults.items():
-        vars(args).setdefault(name, value)
-    if args.lr is None:
-        args.lr = 0.5 / config.head_dim
-    args.dtype = str(dtype).removeprefix("torch.")
-    args.train_tokens = len(tokens)
 
 
 def ragged_ranks(L: int, K: int, d: int, budget: float) -> Tensor:
@@ -58,6 +36,31 @@ def ragged_ranks(L: int, K: int, d: int, budget: float) -> Tensor:
         if levels[side, layer, head] < LEVELS:
             levels[side, layer, head] += 1
     return levels * (d // LEVELS)
+
+
+# ------------------------------------------------------------------------------
+# Training as train.py --uniform does, without what it saves and reports
+
+def training_arguments(parser, steps: int) -> None:
+    count = within(1, 10 ** 7)
+    parser.add_argument("--steps", type=count, default=steps, help=f"[{steps}]")
+    parser.add_argument("--lr", type=within(0.0, 1e6), help="[0.5 / head_dim]")
+
+
+def recipe_of(args, config, **more) -> Recipe:
+    lr = 0.5 / config.head_dim if args.lr is None else args.lr
+    return Recipe(args.steps, args.batch, args.seq, lr, floor=1e-3, seed=args.seed, **more)
+
+
+def query_aware_start(args, model: Model, tokens) -> Projection:
+    moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
+    start = query_aware(moments, output_weights(model))
+    return start.to(model.device, wide(model.dtype))
+
+
+def unsaved_state(module: nn.Module) -> TrainingState:
+    """What `train.train` trains; its file is never written."""
+    return TrainingState(Path("unsaved"), module, settings={}, tensors={})
 
 
 # ------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ def ratio(seconds: list[float], of: list[float]) -> str:
 
 
 # ------------------------------------------------------------------------------
-# Memory
+# Memory, as Linux says it: not by getrusage, where a child begins with its parent's peak
 
 def in_fresh_process(function, *arguments):
     """What function(*arguments) returns in a process of its own, so that its memory is its own."""
@@ -114,16 +117,16 @@ def in_fresh_process(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def process_memory(entry: str) -> int:
-    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at its peak. Linux.
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return linux_says("self/status", "VmRSS")
 
-    Not getrusage, where a child begins with its parent's peak.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    value = dict(line.split(":", 1) for line in lines)[entry]
-    return 1024 * int(value.split()[0])
+
+def peak() -> int:
+    """The most bytes of this process that were in memory at a time."""
+    return linux_says("self/status", "VmHWM")
 
 
 def need_linux() -> None:
-    if not Path("/proc/self/status").exists():
-        common.fail("memory is read from /proc/self/status, which only Linux has")
+    if not resident():
+        fail("memory is read from /proc/self/status, which only Linux has")

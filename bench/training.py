@@ -21,18 +21,22 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
-import train
 from bench.tools import (
-    complete_training,
+    query_aware_start,
+    recipe_of,
     seconds_of,
     spread,
     synchronize,
     training_arguments,
+    unsaved_state,
 )
-from data import text_for
-from model import Model, load, read_config
-from projection import LEVELS
+from model import Model, load
+from projection import Rotation
+from support.checkpoint import read_config
+from support.cli import arguments, blame, data_arguments, fail, run_script, within
+from support.data import text_for
+from support.training import peak_memory, prepare_training
+from train import draw_levels, train
 
 WARM_UP = 2             # steps that are not counted: memory is still being fetched
 
@@ -58,46 +62,46 @@ def product_rate(model: Model, rows: int, dtype: torch.dtype) -> float:
 
 def seconds_per_step(args, model: Model, tokens) -> list[float]:
     """Train as train.py does, without what it saves and reports."""
-    run = train.begin(args, model, tokens, None)
+    state = unsaved_state(Rotation(query_aware_start(args, model, tokens)))
+    recipe = recipe_of(args, model.config, amp=args.amp, recompute=args.checkpoint)
     ends = []
 
     def after_step(step: int) -> None:
         synchronize()
         ends.append(time.perf_counter())
 
-    hook = partial(train.ranks_hook, batch=args.batch)
-    train.train(run, model, tokens, train.draw_levels, hook, 1e-3, after_step)
+    train(model, state, tokens, draw_levels, recipe, after_step)
     counted = ends[WARM_UP - 1:]            # from the end of the warm-up on
     return [end - start for start, end in pairwise(counted)]
 
 
 def options():
-    parser = common.arguments(__doc__)
-    parser.add_argument("--data", type=Path, help="as for train.py [Python's own documentation]")
-    parser.add_argument("--batch", type=common.within(1, 10 ** 5), default=8,
+    parser = arguments(__doc__)
+    data_arguments(parser)
+    parser.add_argument("--batch", type=within(1, 10 ** 5), default=8,
                         help="sequences of a step [8]")
-    parser.add_argument("--seq", type=common.within(2, 10 ** 6), default=256,
+    parser.add_argument("--seq", type=within(2, 10 ** 6), default=256,
                         help="tokens of each [256]")
     training_arguments(parser, steps=20)
     parser.add_argument("--amp", action="store_true", help="as for train.py")
     args = parser.parse_args()
     args.checkpoint = None                  # decided by the memory there is, as in train.py
     if args.steps <= WARM_UP:
-        common.fail(f"--steps {args.steps}: the first {WARM_UP} warm up; take more")
+        fail(f"--steps {args.steps}: the first {WARM_UP} warm up; take more")
     return args
 
 
 def main():
     args = options()
-    with common.blame("--ckpt"):
+    with blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
     with tempfile.TemporaryDirectory() as folder:
         args.out = Path(folder)             # for the ids of a .txt or .jsonl
-        device, dtype = common.prepare_training(args, config, LEVELS)
-        with common.blame("--ckpt"):
+        need = partial(peak_memory, config, args.batch, args.seq)
+        device, dtype = prepare_training(args, config, need)
+        with blame("--ckpt"):
             model = load(args.ckpt, device, dtype)
         tokens, _ = text_for(args, config)
-        complete_training(args, config, dtype, tokens)
         seconds = seconds_per_step(args, model, tokens)
 
     made = args.batch * args.seq
@@ -114,4 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -29,14 +29,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attention import in_pieces
-from cache import KVCache
-from folding import Folded, Layout, fold_heads, heads_of
+from bits.rounding import EXACT, GROUP, Rounding, check_bits, to_code
+from cache import Folded, check_room, fold, in_pieces
 from model import Model
 from projection import LEVELS
-from rounding import EXACT, GROUP, Rounding, check_bits, to_code
 
-TILE = 2 ** 21          # numbers that are unpacked at a time, about
+UNPACKED = 2 ** 21      # numbers that are unpacked at a time, about
 LEAST = 256             # tokens of a tile at least, however many numbers they are
 LONG = 1024             # tokens from which on a tile is shifted eight bytes at a time
 WIDTHS = 1, 2, 4, 8
@@ -47,9 +45,9 @@ FIELDS = (1, 1, 0), (1, 3, 0), (2, 2, 0), (2, 3, 1), (2, 6, 0), (4, 4, 0), (4, 6
 class PackedCache:
     """Keys and values of `batch` sequences, up to max_len tokens, at a plan of bits (2, L, K, 8).
 
-    `data` is the one tensor that grows with max_len, uint8; `newest` (L, 2, K·batch, d, 32) holds
-    the length % 32 tokens of a group that is not whole. `length` may be set back to 0, to nothing
-    else; and a pass that broke off cannot be repeated.
+    `data` is the one tensor that grows with max_len, uint8. `newest` (L, 2, K·batch, d, 64) holds
+    the tokens of the group that is not whole, and of the one before it: token t in place t % 64.
+    `length` may be set back as far as they go, or to 0. A pass that broke off cannot be repeated.
     """
 
     def __init__(
@@ -73,11 +71,11 @@ class PackedCache:
         self.rounding = rounding.to(device, self.wide)
         self.projection = self.rounding.p
         self.bits, self.batch, self.max_len = bits, batch, max_len
-        self.length = 0
+        self._length = self.kept_from = 0       # tokens, and the first that is not rounded yet
         L, K, d = rounding.p.mean_v.shape
         self.shape = K, batch, d
 
-        most = max(LEAST, TILE // (K * batch * d))                  # tokens
+        most = max(LEAST, UNPACKED // (K * batch * d))                  # tokens
         tiles = math.ceil(max_len / most)
         tokens = math.ceil(max_len / tiles)
         multiple = 64 if tokens >= LONG else 8                      # of a word's bits, or a byte's
@@ -91,7 +89,7 @@ class PackedCache:
         self.device = self.data.device
         exact = self.data[:exact_bytes].view(torch.bfloat16)
         self.exact = exact.view(exact_shape)
-        newest_shape = L, 2, K * batch, d, GROUP
+        newest_shape = L, 2, K * batch, d, 2 * GROUP
         self.newest = torch.zeros(newest_shape, dtype=dtype, device=device)
 
         self.layers = []
@@ -124,28 +122,37 @@ class PackedCache:
     # --------------------------------------------------------------------------
     # What a pass calls
 
-    check_room = KVCache.check_room
+    @property
+    def length(self) -> int:
+        return self._length
 
-    def begin(self, model: Model, B: int, T: int) -> tuple[Tensor, Tensor]:
-        """RoPE's cosines and sines of T more tokens. ValueError unless they fit."""
-        self.check_room(model, B, T)
-        return model.rope.rows(self.length, T, self.dtype, self.device)
+    @length.setter
+    def length(self, n: int) -> None:
+        """Rewind: what follows token n − 1 is forgotten. ValueError where n's group is rounded.
 
-    def advance(self, T: int) -> None:
+        Set ahead, a cache holds whatever numbers lie there (benchmarks).
+        """
+        if not (n == 0 or self.kept_from <= n <= self.max_len):
+            nearest = min(max(n, self.kept_from), self.max_len)
+            raise ValueError(f"length {n}: tokens before {self.kept_from} are rounded; a cache of "
+                             f"bits that holds {self.length} goes back to {nearest}, or to 0")
+        self._length = n
+        self.kept_from = max(self.kept_from, (n // GROUP - 1) * GROUP) if n else 0
+
+    def before_pass(self, model: Model, B: int, T: int) -> None:
+        """ValueError unless the cache suits the model and has room for T more tokens."""
+        check_room(self, model, B, T)
+
+    def after_pass(self, T: int) -> None:
         self.length += T
 
     def fold(self, i: int, weights) -> Folded:
         """The weights of layer i: values come out as v U, all d coordinates of them."""
         if self.folded[i] is None:
             K, _, d = self.shape
-            layout = Layout(
-                head_order=torch.arange(K).repeat(2, 1),
-                ranks=torch.full((K,), d),
-                U=self.rounding.U[1][i],
-                means=self.rounding.mean[1][i],
-            )
-            heads = heads_of(weights, K, d)
-            self.folded[i] = fold_heads(heads, layout, layout.U, layout.means)
+            heads = torch.arange(K).repeat(2, 1)
+            self.folded[i] = fold(weights, heads, torch.full((K,), d), self.rounding.U[1][i],
+                                  self.rounding.mean[1][i])
         return self.folded[i]
 
     def attend(self, i: int, qk: Tensor, v: Tensor, window=None) -> Tensor:
@@ -186,12 +193,16 @@ class PackedCache:
 
         Returns those tokens and what their first group held before, (2, K·B, d, tokens).
         """
+        newest = self.newest[i].unflatten(-1, (2, GROUP))           # a group, and the one before it
         held = self.length % GROUP
         begin = self.length - held                                  # of that group
-        tokens = torch.cat((self.newest[i][..., :held], new.to(self.dtype)), dim=-1)
+        before = newest[..., begin // GROUP % 2, :held]
+        tokens = torch.cat((before, new.to(self.dtype)), dim=-1)
+        end = begin + tokens.shape[-1]
+        for start in range(max(begin, (end // GROUP - 1) * GROUP), end, GROUP):
+            group = tokens[..., start - begin:][..., :GROUP]
+            newest[..., start // GROUP % 2, :group.shape[-1]] = group
         whole = tokens.shape[-1] // GROUP * GROUP
-        rest = tokens.shape[-1] - whole
-        self.newest[i][..., :rest] = tokens[..., whole:]
         if whole:
             exact = max(0, EXACT - begin)
             self.exact[i][..., :exact] = tokens[..., :exact]

@@ -23,22 +23,21 @@ A path lists lowerings, each of one block to its next fewer bits. It starts at 8
 budget of 50%; a prefix makes a plan.
 """
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import common
 from model import causal_attention
-from order import cheapest_first
 from projection import LEVELS, SIDES, Projection, shape_of
+from search import cheapest_first
+from support.files import hash_of, read_tensors, write_tensors
 
 BITS = (0, 1, 2, 3, 4, 6, 8)
 EXACT = 4               # tokens at the beginning of a sequence
 GROUP = 32              # tokens that become codes together
-WHOLE = 16              # bits of a number that is not rounded
+FULL = 16               # bits of a number that is not rounded
 
 # Of b bits, for a normal distribution with a spread of 1: the step with the least mean square
 # error, and that error, as J. Max computes them in "Quantizing for Minimum Distortion"
@@ -65,18 +64,17 @@ class Rounding:
         self.spread = spread
 
     def at(self, bits: Tensor):
-        """The hook `project=` that simulates a plan: (layer, k, v) -> (k̂, v̂, attention).
+        """The hook `project=` that simulates a plan, with an attention of its own.
 
         bits is (2, L, K, 8), or (2, L, B, K, 8), where every sequence has a plan of its own.
         """
         check_bits(bits, self.p)
 
-        def project(layer: int, k: Tensor, v: Tensor):
+        def rounded(layer: int, k: Tensor, v: Tensor):
             k_hat = self.rounded(0, layer, k, bits[0, layer])
-            v_hat = self.rounded(1, layer, v, bits[1, layer])
-            return k_hat, v_hat, partial(grouped_attention, newest=(k, v))
+            return k_hat, self.rounded(1, layer, v, bits[1, layer])
 
-        return project
+        return NewestExact(rounded)
 
     def rounded(self, side: int, layer: int, x: Tensor, bits: Tensor) -> Tensor:
         """x̂ of keys or values (B, K, T, d), by the equations above."""
@@ -116,34 +114,51 @@ class Rounding:
     def to(self, device, dtype=None) -> "Rounding":
         return Rounding.of({name: x.to(device, dtype) for name, x in self.tensors().items()})
 
+    def hash(self) -> str:
+        return hash_of(*self.tensors().values())
+
     def save(self, path: Path) -> None:
-        common.write_tensors(path, self.tensors())
+        write_tensors(path, self.tensors())
 
     @staticmethod
     def load(path: Path) -> "Rounding":
         """Read what `save` wrote. ValueError names the file."""
-        tensors = common.read_tensors(path)
+        tensors = read_tensors(path)
         try:
             return Rounding.of(tensors)
         except KeyError as missing:
-            raise ValueError(f"{path}: no tensor {missing}; did bits.py write it?") from None
+            raise ValueError(f"{path}: no tensor {missing}; did bits.train write it?") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
 
-def grouped_attention(q: Tensor, k_hat: Tensor, v_hat: Tensor, window: int | None, newest: tuple):
-    """Causal attention to one's own group as it is, and to those before it as stored.
+class NewestExact:
+    """The hook `project=` of rounded(layer, k, v) -> (k̂, v̂), where the newest group is exact.
 
-    q (B, H, T, d); k̂, v̂ and the two of `newest`, k and v, (B, K, T, d). Returns (B, H, T, d).
+    What it gives the model in place of k and of v are pairs, for its own attention: as stored, and
+    as they are.
     """
-    k_newest, v_newest = newest
-    outputs = []
-    for start in range(0, q.shape[2], GROUP):
-        own = slice(start, start + GROUP)
-        k = torch.cat((k_hat[:, :, :start], k_newest[:, :, own]), dim=2)
-        v = torch.cat((v_hat[:, :, :start], v_newest[:, :, own]), dim=2)
-        outputs.append(causal_attention(q[:, :, own], k, v, window))
-    return torch.cat(outputs, dim=2)
+
+    def __init__(self, rounded):
+        self.rounded = rounded
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor):
+        k_hat, v_hat = self.rounded(layer, k, v)
+        return (k_hat, k), (v_hat, v)
+
+    @staticmethod
+    def attention(q: Tensor, keys: tuple, values: tuple, window: int | None) -> Tensor:
+        """Causal attention to one's own group as it is, and to those before it as stored.
+
+        q (B, H, T, d); keys k̂ and k, values v̂ and v, (B, K, T, d). Returns (B, H, T, d).
+        """
+        outputs = []
+        for start in range(0, q.shape[2], GROUP):
+            own = slice(start, start + GROUP)
+            k, v = (torch.cat((stored[:, :, :start], as_is[:, :, own]), dim=2)
+                    for stored, as_is in (keys, values))
+            outputs.append(causal_attention(q[:, :, own], k, v, window))
+        return torch.cat(outputs, dim=2)
 
 
 def grid(bits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,12 +224,12 @@ def bits_at(path: Tensor, config, budget: float) -> Tensor:
     next_more = dict(zip(BITS, BITS[1:], strict=False))
     saved = torch.tensor([next_more[b] - b for b in after.tolist()])
     left = plan.sum() - saved.cumsum(0)
-    most = budget * WHOLE * plan.numel() + 1e-6
+    most = budget * FULL * plan.numel() + 1e-6
     taken = 0
     if plan.sum() > most:
         taken = int((left > most).sum()) + 1
     if taken > len(path):
-        end = left[-1] / plan.numel() / WHOLE
+        end = left[-1] / plan.numel() / FULL
         raise ValueError(f"a path that ends at {end:.1%}, above the budget of {budget:.1%}")
     flat = plan.view(-1).scatter_reduce(0, place[:taken], after[:taken], "amin")
     return flat.view_as(plan)
