@@ -41,8 +41,8 @@ from torch import Tensor
 
 from model import Model, causal_attention, load, wide
 from projection import BUDGETS, LEVELS, SIDES, Projection, check_ranks, uniform_ranks
+from support import cli
 from support.checkpoint import stored_for_rows
-from support.cli import arguments, blame, prepare, run_script, within
 from support.plans import plan_arguments, plan_for
 
 
@@ -56,15 +56,8 @@ class KVCache:
     `after_pass`. ValueError for ranks or sizes that make no sense, and when it is full.
     """
 
-    def __init__(
-        self,
-        projection: Projection,
-        ranks: Tensor,
-        batch: int,
-        max_len: int,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ):
+    def __init__(self, projection: Projection, ranks: Tensor, batch: int, max_len: int,
+                 dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         if batch < 1 or max_len < 1:
             raise ValueError(f"batch {batch}, max_len {max_len}: both must be at least 1")
         self.projection = projection
@@ -465,13 +458,7 @@ def fold(weights, head_order: Tensor, ranks: Tensor, U: Tensor | None, mean: Ten
     return Folded(W_qkv, b_qkv, stored_for_rows(W_out), bias)
 
 
-def fold_head(
-    W_v: Tensor,
-    b_v: Tensor | None,
-    W_o: Tensor,
-    U_r: Tensor,
-    mean: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def fold_head(W_v: Tensor, b_v: Tensor | None, W_o: Tensor, U_r: Tensor, mean: Tensor):
     """Fold a head's value side into its weights, by the equations on top (transposed: as stored).
 
     W_v (d, hidden), b_v (d) or None, W_o (hidden, G, d); U_r (d, r), mean (d). Gives W_v'
@@ -506,13 +493,13 @@ def show_layout(cache: KVCache, most: int = 8) -> None:
 
 
 def main():
-    parser = arguments(__doc__)
+    parser = cli.arguments(__doc__)
     plan_arguments(parser)
-    parser.add_argument("--tokens", type=within(1, 10 ** 7), default=512,
+    parser.add_argument("--tokens", type=cli.within(1, 10 ** 7), default=512,
                         help="length of the cache shown [512]")
     args = parser.parse_args()
-    device, dtype = prepare(args)
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     projection, plan = plan_for(args, model)
     show_layout(KVCache(projection, plan(args.budget), 1, args.tokens, dtype, device))
@@ -523,4 +510,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

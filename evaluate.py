@@ -22,7 +22,6 @@ Reads projections.safetensors in the --out folder, and ranks.json and ranks_pca.
 where they were searched for these projections; writes evaluation.json and .png. A line of --tasks
 is {"context": text, "choices": [texts], "label": number of the right one, from 0}.
 """
-import itertools
 import json
 import math
 from functools import partial
@@ -35,19 +34,9 @@ from torch import Tensor
 from cache import KVCache
 from model import Model, load, log_probabilities, logits
 from projection import BUDGETS, Projection, plan_at, uniform_ranks
-from support.cli import (
-    arguments,
-    blame,
-    data_arguments,
-    keep_freed_memory,
-    out_argument,
-    passage_arguments,
-    prepare,
-    report_arguments,
-    run_script,
-)
+from support import cli, files
+from support.checkpoint import read_config
 from support.data import even_windows, held_out_passages, text_for
-from support.files import check_folder, open_safetensors, read_json, write_json
 from support.pictures import CURVES, draw_report, whole_recall
 from support.plans import PROJECTIONS, order_in
 from support.tokenizer import load_tokenizer, with_beginning
@@ -140,7 +129,7 @@ def report(model: Model, held_out: np.ndarray, curves: dict, budgets, args, pass
     what the base model has, and a row for every budget.
     """
     hooks = {(name, b): hook(b) for name, hook in curves.items() for b in budgets if b < 1}
-    with blame("--ckpt"):
+    with cli.blame("--ckpt"):
         base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
     # At full ranks a curve is the model itself.
     full = {"kl": 0.0} | base | {"same": 1.0, "kl_99.9": 0.0}
@@ -203,113 +192,98 @@ def read_questions(path: Path) -> list[dict]:
             continue
         try:
             question = json.loads(line)
-            check_question(question)
+            context, choices, label = (question[key] for key in ("context", "choices", "label"))
+            ok = isinstance(choices, list) and len(choices) > 1 and all(choices)
+            ok = ok and all(isinstance(text, str) for text in (context, *choices))
+            ok = ok and type(label) is int and 0 <= label < len(choices)
         except (ValueError, KeyError, TypeError, RecursionError):
+            ok = False
+        if not ok:
             raise ValueError(f'{path}: line {number} is not {{"context": text, "choices": [two '
-                             'texts or more], "label": number of the right one, from 0}') from None
+                             'texts or more], "label": number of the right one, from 0}')
         questions.append(question)
     if not questions:
         raise ValueError(f"{path}: holds no question")
     return questions
 
 
-def check_question(question: dict) -> None:
-    choices, label = question["choices"], question["label"]
-    texts = [question["context"], *choices] if isinstance(choices, list) else [None]
-    if not all(isinstance(text, str) for text in texts) or not all(choices) or len(choices) < 2:
-        raise ValueError
-    if type(label) is not int or not 0 <= label < len(choices):
-        raise ValueError
-
-
 @torch.no_grad()
-def choice_scores(model: Model, tokenizer, question: dict, cache: KVCache) -> Tensor:
+def choice_scores(model: Model, wholes: list[list[int]], shared: int, begin: int, cache: KVCache):
     """log p(choice | context) of every choice, summed over its tokens: (choices,).
 
-    What all of context + choice begin with is prefilled once; the rest follows as one batch. A
-    choice's tokens are those behind as many as the context has, at least one; a space that ends the
-    context belongs to the choices.
+    wholes: the ids of context + choice of each choice. What all share, their first `shared` tokens,
+    is prefilled once; the cache is set back behind it for the next choice. Tokens from `begin` on
+    are the choice's, at least one.
+    """
+    cache.length = 0
+    prefix = torch.tensor([wholes[0][:shared]], device=model.device)
+    first = model.hidden(prefix, cache=cache)[:, -1:]
+    scores = []
+    for whole in wholes:
+        cache.length = shared
+        states, end = first, whole[shared:]
+        if len(end) > 1:
+            passed = torch.tensor([end[:-1]], device=model.device)
+            states = torch.cat((first, model.hidden(passed, cache=cache)), dim=1)
+        log_p = logits(model.norm(states[0]), model.lm_head.weight).log_softmax(-1)
+        skip = min(begin, len(whole) - 1) - shared                  # what is before is context
+        scores.append(log_p[torch.arange(skip, len(end)), end[skip:]].sum())
+    return torch.stack(scores).cpu()
+
+
+def tokens_of(tokenizer, question: dict) -> tuple[list[list[int]], int, int]:
+    """What `choice_scores` takes: ids of context + choice, how many all share, where choices begin.
+
+    A choice's tokens are those behind as many as the context has; a space that ends the context
+    belongs to the choices.
     """
     def ids(text: str) -> list[int]:
         return with_beginning(tokenizer, tokenizer.encode(text))
 
-    context_tokens = len(ids(question["context"].rstrip()))
+    begin = len(ids(question["context"].rstrip()))
     wholes = [ids(question["context"] + choice) for choice in question["choices"]]
-    same = 0                                        # tokens that all share, and each has one more
-    most = min(context_tokens, *(len(whole) - 1 for whole in wholes))
-    while same < most and len({whole[same] for whole in wholes}) == 1:
-        same += 1
-    if not same:
+    shared = 0                                      # each has at least one more
+    most = min(begin, *(len(whole) - 1 for whole in wholes))
+    while shared < most and len({whole[shared] for whole in wholes}) == 1:
+        shared += 1
+    if not shared:
         raise ValueError("the tokenizer has no beginning of sequence, and nothing goes before "
                          f"{question['choices'][0]!r}")
-    ends = [whole[same:] for whole in wholes]
-    longest = max(map(len, ends))
-
-    cache.length = 0
-    prefix = torch.tensor([wholes[0][:same]], device=model.device)
-    states = model.hidden(prefix, cache=cache)[:, -1:].expand(len(ends), -1, -1)
-    if longest > 1:
-        padded = [end[:-1] + [0] * (longest - len(end)) for end in ends]    # zeros are never seen
-        wider = copies(cache, len(ends), longest - 1)
-        after = model.hidden(torch.tensor(padded, device=model.device), cache=wider)
-        states = torch.cat((states, after), dim=1)
-    log_p = logits(model.norm(states), model.lm_head.weight).log_softmax(-1)
-
-    scores = []
-    for row, end, whole in zip(log_p, ends, wholes, strict=True):
-        first = min(context_tokens, len(whole) - 1) - same      # what is before is context
-        scores.append(row[torch.arange(first, len(end)), end[first:]].sum())
-    return torch.stack(scores)
+    return wholes, shared, begin
 
 
-def copies(cache: KVCache, batch: int, more: int) -> KVCache:
-    """A cache of `batch` copies of the one sequence in `cache`, with room for `more` tokens."""
-    n = cache.length
-    wider = KVCache(cache.projection, cache.ranks, batch, n + more, cache.dtype, cache.device)
-    wider.folded = cache.folded
-    wider.length = n
-    for place in itertools.product(*map(range, cache.ranks.shape)):     # side, layer, head
-        wider.block(*place)[..., :n] = cache.block(*place)[..., :n]
-    return wider
-
-
-def answer(model: Model, tokenizer, questions: list[dict], projection: Projection, ranks: Tensor):
+def answer(model: Model, questions: list[dict], tokens: list, projection: Projection, ranks):
     """The share of questions whose right choice scores highest: by sum, and by sum per character.
 
-    Of equal choices the first is taken.
+    tokens: `tokens_of` every question. Of equal choices the first is taken.
     """
-    room = max(len(tokenizer.encode(q["context"])) for q in questions) + 1
+    room = max(len(whole) for wholes, _, _ in tokens for whole in wholes)
     cache = KVCache(projection, ranks, 1, room, model.dtype, model.device)
     right = torch.zeros(2)
-    for q in questions:
-        scores = choice_scores(model, tokenizer, q, cache).cpu()
+    for q, of_question in zip(questions, tokens, strict=True):
+        scores = choice_scores(model, *of_question, cache)
         by_character = scores / torch.tensor([len(choice) for choice in q["choices"]])
         right += torch.tensor([x.argmax() == q["label"] for x in (scores, by_character)])
     accuracy, accuracy_by_character = (right / len(questions)).tolist()
     return {"accuracy": accuracy, "accuracy_by_character": accuracy_by_character}
 
 
-def report_tasks(model: Model, curves: dict, args) -> dict:
+def report_tasks(model: Model, curves: dict, file: Path, questions: list, tokens: list) -> dict:
     """Multiple choice at every budget, through the real cache."""
-    with blame("--tasks"):
-        questions = read_questions(args.tasks)
-        tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
-        n = len(questions)
-        print(f"{args.tasks}: {n} questions, accuracy by summed log-likelihood "
-              "(and by log-likelihood per character), %\n")
-        unturned = Projection.identity(model.config)
-        full = uniform_ranks(1.0, model.config)
-        base = answer(model, tokenizer, questions, unturned, full)
-        print("   cache  " + "".join(f"{name:>17s}" for name in ("base", *curves)))
-        rows = []
-        for budget in BUDGETS:
-            row = {name: answer(model, tokenizer, questions, projection, plan(budget))
-                   for name, (projection, plan) in curves.items()}
-            rows.append({"budget": budget} | row)
-            shown = [f"{100 * r['accuracy']:6.2f} ({100 * r['accuracy_by_character']:5.2f})"
-                     for r in (base, *row.values())]
-            print(f"  {budget:6.1%}  " + "".join(f"{text:>17s}" for text in shown), flush=True)
-    return {"tasks": {"file": str(args.tasks), "questions": n, "base": base, "budgets": rows}}
+    print(f"{file}: {len(questions)} questions, accuracy by summed log-likelihood (and by "
+          "log-likelihood per character), %\n")
+    unturned = Projection.identity(model.config)
+    base = answer(model, questions, tokens, unturned, uniform_ranks(1.0, model.config))
+    print("   cache  " + "".join(f"{name:>17s}" for name in ("base", *curves)))
+    rows = []
+    for budget in BUDGETS:
+        row = {name: answer(model, questions, tokens, projection, plan(budget))
+               for name, (projection, plan) in curves.items()}
+        rows.append({"budget": budget} | row)
+        shown = [f"{100 * r['accuracy']:6.2f} ({100 * r['accuracy_by_character']:5.2f})"
+                 for r in (base, *row.values())]
+        print(f"  {budget:6.1%}  " + "".join(f"{text:>17s}" for text in shown), flush=True)
+    return {"file": str(file), "questions": len(questions), "base": base, "budgets": rows}
 
 
 # ------------------------------------------------------------------------------
@@ -319,7 +293,7 @@ def curves_in(folder: Path, model: Model) -> dict:
     """What train.py and search.py left in a folder, as curves: (projection, plan for a budget)."""
     config, file = model.config, folder / PROJECTIONS
     curves, searched = {}, {}
-    with open_safetensors(file) as tensors:
+    with files.open_safetensors(file) as tensors:
         has_pca = "pca_U_k" in tensors.keys()
     for name, prefix in (("pca", "pca_"), ("trained", ""))[not has_pca:]:
         projection = Projection.load(file, prefix)
@@ -348,7 +322,7 @@ def check_same_run(folder: Path, args) -> None:
     """ValueError where train.json names another model, text or --seq."""
     if not (folder / "train.json").exists():
         return
-    config = read_json(folder / "train.json").get("config")
+    config = files.read_json(folder / "train.json").get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'train.json'}: no config of a training")
     for name in ("ckpt", "data", "seq"):
@@ -360,23 +334,28 @@ def check_same_run(folder: Path, args) -> None:
 
 
 def main():
-    parser = arguments(__doc__)
-    data_arguments(parser)
-    out_argument(parser)
-    report_arguments(parser)
-    passage_arguments(parser)
+    parser = cli.arguments(__doc__)
+    cli.data_arguments(parser)
+    cli.out_argument(parser)
+    cli.report_arguments(parser)
+    cli.passage_arguments(parser)
     parser.add_argument("--tasks", type=Path,
                         help="a .jsonl of multiple-choice questions to answer at every budget")
     args = parser.parse_args()
-    device, dtype = prepare(args)
-    keep_freed_memory()
-    if args.tasks:
-        with blame("--tasks"):
-            read_questions(args.tasks)
-    check_folder(args.out)
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    cli.keep_freed_memory()
+    questions, tokens = [], []
+    if args.tasks:                                      # all checked before anything runs
+        with cli.blame("--ckpt"):
+            config = read_config(args.ckpt / "config.json")
+        with cli.blame("--tasks"):
+            questions = read_questions(args.tasks)
+            tokenizer = load_tokenizer(args.ckpt, config.vocab_size)
+            tokens = [tokens_of(tokenizer, question) for question in questions]
+    files.check_folder(args.out)
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
-    with blame("--out"):
+    with cli.blame("--out"):
         curves = curves_in(args.out, model)
         check_same_run(args.out, args)
     print(describe(args.ckpt, model))
@@ -386,13 +365,15 @@ def main():
     base, rows = report(model, held_out, hooks_of(curves), BUDGETS, args, passages)
     said = {"base": base, "budgets": rows}
     file = args.out / "evaluation.json"
-    with blame("--out"):
-        write_json(file, said, indent=1)                # whatever becomes of the questions
+    with cli.blame("--out"):
+        files.write_json(file, said, indent=1)          # whatever becomes of the questions
         draw_report(base, rows, file.with_suffix(".png"))
-        if args.tasks:
-            write_json(file, report_tasks(model, curves, args) | said, indent=1)
+    if questions:
+        said["tasks"] = report_tasks(model, curves, args.tasks, questions, tokens)
+        with cli.blame("--out"):
+            files.write_json(file, said, indent=1)
     print(f"Saved {file} and {file.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 from cache import KVCache
 from model import Model, generate, load
 from projection import uniform_ranks
-from support.cli import arguments, blame, fail, prepare, prompt_arguments, run_script, within
+from support import cli
 from support.plans import plan_arguments, plan_for
 from support.tokenizer import encode_prompt, load_tokenizer, show
 
@@ -37,28 +37,28 @@ def fold(model: Model, cache, drop: bool) -> int:
 
 
 def options():
-    parser = arguments(__doc__)
+    parser = cli.arguments(__doc__)
     plan_arguments(parser, lowest=0.01)
     parser.add_argument("--bits", type=Path, help="a file of bits.train; --budget goes below 0.125")
-    prompt_arguments(parser)
-    parser.add_argument("--shrink-to", type=within(0.125, 1.0),
+    cli.prompt_arguments(parser)
+    parser.add_argument("--shrink-to", type=cli.within(0.125, 1.0),
                         help="the budget that the cache shrinks to on the way")
-    parser.add_argument("--at", type=within(1, 10 ** 6),
+    parser.add_argument("--at", type=cli.within(1, 10 ** 6),
                         help="after how many new tokens it does [half of --tokens]")
     args = parser.parse_args()
     if args.bits and (args.ranks or args.proj or args.shrink_to is not None):
-        fail("--bits: goes with none of --ranks, --proj and --shrink-to")
+        cli.fail("--bits: goes with none of --ranks, --proj and --shrink-to")
     if args.bits is None and (args.budget or 1) < 0.125:
-        fail(f"--budget {args.budget}: ranks go down to 0.125; below that only --bits does")
+        cli.fail(f"--budget {args.budget}: ranks go down to 0.125; below that only --bits does")
     if args.shrink_to is None and args.at:
-        fail("--at: says when the cache shrinks; add --shrink-to")
+        cli.fail("--at: says when the cache shrinks; add --shrink-to")
     if args.shrink_to is None:
         return args
     if args.ranks is None and args.budget is None:
         args.budget = 1.0
     args.at = args.at or max(1, args.tokens // 2)
     if args.at >= args.tokens:
-        fail(f"--at {args.at}: is not before the last of --tokens {args.tokens}")
+        cli.fail(f"--at {args.at}: is not before the last of --tokens {args.tokens}")
     return args
 
 
@@ -66,7 +66,7 @@ def cache_of(args, model: Model, room: int):
     """The cache asked for, and the plan that it shrinks to, if any."""
     if args.bits:
         from bits import load_bits  # the second chapter, for those who ask for it
-        with blame("--bits"):
+        with cli.blame("--bits"):
             bits = load_bits(args.bits)
             bits.rounding.p.check_fits(model.config)
             return bits.cache(args.budget or 0.125, 1, room, model.dtype, model.device), None
@@ -74,17 +74,17 @@ def cache_of(args, model: Model, room: int):
     ranks = plan(args.budget)
     smaller = None if args.shrink_to is None else plan(args.shrink_to)
     if smaller is not None and (smaller > ranks).any():
-        fail(f"--shrink-to {args.shrink_to}: is above the budget that the cache begins with")
+        cli.fail(f"--shrink-to {args.shrink_to}: is above the budget that the cache begins with")
     return KVCache(projection, ranks, 1, room, model.dtype, model.device), smaller
 
 
 def main():
     args = options()
-    device, dtype = prepare(args)
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
         tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
-    with blame("--prompt"):
+    with cli.blame("--prompt"):
         prompt = encode_prompt(tokenizer, args.prompt)
     room = len(prompt) + args.tokens
     room = (room + 15) // 16 * 16               # rows of 16-byte pieces, which a GPU loads whole
@@ -122,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

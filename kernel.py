@@ -36,7 +36,7 @@ import os
 import torch
 from torch import Tensor
 
-from support.cli import arguments, fail, prepare, run_script
+from support import cli
 
 if not torch.cuda.is_available():               # Triton's interpreter runs the kernel in Python;
     os.environ.setdefault("TRITON_INTERPRET", "1")      # before Triton is imported
@@ -46,7 +46,7 @@ try:
 except ImportError:
     lacking = "triton is missing (it exists for Linux); everything but the kernel works without it"
     if __name__ == "__main__":
-        fail(f"kernel.py: {lacking}")
+        cli.fail(f"kernel.py: {lacking}")
     raise ImportError(lacking) from None
 
 
@@ -311,19 +311,19 @@ def worst_error(G: int, d: int, dtype, device) -> float:
 
 
 def main():
-    parser = arguments(__doc__)
-    device, _ = prepare(parser.parse_args())
+    parser = cli.arguments(__doc__)
+    device, _ = cli.prepare(parser.parse_args())
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        fail("--device cpu: where there is a GPU, set TRITON_INTERPRET=1")
+        cli.fail("--device cpu: where there is a GPU, set TRITON_INTERPRET=1")
     print(f"The kernel against its reference on {device}: largest error / largest value\n")
     for dtype, bound in BOUNDS.items():
         for d, G in GRID:
             worst = worst_error(G, d, dtype, device)
             print(f"  {str(dtype):15s} d = {d:<4d} G = {G}   {worst:.1e}", flush=True)
             if not worst < bound:
-                fail(f"kernel.py: error {worst:.1e} is above {bound:.0e}", code=1)
+                cli.fail(f"kernel.py: error {worst:.1e} is above {bound:.0e}", code=1)
     print("\nAll within bounds: 1e-5 in float32, 2e-3 in float16, 1e-2 in bfloat16.")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from support import cli
 from support.checkpoint import Config, load_weights, read_config
-from support.cli import arguments, blame, prepare, prompt_arguments, run_script
 from support.tokenizer import encode_prompt, load_tokenizer, show
 
 # ------------------------------------------------------------------------------
@@ -352,14 +352,14 @@ def pick(scores: Tensor, temperature: float) -> Tensor:
 
 
 def main():
-    parser = arguments(__doc__)
-    prompt_arguments(parser)
+    parser = cli.arguments(__doc__)
+    cli.prompt_arguments(parser)
     args = parser.parse_args()
-    device, dtype = prepare(args)
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
         tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
-    with blame("--prompt"):
+    with cli.blame("--prompt"):
         prompt = encode_prompt(tokenizer, args.prompt)
 
     began = time.perf_counter()
@@ -370,4 +370,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

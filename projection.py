@@ -31,10 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from model import Model, load
-from support import processes
-from support.cli import arguments, blame, data_arguments, out_argument, prepare, run_script
+from support import cli, files, processes
 from support.data import random_windows, text_for
-from support.files import hash_of, read_tensors, write_tensors
 
 LEVELS = 8
 NAMES = ("U_k", "U_v", "mean_v")
@@ -109,17 +107,17 @@ class Projection:
 
     def hash(self) -> str:
         """What a file of ranks says it was made for: the sha256 of U_k and U_v."""
-        return hash_of(self.U_k, self.U_v)
+        return files.hash_of(self.U_k, self.U_v)
 
     def save(self, path: str | Path, pca=None) -> None:
         """Write a safetensors file; plain PCA of the same text stands in it as pca_U_k, …"""
         beside = pca.tensors("pca_") if pca else {}
-        write_tensors(path, self.tensors() | beside)
+        files.write_tensors(path, self.tensors() | beside)
 
     @staticmethod
     def load(path: str | Path, prefix: str = "") -> "Projection":
         """Read what `save` wrote; prefix "pca_" for the PCA in it. ValueError names the file."""
-        tensors = read_tensors(path)
+        tensors = files.read_tensors(path)
         try:
             return Projection.of(tensors, prefix).to(None, torch.float32)
         except KeyError as missing:
@@ -395,13 +393,13 @@ def show_variance(side: str, U: Tensor, covariance: Tensor) -> None:
 
 @torch.no_grad()
 def main():
-    parser = arguments(__doc__)
-    data_arguments(parser)
-    out_argument(parser)
+    parser = cli.arguments(__doc__)
+    cli.data_arguments(parser)
+    cli.out_argument(parser)
     args = parser.parse_args()
     args.seq = 256
-    device, dtype = prepare(args)
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     tokens, _ = text_for(args, model.config)
     print("Calibrating on training text ...", file=sys.stderr)
@@ -414,4 +412,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

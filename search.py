@@ -45,21 +45,8 @@ from projection import (
     shape_of,
     uniform_ranks,
 )
-from support import processes
-from support.cli import (
-    arguments,
-    blame,
-    data_arguments,
-    fail,
-    keep_freed_memory,
-    out_argument,
-    prepare,
-    report_arguments,
-    run_script,
-    within,
-)
+from support import cli, files, processes
 from support.data import random_windows, text_for
-from support.files import check_folder, write_json
 from support.pictures import draw_plan
 from support.plans import PROJECTIONS, order_of, trained_order
 from support.progress import Progress
@@ -339,7 +326,7 @@ def save(path: list, cost: Cost, config, budget: float, file: Path) -> None:
     full = ranks.numel() * config.head_dim
     taken = (full - int(ranks.sum())) // cost.eighth
     uniform_kl, _ = cost.measure(uniform_ranks(budget, config), 0)
-    write_json(file, {
+    files.write_json(file, {
         "head_dim": config.head_dim,
         "budget": int(ranks.sum()) / full,
         "keys": ranks[0].tolist(),
@@ -353,13 +340,13 @@ def save(path: list, cost: Cost, config, budget: float, file: Path) -> None:
 
 
 def options():
-    parser = arguments(__doc__)
-    data_arguments(parser)
-    report_arguments(parser, batch=4, windows=32)
-    out_argument(parser, "the folder of --proj")
+    parser = cli.arguments(__doc__)
+    cli.data_arguments(parser)
+    cli.report_arguments(parser, batch=4, windows=32)
+    cli.out_argument(parser, "the folder of --proj")
     add = parser.add_argument
     add("--proj", type=Path, default=Path("out", PROJECTIONS), help=f"[out/{PROJECTIONS}]")
-    add("--budget", type=within(0.125, 1.0), default=0.375,
+    add("--budget", type=cli.within(0.125, 1.0), default=0.375,
         help="of the plan spelled out in the file, whose path always goes to 12.5%% [0.375]")
     add("--exact", action="store_true", help="Algorithm 1 as it is")
     add("--lazy", action="store_true", help="search, also if --proj was trained along an order")
@@ -372,13 +359,13 @@ def options():
 @torch.no_grad()
 def main():
     args = options()
-    device, dtype = prepare(args)
-    keep_freed_memory()
-    check_folder(args.out)
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    cli.keep_freed_memory()
+    files.check_folder(args.out)
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     config, order = model.config, None
-    with blame("--proj"):
+    with cli.blame("--proj"):
         projection = Projection.load(args.proj, "pca_" if args.pca else "")
         projection.check_fits(config)
         projection = projection.to(device)
@@ -394,7 +381,7 @@ def main():
     text = random_windows(tokens, args.batch, args.seq, generator)
     cost = Cost(model, projection, text[:, :-1].to(device))
     if not cost.kl < 1e3:
-        fail(f"--ckpt: {args.ckpt}: the KL is {cost.kl}; are the weights whole?")
+        cli.fail(f"--ckpt: {args.ckpt}: the KL is {cost.kl}; are the weights whole?")
     print(f"{heads} ranks to lower in {rounds} rounds on {args.batch * args.seq:,} tokens")
     search = exact if args.exact else lazy
     if order is not None:
@@ -416,11 +403,11 @@ def main():
             progress(len(path), f"budget {reached:6.1%}  KL {cost.kl:.5f}  {cost.passes:,} passes")
     except KeyboardInterrupt:
         if not path:
-            fail("Stopped; nothing was saved", code=130)
-    with blame("--out"):
+            cli.fail("Stopped; nothing was saved", code=130)
+    with cli.blame("--out"):
         save(path, cost, config, max(args.budget, reached), file)
     if len(path) < rounds:
-        fail(f"Stopped; {file} holds the path down to {reached:.1%}", code=130)
+        cli.fail(f"Stopped; {file} holds the path down to {reached:.1%}", code=130)
     print(f"{cost.passes:,} passes, {cost.layer_passes:,} layer evaluations, "
           f"{time.time() - began:.0f} s")
 
@@ -429,10 +416,10 @@ def main():
     curves = {name: (projection, p) for name, p in zip(names, (uniform, plan), strict=True)}
     report(model, held_out, hooks_of(curves), [b for b in BUDGETS if b <= 0.75], args)
     picture = file.with_suffix(".png")
-    with blame("--out"):
+    with cli.blame("--out"):
         draw_plan(plan(args.budget), d, [kl for *_, kl in path], uniform_kl, picture)
     print(f"Saved {file} and {picture}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -54,20 +54,9 @@ from projection import (
     uniform_ranks,
 )
 from search import find_order
-from support import processes
+from support import cli, files, processes
 from support.checkpoint import read_config
-from support.cli import (
-    arguments,
-    blame,
-    data_arguments,
-    fail,
-    out_argument,
-    report_arguments,
-    run_script,
-    within,
-)
 from support.data import random_windows, set_apart, text_for
-from support.files import write_json
 from support.pictures import draw_report
 from support.plans import PROJECTIONS, read_ranks
 from support.progress import Progress
@@ -193,8 +182,8 @@ def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, afte
         for gradient in gradients:
             processes.sum_over(gradient).div_(scale * recipe.accumulate * processes.WORLD)
         if not all(gradient.isfinite().all() for gradient in gradients):
-            fail(f"--lr {recipe.lr}: the loss of step {step + 1} or its gradient is not a number. "
-                 "Start again with a smaller --lr or another --dtype")
+            cli.fail(f"--lr {recipe.lr}: the loss of step {step + 1} or its gradient is not a "
+                     "number. Start again with a smaller --lr or another --dtype")
         for group in state.optimizer.param_groups:
             group["lr"] = recipe.lr * schedule(step, recipe.steps)
         state.optimizer.step()
@@ -252,20 +241,20 @@ PATHS = ("ckpt", "data", "ranks")
 
 def options() -> argparse.Namespace:
     """The command line, checked as far as it can be before any file is opened."""
-    parser = arguments(__doc__, several=True)
-    data_arguments(parser)
-    out_argument(parser)
-    report_arguments(parser, windows=32)
+    parser = cli.arguments(__doc__, several=True)
+    cli.data_arguments(parser)
+    cli.out_argument(parser)
+    cli.report_arguments(parser, windows=32)
     add = parser.add_argument
-    count = within(1, 10 ** 7)
-    positive = within(0.0, 1e6)
+    count = cli.within(1, 10 ** 7)
+    positive = cli.within(0.0, 1e6)
     add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
     add("--uniform", action="store_true", help="train for the same rank everywhere")
     add("--steps", type=count, help="[200; paper: 400]")
     add("--accumulate", type=count, default=1, help="batches per step [1]")
     add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
-    add("--ce", type=within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
+    add("--ce", type=cli.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
     add("--amp", action="store_true", help="matrix products in bfloat16 over float32 weights")
     add("--checkpoint", action=argparse.BooleanOptionalAction,
         help="recompute layers in the backward pass: less memory, more time [if need be]")
@@ -277,8 +266,8 @@ def options() -> argparse.Namespace:
     args.uniform |= paper
     args.steps = args.steps or (400 if paper else 200)
     if args.ranks and args.uniform:
-        fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
-             "ranks along no order")
+        cli.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
+                 "ranks along no order")
     if args.ce is None:
         args.ce = 0.75 if paper else 0.0
     return args
@@ -306,7 +295,7 @@ def start_of(args, model: Model, tokens, order) -> dict[str, Tensor]:
 
 def check(state: TrainingState, model: Model, valid, hooks: dict, recipe: Recipe) -> None:
     """Print the KL on validation text: set apart from training, and not the held-out text."""
-    with blame("--ckpt"):
+    with cli.blame("--ckpt"):
         _, results = measure(model, valid, hooks, recipe.batch, recipe.seq, VALID)
     checked = {"step": state.step} | {name: round(r["kl"], 5) for name, r in results.items()}
     state.facts.setdefault("checks", []).append(checked)
@@ -323,7 +312,7 @@ def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
     """Save the projections, report on them, and write train.json and train.png."""
     trained = learnt(state)
     pca = Projection.of(state.tensors, "pca.").to(model.device)
-    with blame("--out"):
+    with cli.blame("--out"):
         trained.save(args.out / PROJECTIONS, pca)
     uniform = partial(uniform_ranks, config=model.config)
     curves = {"pca": (pca, uniform), "trained": (trained, uniform)}
@@ -333,8 +322,8 @@ def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
         facts = facts | {"order": state.tensors["order"].tolist()}
     base, rows = report(model, held_out, hooks_of(curves), BUDGETS, args)
     file = args.out / "train.json"
-    with blame("--out"):
-        write_json(file, facts | {"base": base, "budgets": rows}, indent=1)
+    with cli.blame("--out"):
+        files.write_json(file, facts | {"base": base, "budgets": rows}, indent=1)
         draw_report(base, rows, file.with_suffix(".png"))
     state.remove()
     print(f"Saved {args.out / PROJECTIONS}, {file} and {file.with_suffix('.png')}")
@@ -342,7 +331,7 @@ def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
 
 def main():
     args = options()
-    with blame("--ckpt"):
+    with cli.blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
         check_ranks(uniform_ranks(1.0, config), *shape_of(config))      # head_dim in eighths
     need = partial(peak_memory, config, args.batch, args.seq)
@@ -351,10 +340,10 @@ def main():
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
     order = None
     if args.ranks and not args.resume:
-        with blame("--ranks"):
+        with cli.blame("--ranks"):
             order = read_ranks(args.ranks, config).order
             plan_at(order, config, BUDGETS[-1])         # it must go as far as reports do
-    with blame("--ckpt"):
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
     if args.seq < config.max_position_embeddings:
@@ -365,9 +354,9 @@ def main():
     file = args.out / "train.state.safetensors"
     saved = None
     if args.resume:
-        with blame("--resume"):
+        with cli.blame("--resume"):
             saved = read_state(file, settings)
-    with blame("--ckpt"):
+    with cli.blame("--ckpt"):
         tensors = saved.tensors if saved else start_of(args, model, tokens, order)
     rotation = Rotation(Projection.of(tensors, "start.").to(device))
     state = TrainingState(file, rotation, settings, tensors, saved)
@@ -402,4 +391,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

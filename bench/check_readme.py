@@ -1,11 +1,11 @@
-"""Runs the commands of README.md and docs/ in a copy of the project.
+"""Runs the commands of README.md, bits/README.md and docs/ in a copy of the project.
 
 What stands in a ```bash block and begins with `python` is run, in the order of the page, the long
 ones with small settings; what needs another machine, a model that is not here, or an hour is said
 to be "not run". Exit code 1 if a command fails.
 
-    python bench/check_readme.py                    # README.md and docs/*.md
-    python bench/check_readme.py docs/method.md     # these pages alone
+    python bench/check_readme.py                    # README.md, bits/README.md and docs/*.md
+    python bench/check_readme.py docs/results.md    # these pages alone
 """
 import importlib.util
 import re
@@ -18,18 +18,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
 from bench.tools import arguments
+from support.cli import blame
 
-# Added to a command; where an option is given twice, the last one counts.
+# Added to a command, by its script or module; where an option is given twice, the last one counts.
 SMALL = {
     "train.py": "--steps 3 --batch 2 --seq 64 --windows 2",
     "search.py": "--batch 1 --seq 16 --windows 2",
     "evaluate.py": "--batch 2 --seq 64 --windows 2 --passages 2",
-    "bits.py": "--steps 3 --batch 2 --seq 64 --windows 2 --passages 2",
+    "bits.train": "--steps 3 --batch 2 --seq 64 --windows 2 --passages 2",
     "bench/ablations.py": "--steps 3 --batch 2 --seq 64 --windows 2",
     "bench/training.py": "--steps 3 --batch 2 --seq 64",
-    "bench/bits.py": "--seq 64 --windows 2 --runs 1",
     "bench/cache.py": "--rounds 1 --tokens 512",
     "bench/equal_bytes.py": "--windows 2 --passages 2",
     "bench/generate.py": "--rounds 1",
@@ -37,6 +36,7 @@ SMALL = {
     "bench/laptop.py": "--steps 8 --batch 2 --seq 64",
     "bench/recall.py": "--passages 2",
     "bench/resident_memory.py": "--tokens 4096",
+    "bench/rounding.py": "--seq 256 --windows 2 --runs 1",
 }
 QUESTIONS = 8           # that are left of demo/questions.jsonl
 
@@ -55,13 +55,19 @@ def commands_in(page: Path) -> list[str]:
     return [command for command in commands if command]
 
 
+def script_of(command: str) -> str:
+    """bench/cache.py of `python bench/cache.py …`, bits.train of `python -m bits.train …`."""
+    words = command.split()
+    return words[2] if words[1] == "-m" else words[1]
+
+
 def is_run(command: str) -> bool:
     bare = re.sub(r'"[^"]*"', "", command)              # prompts may hold anything
     if not command.startswith("python ") or '"..."' in command:
         return False
     if re.search(PLACEHOLDERS, bare) or re.search(ELSEWHERE, bare):
         return False
-    script = command.split()[1]
+    script = script_of(command)
     if script == "bench/memory.py":
         return "--table" in command
     return script != "bench/generate.py" or importlib.util.find_spec("transformers") is not None
@@ -69,8 +75,7 @@ def is_run(command: str) -> bool:
 
 def run(command: str, folder: Path) -> bool:
     """Run it with small settings and say how it went."""
-    words = command.split(maxsplit=2)
-    small = SMALL.get(words[1], "")
+    small = SMALL.get(script_of(command), "")
     line = command.replace("python", f'"{sys.executable}"', 1)
     began = time.time()
     done = subprocess.run(f"{line} {small}", shell=True, cwd=folder, capture_output=True, text=True)
@@ -93,17 +98,18 @@ def copy_project(folder: Path) -> None:
 
 def main():
     parser = arguments(__doc__)
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    parser.add_argument("pages", type=Path, nargs="*", default=pages, help="[README.md docs/*.md]")
+    pages = [ROOT / "README.md", ROOT / "bits" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    parser.add_argument("pages", type=Path, nargs="*", default=pages,
+                        help="[README.md bits/README.md docs/*.md]")
     args = parser.parse_args()
-    with common.blame("pages"):
+    with blame("pages"):
         commands = {page: commands_in(page) for page in args.pages}
     went = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "project"
         copy_project(folder)
         for page, of_page in commands.items():
-            print(page.name, flush=True)
+            print(page, flush=True)
             for command in of_page:
                 if command in went:
                     print(f"  above    {command}", flush=True)

@@ -10,7 +10,7 @@ they combine. This script measures them with one yardstick, the bytes of a token
     intN turned     the same behind one random rotation for all heads, which spreads outliers
     KIVI N          keys by channel over groups of 32 tokens, values by token (arXiv 2402.02750)
     ranks x int4    the coordinates that a plan keeps, in 4 bits with a scale and a zero
-    bits            as bits.py trained them, if --out has bits.json; 4 exact tokens come on top
+    bits            as bits.train trained them, if --out has bits.json; 4 exact tokens come on top
 
 KIVI and bits keep the newest group exactly: a token sees its own group, 1 to 32 tokens up to
 itself, as it is. So that no method has that for itself, each is measured twice: with the newest
@@ -21,9 +21,9 @@ KL is the distance from the model on held-out text, in nats per token; top-1 the
 whose likeliest next token stays the same. Recall: held-out passages of 64 tokens, followed by
 themselves; how much more often the next token is right in the second copy than in the first, as a
 share of the model's own gain. Nothing is trained here: ranks come as train.py and search.py
-left them, bits as bits.py did.
+left them, bits as bits.train did.
 
-    python bench/equal_bytes.py     # what train.py, search.py and bits.py left in out/
+    python bench/equal_bytes.py     # what train.py, search.py and bits.train left in out/
 """
 import re
 import sys
@@ -35,24 +35,27 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
 from bits import load_bits
-from data import data_arguments, text_for
-from distance import measure, recall
-from evaluate import (
-    describe,
-    held_out_passages,
-    passage_arguments,
-    report_arguments,
-    show_bytes,
-)
+from bits.rounding import FULL, GROUP, NewestExact
+from evaluate import describe, measure, recall
 from model import load
-from plans import read_plan
-from projection import Projection, uniform_ranks
-from rounding import GROUP, grouped_attention
-
-WHOLE = 16              # bits of a number that is not rounded
-
+from projection import Projection, plan_at, uniform_ranks
+from support.cli import (
+    arguments,
+    blame,
+    data_arguments,
+    fail,
+    keep_freed_memory,
+    out_argument,
+    passage_arguments,
+    prepare,
+    report_arguments,
+    run_script,
+)
+from support.data import held_out_passages, text_for
+from support.files import write_json
+from support.pictures import picture, show_bytes
+from support.plans import PROJECTIONS, read_ranks
 
 # ------------------------------------------------------------------------------
 # Rounding
@@ -101,14 +104,8 @@ def by_group(layer: int, k: Tensor, v: Tensor, bits: int):
 
 def twice(hook) -> dict:
     """A hook with the newest group exact, and with it stored like all others."""
-    def exact(layer: int, k: Tensor, v: Tensor):
-        found = hook(layer, k, v)
-        return found if len(found) == 3 else (*found, partial(grouped_attention, newest=(k, v)))
-
-    def stored(layer: int, k: Tensor, v: Tensor):
-        return hook(layer, k, v)[:2]
-
-    return {"exact": exact, "stored": stored}
+    stored = hook.rounded if isinstance(hook, NewestExact) else hook
+    return {"exact": NewestExact(stored), "stored": stored}
 
 
 # ------------------------------------------------------------------------------
@@ -117,34 +114,37 @@ def twice(hook) -> dict:
 def candidates(args, config) -> list:
     """(Name, share of a 16-bit cache, hook), the largest first."""
     d = config.head_dim
-    scales = 2 * WHOLE                              # bits of a scale and a zero
+    scales = 2 * FULL                               # bits of a scale and a zero
     turn = torch.linalg.qr(torch.randn(d, d)).Q
     rows = []
     for bits in (8, 4, 3, 2):
-        share = (bits + scales / d) / WHOLE
+        share = (bits + scales / d) / FULL
         rows.append((f"int{bits}", share, partial(by_token, bits=bits)))
         rows.append((f"int{bits} turned", share, partial(by_token, bits=bits, turn=turn)))
     for bits in (4, 2):                             # half of the scales by channel, half by token
-        share = (bits + scales * (1 / GROUP + 1 / d) / 2) / WHOLE
+        share = (bits + scales * (1 / GROUP + 1 / d) / 2) / FULL
         rows.append((f"KIVI {bits}", share, partial(by_group, bits=bits)))
 
-    with common.blame("--out"):
-        p = Projection.load(args.out / "projections.safetensors")
+    with blame("--out"):
+        p = Projection.load(args.out / PROJECTIONS)
         p.check_fits(config)
+        found = read_ranks(args.out / "ranks.json", config)
+        if not found.fits(p):
+            raise ValueError(f"{args.out / 'ranks.json'}: was searched for other projections")
         for budget in (0.75, 0.5, 0.375, 0.25, 0.1875):
-            _, ranks = read_plan(args.out / "ranks.json", config, budget)
+            ranks = plan_at(found.order, config, budget)
             rows.append((f"ranks {budget:.1%}", budget, p.at(ranks)))
             hook = partial(by_rank_and_token, p=p, ranks=ranks, bits=4)
-            share = (4 * budget + scales / d) / WHOLE
+            share = (4 * budget + scales / d) / FULL
             rows.append((f"ranks {budget:.1%} x int4", share, hook))
         uniform = uniform_ranks(0.25, config)
         rows.append(("uniform ranks 25.0%", 0.25, p.at(uniform)))
     if (args.out / "bits.json").exists():
-        with common.blame("--out"):
+        with blame("--out"):
             bits = load_bits(args.out / "bits.json")
             bits.rounding.p.check_fits(config)
         for budget in (0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875):
-            share = bits.plan(budget).double().mean().item() / WHOLE
+            share = bits.plan(budget).double().mean().item() / FULL
             rows.append((f"bits {budget:.2%}", share, bits.at(budget)))
     return sorted(rows, key=lambda row: -row[1])
 
@@ -163,7 +163,7 @@ CURVES = {      # names without their numbers: label, colour, marker
 
 def draw(rows: list[dict], path: Path) -> None:
     """KL and recall against bytes: lines with the newest group exact, dots with it stored."""
-    with common.picture(path, columns=2, width=11, height=4.5) as (distance, memory):
+    with picture(path, columns=2, width=11, height=4.5) as (distance, memory):
         for curve, (label, color, marker) in CURVES.items():
             mine = [row for row in rows if re.sub(r"[\d.%]+", "", row["name"]).split() ==
                     curve.split()]
@@ -184,16 +184,17 @@ def draw(rows: list[dict], path: Path) -> None:
 
 @torch.no_grad()
 def main():
-    parser = common.arguments(__doc__)
+    parser = arguments(__doc__)
     data_arguments(parser)
+    out_argument(parser)
     report_arguments(parser)
     passage_arguments(parser, least=1)
     args = parser.parse_args()
-    device, dtype = common.prepare(args)
+    device, dtype = prepare(args)
     if device.type != "cpu" or dtype != torch.float32:
-        common.fail("bench/equal_bytes.py: rounds in float32 on a CPU")
-    common.keep_freed_memory()
-    with common.blame("--ckpt"):
+        fail("bench/equal_bytes.py: rounds in float32 on a CPU")
+    keep_freed_memory()
+    with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     rows = candidates(args, model.config)
     print(describe(args.ckpt, model))
@@ -214,11 +215,11 @@ def main():
             shown += f" | {result['kl']:8.5f}   {result['same']:6.1%}   {result['recall']:6.1%}"
         print(f"  {share:6.1%}   {name:24s}{shown}", flush=True)
         found.append({"name": name, "bytes": share} | results)
-    with common.blame("--out"):
-        common.write_json(args.out / "equal_bytes.json", {"rows": found}, indent=1)
+    with blame("--out"):
+        write_json(args.out / "equal_bytes.json", {"rows": found}, indent=1)
         draw(found, args.out / "equal_bytes.png")
     print(f"Saved {args.out / 'equal_bytes.json'} and .png")
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

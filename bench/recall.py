@@ -2,7 +2,7 @@
 
 A token of the second copy is found as many tokens back as the passage is long, so longer passages
 ask the cache for what lies further back. Lengths whose twice exceeds the model's positions are left
-out. Rows are the curves of evaluate.py at one budget, and bits where bits.py left some.
+out. Rows are the curves of evaluate.py at one budget, and bits where bits.train left some.
 
     python bench/recall.py                          # what train.py and search.py left in out/
     python bench/recall.py --budget 0.5
@@ -12,39 +12,43 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common
 from bits import load_bits
-from data import data_arguments, text_for
-from distance import recall
-from evaluate import (
-    CURVES,
-    curves_in,
-    describe,
-    held_out_passages,
-    passage_arguments,
-    whole_recall,
-)
+from evaluate import curves_in, describe, hooks_of, recall
 from model import load
+from support.cli import (
+    arguments,
+    blame,
+    data_arguments,
+    keep_freed_memory,
+    out_argument,
+    passage_arguments,
+    prepare,
+    run_script,
+    within,
+)
+from support.data import held_out_passages, text_for
+from support.pictures import CURVES, whole_recall
 
 LENGTHS = (32, 64, 128, 240)
 
 
 def main():
-    parser = common.arguments(__doc__)
+    parser = arguments(__doc__)
     data_arguments(parser)
+    out_argument(parser)
     passage_arguments(parser, least=1)
-    parser.add_argument("--budget", type=common.within(0.125, 1.0), default=0.25,
+    parser.add_argument("--budget", type=within(0.125, 1.0), default=0.25,
                         help="share of the cache that is kept [0.25]")
     args = parser.parse_args()
     args.seq = 1
-    device, dtype = common.prepare(args)
-    common.keep_freed_memory()
-    with common.blame("--ckpt"):
+    device, dtype = prepare(args)
+    keep_freed_memory()
+    with blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     config = model.config
-    with common.blame("--out"):
-        curves = curves_in(args.out, model)
-        hooks = {CURVES[name][1]: p.at(plan(args.budget)) for name, (p, plan) in curves.items()}
+    with blame("--out"):
+        curves = hooks_of(curves_in(args.out, model))
+        hooks = {CURVES[name][1]: hook(args.budget) for name, hook in curves.items()}
         if (args.out / "bits.json").exists():
             bits = load_bits(args.out / "bits.json")
             hooks |= {f"bits, {share:.2%}": bits.at(share) for share in (0.125, 0.0625)}
@@ -64,4 +68,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

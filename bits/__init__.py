@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bits.packed import PackedCache
 from bits.rounding import EXACT, GROUP, Rounding, bits_at, path_of_rows, path_to_rows
-from support.files import read_json, write_json
+from support import files
 
 
 class Bits:
@@ -41,7 +41,7 @@ class Bits:
         """The tensors, then the path, with a hash of them: both are of the same training, or none.
         """
         self.rounding.save(file.with_suffix(".safetensors"))
-        write_json(file, {
+        files.write_json(file, {
             "head_dim": self.config.head_dim,
             "exact": EXACT,
             "newest": GROUP,
@@ -53,7 +53,7 @@ class Bits:
 def load_bits(file: str | Path) -> Bits:
     """Read OUT/bits.json and the .safetensors beside it. ValueError names the file."""
     file = Path(file)
-    said = read_json(file)
+    said = files.read_json(file)
     rounding = Rounding.load(file.with_suffix(".safetensors"))
     L, K, d = rounding.p.mean_v.shape
     shape = SimpleNamespace(num_hidden_layers=L, num_key_value_heads=K, head_dim=d)

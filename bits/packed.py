@@ -50,15 +50,8 @@ class PackedCache:
     `length` may be set back as far as they go, or to 0. A pass that broke off cannot be repeated.
     """
 
-    def __init__(
-        self,
-        rounding: Rounding,
-        bits: Tensor,
-        batch: int,
-        max_len: int,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ):
+    def __init__(self, rounding: Rounding, bits: Tensor, batch: int, max_len: int,
+                 dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         check_bits(bits, rounding.p)
         if bits.ndim != 4:
             raise ValueError(f"bits of shape {list(bits.shape)}; a cache has one plan, (2, L, K, "
@@ -216,15 +209,8 @@ class PackedCache:
     # --------------------------------------------------------------------------
     # Reading
 
-    def attend_piece(
-        self,
-        i: int,
-        q: Tensor,
-        unrounded: Tensor,
-        unseen: Tensor | None,
-        first: int,
-        begin: int,
-    ) -> Tensor:
+    def attend_piece(self, i: int, q: Tensor, unrounded: Tensor, unseen: Tensor | None,
+                     first: int, begin: int) -> Tensor:
         """Attention of queries (K, B, G, T, d), the tokens from `begin` on: (B, T, H·d).
 
         Queries are turned, and hold Δ and 1/√d. unrounded: what `append` returned, in units of

@@ -32,7 +32,7 @@ from torch import Tensor
 from model import causal_attention
 from projection import LEVELS, SIDES, Projection, shape_of
 from search import cheapest_first
-from support.files import hash_of, read_tensors, write_tensors
+from support import files
 
 BITS = (0, 1, 2, 3, 4, 6, 8)
 EXACT = 4               # tokens at the beginning of a sequence
@@ -115,15 +115,15 @@ class Rounding:
         return Rounding.of({name: x.to(device, dtype) for name, x in self.tensors().items()})
 
     def hash(self) -> str:
-        return hash_of(*self.tensors().values())
+        return files.hash_of(*self.tensors().values())
 
     def save(self, path: Path) -> None:
-        write_tensors(path, self.tensors())
+        files.write_tensors(path, self.tensors())
 
     @staticmethod
     def load(path: Path) -> "Rounding":
         """Read what `save` wrote. ValueError names the file."""
-        tensors = read_tensors(path)
+        tensors = files.read_tensors(path)
         try:
             return Rounding.of(tensors)
         except KeyError as missing:

@@ -59,19 +59,8 @@ from projection import (
     uniform_ranks,
 )
 from search import alone, kl_of_each, pairs_of_columns
-from support import processes
+from support import cli, processes
 from support.checkpoint import read_config
-from support.cli import (
-    arguments,
-    blame,
-    data_arguments,
-    fail,
-    out_argument,
-    passage_arguments,
-    report_arguments,
-    run_script,
-    within,
-)
 from support.data import even_windows, held_out_passages, set_apart, text_for
 from support.pictures import picture, show_bytes
 from support.training import (
@@ -148,7 +137,7 @@ def parts_of_kl(model: Model, rounding: Rounding, plan: Tensor, tokens, recipe: 
     parts = torch.zeros_like(scale) if scale.grad is None else scale.grad
     parts = processes.sum_over(parts).cpu()
     if not parts.isfinite().all():
-        fail("The parts of the KL are not numbers: take a smaller --lr or another --dtype")
+        cli.fail("The parts of the KL are not numbers: take a smaller --lr or another --dtype")
     return parts
 
 
@@ -208,18 +197,24 @@ def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------
-# Memory
-
-def step_memory(c, args, dtype: torch.dtype, recompute: bool) -> dict[str, float]:
-    """TODO"""
-    return peak_memory(c, args.batch, args.seq, dtype, recompute)
-
-
-# ------------------------------------------------------------------------------
 # The script
 
 OPTIONS = ("steps", "batch", "seq", "lr", "seed", "dtype")
 PATHS = ("ckpt", "data", "proj")
+
+
+def step_memory(c, batch: int, seq: int, dtype: torch.dtype, recompute: bool) -> dict[str, float]:
+    """Bytes that a step holds at its peak, as `peak_memory` of ranks has them, by what holds them.
+
+    Rounding keeps some eight times a layer's keys and values for the backward pass, and attention
+    to the newest group as it is a copy of all tokens up to it, T/64 + 1/2 copies of each of both.
+    """
+    parts = peak_memory(c, batch, seq, dtype, recompute)
+    del parts["projectors"]
+    of_token = c.num_key_value_heads * c.head_dim * (8 + 2 * (seq / GROUP + 1) / 2)
+    layers = 1 if recompute else c.num_hidden_layers
+    parts["rounding"] = layers * batch * seq * of_token * wide(dtype).itemsize
+    return parts
 
 
 def draw_picture(rows: list[dict], path) -> None:
@@ -233,15 +228,15 @@ def draw_picture(rows: list[dict], path) -> None:
 
 
 def options():
-    parser = arguments(__doc__, several=True)
-    data_arguments(parser)
-    report_arguments(parser, batch=4, seq=None)
-    passage_arguments(parser)
-    out_argument(parser, "the folder of --proj, else out")
+    parser = cli.arguments(__doc__, several=True)
+    cli.data_arguments(parser)
+    cli.report_arguments(parser, batch=4, seq=None)
+    cli.passage_arguments(parser)
+    cli.out_argument(parser, "the folder of --proj, else out")
     add = parser.add_argument
     add("--proj", type=Path, help="projections to start from [the query-aware basis]")
-    add("--steps", type=within(1, 10 ** 7), default=120, help="[120]")
-    add("--lr", type=within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
+    add("--steps", type=cli.within(1, 10 ** 7), default=120, help="[120]")
+    add("--lr", type=cli.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
     parser.set_defaults(amp=False, checkpoint=None)
     args = parser.parse_args()
@@ -253,7 +248,7 @@ def begin(args, model: Model, tokens) -> tuple[TrainedRounding, Moments]:
     """What a training begins with, and what is known of its text."""
     start = None
     if args.proj:
-        with blame("--proj"):
+        with cli.blame("--proj"):
             start = Projection.load(args.proj)
             start.check_fits(model.config)
     moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
@@ -274,17 +269,17 @@ def finish(state: TrainingState, model: Model, held_out, args, passages) -> None
     """Save, report, and save with the report."""
     bits, file = learnt(state, model.config), args.out / "bits.json"
     said = {"seq": args.seq, "loss": state.facts["loss"]}
-    with blame("--out"):
+    with cli.blame("--out"):
         bits.save(file, said)                           # whatever becomes of the report
-    print(f"\nWindows of {args.seq} tokens; up to {GROUP} newest ones and the first {EXACT} come on "
-          f"top: {(EXACT + GROUP) / args.seq:.1%} of a 16-bit cache")
+    print(f"\nWindows of {args.seq} tokens; up to {GROUP} newest ones and the first {EXACT} come "
+          f"on top, {(EXACT + GROUP) / args.seq:.1%}")
     _, rows = report(model, held_out, {"bits": bits.at}, SHARES, args, passages)
     flat = []
     for row in rows:
         share = bits.plan(row["budget"]).double().mean().item() / FULL
         in_all = share + (EXACT + GROUP) / args.seq
         flat.append({"budget": share, "in_all": in_all} | row["bits"])
-    with blame("--out"):
+    with cli.blame("--out"):
         bits.save(file, said | {"budgets": flat})
         draw_picture(flat, file.with_suffix(".png"))
     state.remove()
@@ -293,17 +288,18 @@ def finish(state: TrainingState, model: Model, held_out, args, passages) -> None
 
 def main():
     args = options()
-    with blame("--ckpt"):
+    with cli.blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
         check_ranks(uniform_ranks(1.0, config), *shape_of(config))      # head_dim in eighths
     if args.seq is None:        # keys drift with their position, so windows are as long as can be
         args.seq = min(config.max_position_embeddings, 2048)
     if args.seq <= GROUP:
-        fail(f"--seq {args.seq}: the newest {GROUP} tokens are exact; take longer windows")
+        cli.fail(f"--seq {args.seq}: the newest {GROUP} tokens are exact; take longer windows")
     if args.lr is None:
         args.lr = 0.75 / config.head_dim
-    device, dtype = prepare_training(args, config, partial(step_memory, config, args))
-    with blame("--ckpt"):
+    device, dtype = prepare_training(args, config,
+                                     partial(step_memory, config, args.batch, args.seq))
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
@@ -316,13 +312,13 @@ def main():
     began, saved = time.time(), None
     file = args.out / "bits.state.safetensors"
     if args.resume:
-        with blame("--resume"):
+        with cli.blame("--resume"):
             saved = read_state(file, settings)
-    with blame("--ckpt"):
+    with cli.blame("--ckpt"):
         rounding, moments = begin(args, model, tokens)
     state = TrainingState(file, rounding, settings, saved.tensors if saved else {}, saved)
     if not saved:
-        with blame("--ckpt"), torch.no_grad():
+        with cli.blame("--ckpt"), torch.no_grad():
             matters, path = first_path(model, rounding(), moments, tokens, recipe)
         state.tensors = {"matters": matters, "path": path}
     print(f"Calibrated, with a path of {len(state.tensors['path'])} lowerings, in "
@@ -354,4 +350,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

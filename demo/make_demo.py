@@ -1,10 +1,10 @@
 """Trains the demo checkpoint from scratch: a small Mistral that knows Python's own documentation.
 
-The text is what every Python carries (see python_documents in data.py): the language reference's
-topics, the standard library's docstrings, sources and tests, less the one module in ten that is
-held out. The model is this project's own, in bfloat16 autocast; matrices learn by Muon (their
-update is orthogonalised), the rest by AdamW; the learning rate warms up, holds, and falls to zero
-over the last third. Sequences of 256 tokens, then of 512 for the last sixth.
+The text is what every Python carries (python_documents in support/data.py): the language
+reference's topics, the standard library's docstrings, sources and tests, less the one module in ten
+that is held out. The model is this project's own, in bfloat16 autocast; matrices learn by Muon
+(their update is orthogonalised), the rest by AdamW; the learning rate warms up, holds, and falls to
+zero over the last third. Sequences of 256 tokens, then of 512 for the last sixth.
 
     python demo/make_demo.py                # about an hour on 2 idle cores; resumes by itself
     python demo/make_demo.py --steps 300    # a trial
@@ -26,13 +26,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import keep_freed_memory, load_tokenizer
-from data import encode, python_documents
-from model import Model, read_config
+from model import Model
+from support.checkpoint import read_config
+from support.cli import keep_freed_memory
+from support.data import encode, python_documents
+from support.files import open_safetensors, read_tensors, write_tensors, written_whole
+from support.tokenizer import load_tokenizer
 
 CONFIG = {
     "architectures": ["MistralForCausalLM"],
@@ -83,13 +85,8 @@ def train_tokenizer(documents: list[str]) -> None:
         max_sentence_length=10000,
         num_threads=os.cpu_count(),
         minloglevel=2)
-    write(HERE / "tokenizer.model", model.getvalue())
-
-
-def write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
+    with written_whole(HERE / "tokenizer.model") as file:
+        file.write(model.getvalue())
 
 
 def ids(tokenizer, documents: list[str]) -> torch.Tensor:
@@ -135,24 +132,20 @@ def save(model: Model, optimizers: list, step: int, state: Path) -> None:
     weights = {}
     for n, p in model.named_parameters():
         name = n if n.startswith("lm_head.") else f"model.{n}"
-        weights[name] = p.detach().bfloat16().contiguous()
-    save_file(weights, HERE / "model.safetensors.part", metadata={"format": "pt"})
-    (HERE / "model.safetensors.part").replace(HERE / "model.safetensors")
+        weights[name] = p.bfloat16()
+    write_tensors(HERE / "model.safetensors", weights, {"format": "pt"})
     tensors = {f"weight.{n}": p for n, p in model.named_parameters()}
     for o, optimizer in enumerate(optimizers):
         for i, moments in optimizer.state_dict()["state"].items():
             for key, value in moments.items():
                 tensors[f"moment.{o}.{i}.{key}"] = torch.as_tensor(value)
-    save_file({n: t.detach().contiguous() for n, t in tensors.items()}, str(state) + ".part",
-              metadata={"step": str(step)})
-    Path(str(state) + ".part").replace(state)
+    write_tensors(state, tensors, {"step": str(step)})
 
 
 def resume(model: Model, optimizers: list, state: Path) -> int:
-    from safetensors import safe_open
-    with safe_open(state, "pt") as file:
+    with open_safetensors(state) as file:
         step = int(file.metadata()["step"])
-    tensors = load_file(state)
+    tensors = read_tensors(state)
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.copy_(tensors[f"weight.{n}"])
@@ -179,7 +172,8 @@ def main():
     if args.restart:
         state.unlink(missing_ok=True)
         (HERE / "tokenizer.model").unlink(missing_ok=True)
-    write(HERE / "config.json", (json.dumps(CONFIG, indent=2) + "\n").encode())
+    with written_whole(HERE / "config.json") as file:
+        file.write((json.dumps(CONFIG, indent=2) + "\n").encode())
     documents, held = python_documents(sources=True)
     if not (HERE / "tokenizer.model").exists():
         train_tokenizer(documents)

@@ -1,18 +1,17 @@
 """The cache: the projected model's logits to rounding, from exactly the bytes that ranks say."""
 import itertools
-import json
-import weakref
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import GOLDEN, full_cache, random_projection, random_ranks, relative, shape
+from conftest import CKPT, GOLDEN, full_cache, random_projection, random_ranks, relative, shape
 
-import folding
+import cache as cache_module
 from cache import KVCache
 from model import frequencies, load
-from plans import order_of, read_plan
-from projection import uniform_ranks
+from projection import Projection, uniform_ranks
+
+CHUNKS = [6, 1, 1, 9, 4]        # a prompt, single tokens, longer ones that follow
 
 
 def through(cache, model, tokens, chunks):
@@ -21,22 +20,30 @@ def through(cache, model, tokens, chunks):
     return torch.cat([model(part, cache=cache) for part in parts], dim=1)
 
 
-# ------------------------------------------------------------------------------
-# The same logits
+@pytest.fixture
+def many_heads():
+    """A tiny random model with four key-value heads, and G = 1."""
+    return load(GOLDEN / "llama_mha")
+
 
 def plan_called(name, model):
+    d = model.config.head_dim
     if name in ("uniform", "full"):
         return uniform_ranks({"uniform": 0.375, "full": 1.0}[name], model.config)
     ranks = random_ranks(model)
     if name == "one head full":
-        ranks[:, :, 0] = model.config.head_dim
+        ranks[:, :, 0] = d
+        ranks[:, :, 1] = d // 2
+    if name == "apart":         # heads of a rank are no neighbours, of keys and of values others
+        ranks[0] = torch.tensor([3, 5, 3, 1]) * d // 8
+        ranks[1] = torch.tensor([2, 4, 6, 2]) * d // 8
     return ranks
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("chunks", [[21], [1] * 21, [1, 13, 7], [20, 1], [6, 1, 1, 9, 4]])
-@pytest.mark.parametrize("plan", ["uniform", "ragged", "full", "one head full"])
-def test_the_cache_gives_the_logits_of_the_projected_model(model, batch, chunks, plan):
+# ------------------------------------------------------------------------------
+# The same logits
+
+def assert_projected(model, plan, batch, chunks):
     p, ranks = random_projection(model), plan_called(plan, model)
     tokens = torch.randint(3, 96, (batch, 21))
     cache = KVCache(p, ranks, batch=batch, max_len=24)
@@ -46,13 +53,29 @@ def test_the_cache_gives_the_logits_of_the_projected_model(model, batch, chunks,
     assert cache.data.numel() == batch * 24 * ranks.sum()
 
 
+@pytest.mark.parametrize("chunks", [[20, 1], [1, 13, 7]])
+def test_the_cache_gives_the_logits_of_the_projected_model(every_model, chunks):
+    assert_projected(every_model, "ragged", 3, chunks)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("plan", ["uniform", "full", "one head full"])
+def test_any_plan_has_the_logits_of_its_projection(model, plan, batch):
+    assert_projected(model, plan, batch, CHUNKS)
+
+
+@pytest.mark.parametrize("chunks", [[20, 1], CHUNKS])
+def test_heads_whose_ranks_lie_apart_find_their_queries_and_values(many_heads, chunks):
+    assert_projected(many_heads, "apart", 3, chunks)
+
+
 @pytest.mark.parametrize("chunks", [[21], [20, 1]])
-def test_the_full_cache_is_the_base_model(model, tokens, chunks):
-    cache = full_cache(model, batch=3, max_len=21)
-    assert relative(through(cache, model, tokens, chunks), model(tokens)) < 1e-5
+def test_the_full_cache_is_the_base_model(every_model, tokens, chunks):
+    cache = full_cache(every_model, batch=3, max_len=21)
+    assert relative(through(cache, every_model, tokens, chunks), every_model(tokens)) < 1e-5
 
 
-@pytest.mark.parametrize("chunks", [[25], [1] * 25, [10, 1, 1, 5, 8]])
+@pytest.mark.parametrize("chunks", [[1] * 25, [10, 1, 1, 5, 8]])
 def test_a_sliding_window_limits_what_is_attended_to(chunks):
     model = load(GOLDEN / "mistral_window")
     p, ranks = random_projection(model), random_ranks(model)
@@ -83,12 +106,65 @@ def test_bfloat16_agrees_within_its_rounding():
         assert distance(logits, truth) < 1.5 * distance(projected, truth)
 
 
-def test_a_long_prompt_in_pieces_is_the_prompt_in_one(model, tokens, monkeypatch):
+@pytest.mark.parametrize("chunks", [[40], [39, 1], [17, 23]])
+def test_large_scores_of_two_bytes_are_not_rounded_before_the_softmax(model, chunks):
+    """Scores near 80, where bfloat16 moves in steps of a half: a softmax would be off by an eighth.
+
+    Against float64, from the same bfloat16 q, k and v: as near as from float32 scores, with the
+    weights and the result in bfloat16.
+    """
+    _, K, d = shape(model)
+    G = model.config.num_attention_heads // K
+    direction = torch.ones(d) * d ** -0.5                       # one that all keys share
+    qk = torch.randn(2, K, G + 1, 40, d)
+    qk[:, :, :-1] = 0.8 * qk[:, :, :-1] + 20 * direction
+    qk[:, :, -1] = 0.3 * qk[:, :, -1] + 16 * direction
+    qk, v = qk.bfloat16(), torch.randn(2, 40, K * d).bfloat16()
+
+    full = uniform_ranks(1.0, model.config)
+    cache = KVCache(Projection.identity(model.config), full, 2, 40, torch.bfloat16)
+    out = []
+    for tokens in torch.arange(40).split(chunks):
+        out.append(cache.attend(0, qk[:, :, :, tokens], v[:, tokens]))
+        cache.length += len(tokens)
+
+    def computed(scores_in, weights_in):
+        q, k = qk[:, :, :-1].to(scores_in), qk[:, :, -1:].to(scores_in)
+        scores = (q @ k.mT * d ** -0.5).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf)
+        weights = scores.softmax(-1).to(weights_in)
+        values = v.view(2, 40, K, 1, d).permute(0, 2, 3, 1, 4).to(weights_in)
+        a = weights @ values                                    # (B, K, G, T, d)
+        return scores, a.permute(0, 3, 1, 2, 4).flatten(2)
+
+    scores, exact = computed(torch.float64, torch.float64)
+    seen = scores[scores.isfinite()]
+    assert 60 < seen.min() < seen.max() < 110
+    _, usual = computed(torch.float32, torch.bfloat16)
+    _, rounded = computed(torch.bfloat16, torch.bfloat16)
+    begin = chunks[0] if chunks[1:] else 0                      # of what reads the cache
+    mine = torch.cat(out, dim=1)[:, begin:]
+    usual, rounded, exact = (x[:, begin:] for x in (usual, rounded, exact))
+    assert relative(mine, exact) < 1.5 * relative(usual, exact)
+    assert relative(rounded, exact) > 5 * relative(usual, exact)
+
+
+def test_a_long_chunk_in_pieces_is_the_chunk_in_one(model, tokens, monkeypatch):
+    """17 tokens behind 4: five of them at a time, then two."""
     p, ranks = random_projection(model), random_ranks(model)
-    whole = model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21))
-    monkeypatch.setattr("attention.SCORES", 3 * 5 * 21)
-    pieces = model(tokens, cache=KVCache(p, ranks, batch=3, max_len=21))
-    assert relative(pieces, whole) < 1e-5
+    sizes, plain = [], cache_module.attend_rows
+
+    def attend_rows(layout, q, *others):
+        sizes.append(q.shape[3])
+        return plain(layout, q, *others)
+
+    monkeypatch.setattr("cache.attend_rows", attend_rows)
+    logits = []
+    for most in (cache_module.SCORES, 5 * 3 * 4 * 21):
+        monkeypatch.setattr("cache.SCORES", most)
+        cache = KVCache(p, ranks, batch=3, max_len=21)
+        logits.append(through(cache, model, tokens, [4, 17]))
+    assert sizes == 2 * [17] + 2 * [5, 5, 5, 2]                     # of each layer
+    assert relative(*logits) < 1e-5
 
 
 def test_nothing_beyond_the_length_is_read(model, tokens):
@@ -100,56 +176,78 @@ def test_nothing_beyond_the_length_is_read(model, tokens):
 
 
 # ------------------------------------------------------------------------------
-# Positions beyond 512, where RoPE's first table ends
+# Positions, and a length that is set
 
 def test_tokens_that_cross_position_512_one_by_one_are_those_of_one_pass(model):
+    """Where RoPE's first table ends."""
     p, ranks = random_projection(model), random_ranks(model)
     tokens = torch.randint(3, 96, (1, 530))
     cache = KVCache(p, ranks, batch=1, max_len=530)
-    fresh = load_again(model)
+    fresh = load(CKPT)                      # the same weights, and a table that no pass has grown
     logits = through(cache, fresh, tokens, [505] + [1] * 25)
     assert relative(logits, model(tokens, project=p.at(ranks))) < 1e-4
 
 
-def load_again(model):
-    """The same weights, and a table of RoPE that no other pass has grown."""
-    fresh = type(model)(model.config)
-    fresh.load_state_dict(model.state_dict())
-    return fresh.eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize("length", [511, 512, 513, 700, 5000])
-def test_a_length_that_is_set_is_the_position_of_the_next_key(model, length):
+def test_a_length_that_is_set_is_the_position_of_the_next_key(every_model):
     """The key in the cache is the unturned one, turned by position · frequency in float64."""
-    cache = full_cache(model, batch=1, max_len=length + 1)
-    cache.data.zero_()
-    cache.length = length
-    token = torch.tensor([[7]])
-    model(token, cache=cache)
-
-    layer = model.layers[0]
-    key = layer.self_attn.k_proj(layer.input_layernorm(model.embed(token)))
+    model = every_model
+    layer, token = model.layers[0], torch.tensor([[7]])
+    key = layer.self_attn.k_proj(layer.input_layernorm(model.embed_tokens(token)))
     key = model.split_heads(key)
     if layer.self_attn.k_norm is not None:
         key = layer.self_attn.k_norm(key)
     key = key[0, :, 0].double()                                     # (K, d)
     real, imaginary = key.chunk(2, dim=-1)
-    angle = length * frequencies(model.config)
-    turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)
-    expected = torch.cat((turned.real, turned.imag), dim=-1)
 
-    heads, rows = cache.groups[0][0][0]
-    assert rows[:, :, length].shape == expected[heads].shape == key.shape
-    assert relative(rows[:, :, length], expected) < 1e-5
+    cache = full_cache(model, batch=1, max_len=5001)
+    cache.data.zero_()
+    for length in (511, 512, 513, 5000, 0):
+        cache.length = length
+        model(token, cache=cache)
+        angle = length * frequencies(model.config)
+        turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)
+        expected = torch.cat((turned.real, turned.imag), dim=-1)
+        stored = torch.cat([cache.block(0, 0, j)[..., length] for j in range(len(key))])
+        assert stored.shape == expected.shape
+        assert relative(stored, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["mistral_sharded_head_dim", "mistral_window"])
+def test_a_rewound_cache_goes_on_as_one_that_never_went_further(kind):
+    """To the start, to one token, into a chunk and to its end, and to where it is."""
+    model = load(GOLDEN / kind)
+    p, ranks = random_projection(model), random_ranks(model)
+    tokens, others = torch.randint(3, 96, (2, 2, 21))
+    for n, chunks in itertools.product((0, 1, 3, 6, 7, 8, 20, 21), ([9], [1, 1, 7])):
+        rewound, fresh = (KVCache(p, ranks, batch=2, max_len=30) for _ in range(2))
+        through(rewound, model, tokens, CHUNKS)
+        rewound.length = n
+        whole = torch.cat((tokens[:, :n], others[:, :9]), dim=1)
+        expected = through(fresh, model, whole, [n, *chunks] if n else chunks)[:, n:]
+        assert relative(through(rewound, model, others[:, :9], chunks), expected) < 1e-5
+        assert rewound.length == fresh.length == n + 9
+        assert relative(expected, model(whole, project=p.at(ranks))[:, n:]) < 1e-4
+
+
+def test_a_length_that_the_cache_has_no_room_for_is_refused(model, tokens):
+    cache = KVCache(random_projection(model), random_ranks(model), batch=3, max_len=25)
+    model(tokens, cache=cache)
+    for length in (-1, 26):
+        with pytest.raises(ValueError, match=f"length {length} .* 0 to 25"):
+            cache.length = length
+    assert cache.length == 21
+    for length in (25, 0):
+        cache.length = length
 
 
 # ------------------------------------------------------------------------------
 # One tensor
 
-def test_blocks_lie_end_to_end_without_padding(model):
-    L, K, _ = shape(model)
-    for ranks in (random_ranks(model), uniform_ranks(0.5, model.config)):
-        cache = KVCache(random_projection(model), ranks, batch=2, max_len=5)
+def test_blocks_lie_end_to_end_without_padding(many_heads):
+    L, K, _ = shape(many_heads)
+    for name in ("apart", "ragged", "uniform"):
+        ranks = plan_called(name, many_heads)
+        cache = KVCache(random_projection(many_heads), ranks, batch=2, max_len=5)
         end = 0
         for layer in range(L):
             for side in range(2):
@@ -161,12 +259,13 @@ def test_blocks_lie_end_to_end_without_padding(model):
         assert end == cache.data.numel()
 
 
-def test_a_group_is_all_heads_of_a_rank_as_one_view(model):
-    L, K, _ = shape(model)
-    for ranks in (random_ranks(model), uniform_ranks(0.5, model.config)):
-        cache = KVCache(random_projection(model), ranks, batch=2, max_len=5)
+def test_a_group_is_all_heads_of_a_rank_as_one_view(many_heads):
+    L, K, _ = shape(many_heads)
+    for name in ("apart", "ragged", "uniform"):
+        ranks = plan_called(name, many_heads)
+        cache = KVCache(random_projection(many_heads), ranks, batch=2, max_len=5)
         for side, layer in itertools.product(range(2), range(L)):
-            groups = cache.groups[layer][side]
+            groups = cache.layout(layer, 1)[side]
             assert len(groups) == len(ranks[side, layer].unique())
             cache.data.zero_()
             for number, (_, rows) in enumerate(groups, 1):
@@ -178,11 +277,14 @@ def test_a_group_is_all_heads_of_a_rank_as_one_view(model):
                 assert torch.equal(torch.cat(blocks), rows)
 
 
-def test_a_row_is_one_coordinate_of_one_sequence_over_the_tokens(model, tokens):
+@pytest.mark.parametrize("chunks", [[21], [1] * 21])
+def test_a_row_is_one_coordinate_of_one_sequence_over_the_tokens(many_heads, tokens, chunks):
     """Keys U_kᵀ k and values U_vᵀ v, read from the cache, against the model's own hooks."""
-    p, ranks = random_projection(model), random_ranks(model)
+    model = many_heads
+    p, ranks = random_projection(model), plan_called("apart", model)
+    ranks[0, 1] = model.config.head_dim                 # all keys of a layer full: stored unturned
     cache = KVCache(p, ranks, batch=3, max_len=25)
-    model(tokens, cache=cache)
+    through(cache, model, tokens, chunks)
     seen = {}
     model.hidden(tokens, project=p.at(ranks), observe=lambda i, q, k, v: seen.update({i: (k, v)}))
     for i, sides in seen.items():
@@ -197,13 +299,9 @@ def test_a_row_is_one_coordinate_of_one_sequence_over_the_tokens(model, tokens):
 # ------------------------------------------------------------------------------
 # Shrinking
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("before, after", [("full", "ragged"), ("ragged", "ragged"),
-                                           ("full", "full"), ("one head full", "uniform")])
-def test_a_shrunk_cache_is_one_whose_coordinates_were_cut_by_hand(model, batch, before, after):
-    """And what follows has the logits of the smaller plan over the tokens' larger one."""
-    p, large = random_projection(model), plan_called(before, model)
-    small = torch.minimum(plan_called(after, model), large)
+def assert_cut_by_hand(model, batch, large, small):
+    p = random_projection(model)
+    small = torch.minimum(small, large)
     tokens = torch.randint(3, 96, (batch, 21))
     cache = KVCache(p, large, batch=batch, max_len=24)
     model(tokens[:, :18], cache=cache)
@@ -221,113 +319,74 @@ def test_a_shrunk_cache_is_one_whose_coordinates_were_cut_by_hand(model, batch, 
         assert relative(model(part, cache=cache), model(part, cache=by_hand)) < 1e-4
 
 
-@pytest.mark.parametrize("before", ["full", "ragged"])
-def test_shrinking_needs_no_weights_of_the_model(model, before):
-    """The folds that are there are cut: twice, and their bias follows."""
-    p, large = random_projection(model), plan_called(before, model)
+@pytest.mark.parametrize("before, after", [("full", "ragged"), ("ragged", "ragged"),
+                                           ("full", "full"), ("one head full", "uniform")])
+def test_a_shrunk_cache_is_one_whose_coordinates_were_cut_by_hand(model, before, after):
+    """And what follows has the logits of the smaller plan over the tokens' larger one."""
+    assert_cut_by_hand(model, 3, plan_called(before, model), plan_called(after, model))
+
+
+def test_heads_that_lie_elsewhere_after_shrinking_keep_their_coordinates(many_heads):
+    """Of one rank before, so in another order of blocks than after."""
+    large = uniform_ranks(0.75, many_heads.config)
+    assert_cut_by_hand(many_heads, 2, large, plan_called("apart", many_heads))
+
+
+def fold_all(cache, model):
+    return [cache.fold(i, layer.self_attn) for i, layer in enumerate(model.layers)]
+
+
+def test_a_shrunk_cache_folds_the_models_own_weights_again(every_model):
+    """Not what was folded before: the same numbers as in a cache that always had the plan."""
+    model = every_model
+    p, large = random_projection(model), random_ranks(model)
+    small = torch.minimum(random_ranks(model), large)
+    cache, fresh = KVCache(p, large, 1, max_len=24), KVCache(p, small, 1, max_len=24)
+    fold_all(cache, model)
+    cache.shrink(small)
+    for mine, expected in zip(fold_all(cache, model), fold_all(fresh, model), strict=True):
+        for a, b in zip(mine, expected, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+def test_shrinking_needs_the_models_weights(model):
+    """They may be dropped where nothing will shrink; what was folded of them goes on."""
+    p, large = random_projection(model), random_ranks(model)
     cache = KVCache(p, large, batch=1, max_len=24)
-    for i, layer in enumerate(model.layers):
-        cache.fold(i, layer.self_attn)
-    least = torch.full_like(large, model.config.head_dim // 8)
-    for small in (torch.minimum(random_ranks(model), large), least):
-        cache.shrink(small)
-        fresh = KVCache(p, small, batch=1, max_len=24)
-        for i, layer in enumerate(model.layers):
-            for mine, expected in zip(cache.folded[i], fresh.fold(i, layer.self_attn), strict=True):
-                assert (mine is None) == (expected is None)
-                if mine is not None:
-                    assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-5)
+    folded = fold_all(cache, model)
+    for layer in model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, None)
+    model(torch.tensor([[3, 4, 5]]), cache=cache)
+    assert all(a is b for a, b in zip(fold_all(cache, model), folded, strict=True))
+    cache.shrink(torch.full_like(large, model.config.head_dim // 8))
+    with pytest.raises(ValueError, match="weights were dropped"):
+        model(torch.tensor([[3]]), cache=cache)
+    assert cache.length == 3
 
 
 def test_a_cache_never_grows_by_shrinking(model):
     d = model.config.head_dim
     cache = KVCache(random_projection(model), uniform_ranks(0.5, model.config), batch=1, max_len=5)
-    with pytest.raises(ValueError, match="at or below"):
-        cache.shrink(torch.full_like(cache.ranks, d))
+    data = cache.data
+    larger = cache.ranks.clone()
+    larger[1, 0, 1] += d // 8
+    for wrong in (larger, cache.ranks[:, :1]):
+        with pytest.raises(ValueError, match="at or below"):
+            cache.shrink(wrong)
     assert (cache.ranks == d // 2).all()
-
-
-def test_a_cache_shrinks_before_its_launches_are_fixed(model):
-    cache = full_cache(model, batch=1, max_len=5)
-    cache.fix_launches(model)
-    with pytest.raises(ValueError, match="before fix_launches"):
-        cache.shrink(cache.ranks // 2)
+    assert cache.data is data
 
 
 def test_values_that_stay_whole_stay_in_the_models_own_weights(model):
     """While its keys shrink, a layer makes no second copy of W_o."""
     cache = full_cache(model, batch=1, max_len=5)
-    W_o = cache.fold(0, model.layers[0].self_attn).W_o
+    W_o = model.layers[0].self_attn.o_proj.weight
+    assert cache.fold(0, model.layers[0].self_attn).W_o is W_o
     small = cache.ranks.clone()
     small[0] //= 2
     cache.shrink(small)
-    assert cache.folded[0].W_o is W_o
-
-
-def test_a_layer_is_cut_when_the_larger_ones_before_it_are_gone(model, monkeypatch):
-    cache = full_cache(model, batch=1, max_len=5)
-    for i, layer in enumerate(model.layers):
-        cache.fold(i, layer.self_attn)
-    old = [weakref.ref(folded.W_qkv) for folded in cache.folded]
-    alive = []
-
-    def counting(*layer):
-        alive.append(sum(W() is not None for W in old))
-        return cut(*layer)
-
-    cut = folding.cut
-    monkeypatch.setattr(folding, "cut", counting)
-    cache.shrink(cache.ranks // 2)
-    assert alive == list(range(len(old), 0, -1))
-
-
-# ------------------------------------------------------------------------------
-# The same launches at any length
-
-def doubled(model):
-    """The same weights in float64."""
-    return load_again(model).double()
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("plan", ["uniform", "ragged", "full"])
-def test_fixed_launches_decode_what_others_do(model, batch, plan):
-    model = doubled(model)
-    p, ranks = random_projection(model), plan_called(plan, model)
-    tokens = torch.randint(3, 96, (batch, 64))
-    plain, fixed = (KVCache(p, ranks, batch, max_len=70, dtype=torch.float64) for _ in range(2))
-    fixed.data.fill_(torch.nan)
-    for cache in (plain, fixed):
-        model(tokens[:, :14], cache=cache)
-    fixed.fix_launches(model)
-    expected, logits = (through(c, model, tokens[:, 14:], [1] * 50) for c in (plain, fixed))
-    assert relative(logits, expected) < 1e-12
-    assert fixed.length == fixed.position.item() == 64
-
-
-def test_fixed_launches_keep_to_a_sliding_window():
-    model = doubled(load(GOLDEN / "mistral_window"))
-    p, ranks = random_projection(model), random_ranks(model)
-    tokens = torch.randint(3, 96, (2, 25))
-    plain, fixed = (KVCache(p, ranks, 2, max_len=30, dtype=torch.float64) for _ in range(2))
-    for cache in (plain, fixed):
-        model(tokens[:, :3], cache=cache)
-    fixed.fix_launches(model)
-    expected, logits = (through(c, model, tokens[:, 3:], [1] * 22) for c in (plain, fixed))
-    assert relative(logits, expected) < 1e-12
-
-
-def test_a_chunk_after_fixed_launches_is_a_chunk(model):
-    model = doubled(model)
-    p, ranks = random_projection(model), random_ranks(model)
-    tokens = torch.randint(3, 96, (2, 21))
-    plain, fixed = (KVCache(p, ranks, 2, max_len=24, dtype=torch.float64) for _ in range(2))
-    for cache in (plain, fixed):
-        model(tokens[:, :9], cache=cache)
-    fixed.fix_launches(model)
-    expected, logits = (through(c, model, tokens[:, 9:], [1, 6, 5]) for c in (plain, fixed))
-    assert relative(logits, expected) < 1e-12
-    assert fixed.position.item() == 21
+    assert cache.fold(0, model.layers[0].self_attn).W_o is W_o
 
 
 # ------------------------------------------------------------------------------
@@ -371,77 +430,6 @@ def test_projections_of_another_model_are_refused(model, tokens):
         model(tokens, cache=KVCache(other, torch.full((2, 1, K), d), batch=3, max_len=30))
     with pytest.raises(ValueError, match="projections"):
         model(tokens, project=other.at(torch.full((2, 1, K), d // 2)))
-
-
-# ------------------------------------------------------------------------------
-# Plans in files
-
-PATH = [["keys", 0, 1, 0.1], ["values", 1, 0, 0.2], ["values", 1, 0, 0.3]]
-
-
-@pytest.fixture
-def write_plan(model, tmp_path):
-    """Writes ranks.json with PATH, and the full plan spelled out; some entries may be others."""
-    L, K, d = shape(model)
-
-    def write(**entries):
-        full = [[d] * K] * L
-        plan = {"head_dim": d, "budget": 1.0, "keys": full, "values": full, "path": PATH}
-        (tmp_path / "ranks.json").write_text(json.dumps(plan | entries))
-        return tmp_path / "ranks.json"
-
-    return write
-
-
-def test_a_plan_is_the_longest_prefix_of_the_path_within_the_budget(model, write_plan):
-    L, K, d = shape(model)
-    path = write_plan()
-    one = 1 / (2 * L * K * 8)
-    for lowered, entries in ((0, 0), (0.5, 1), (1, 1), (1.01, 2), (3, 3)):
-        expected = torch.full((2, L, K), d)
-        for side, layer, head, _ in PATH[:entries]:
-            expected[int(side == "values"), layer, head] -= d // 8
-        _, ranks = read_plan(path, model.config, 1 - lowered * one)
-        assert torch.equal(ranks, expected)
-
-
-def test_without_a_budget_a_plan_is_the_one_spelled_out(model, write_plan):
-    L, K, d = shape(model)
-    order, ranks = read_plan(write_plan(), model.config)
-    assert (ranks == d).all()
-    assert torch.equal(order, order_of(PATH, model.config))
-    places = torch.zeros(2, L, K, dtype=torch.long)
-    places.view(-1).scatter_add_(0, order, torch.ones_like(order))
-    assert places[0, 0, 1] == 1
-    assert places[1, 1, 0] == 2
-
-
-@pytest.mark.parametrize("broken", [
-    {"head_dim": 24},
-    {"head_dim": None},
-    {"path": [["keys", 99, 0, 0]]},
-    {"path": [["keys", 0, -1, 0]]},
-    {"path": [["neither", 0, 0, 0]]},
-    {"path": [["keys", 0, 0]]},
-    {"path": [["keys", 0, 0, 0]] * 8},
-    {"path": 3},
-    {"path": None},
-])
-def test_a_path_that_is_not_this_models_is_refused(model, write_plan, broken):
-    for budget in (None, 0.99):
-        with pytest.raises(ValueError, match="ranks.json"):
-            read_plan(write_plan(**broken), model.config, budget)
-
-
-@pytest.mark.parametrize("keys", [[[16]], None, 3, "all", [["16", "16"]] * 2, [[16.5] * 2] * 2, {}])
-def test_a_plan_that_is_not_this_models_is_refused(model, write_plan, keys):
-    with pytest.raises(ValueError, match="ranks.json"):
-        read_plan(write_plan(keys=keys), model.config)
-
-
-def test_a_budget_below_the_end_of_the_path_is_refused(model, write_plan):
-    with pytest.raises(ValueError, match="ranks.json.*ends at"):
-        read_plan(write_plan(), model.config, 0.5)
 
 
 # ------------------------------------------------------------------------------

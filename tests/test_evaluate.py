@@ -1,26 +1,127 @@
-"""The report of a folder, and questions through the cache."""
+"""Measures and recall, as their definitions are; a folder's report; questions through the cache."""
 import importlib
 import json
 import math
+import os
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
+    CKPT,
     DEMO,
     call,
+    mean_kl,
     random_projection,
     random_ranks,
+    random_start,
     small,
 )
+from test_support import VALUES_FIRST, write_ranks
 
 from cache import KVCache
-from evaluate import answer, choice_scores, print_table, read_questions, whole_recall
+from evaluate import (
+    answer,
+    check_same_run,
+    choice_scores,
+    curves_in,
+    measure,
+    print_table,
+    read_questions,
+    recall,
+)
 from projection import Projection, uniform_ranks
+from support.data import windows
+from support.pictures import whole_recall
+from support.plans import PROJECTIONS
 
 # ------------------------------------------------------------------------------
-# The report
+# On held-out text
+
+def test_the_report_is_that_of_whole_logits(model, monkeypatch):
+    monkeypatch.setattr("model.CHUNK", 17)
+    tokens = np.random.default_rng(0).integers(3, 96, 5 * 31 + 1)
+    project = random_start(model).at(uniform_ranks(0.375, model.config))
+    base, results = measure(model, tokens, {"x": project}, B=2, T=30, limit=5)
+    block = windows(tokens, torch.arange(5) * 31, 30)
+    x, y = block[:, :-1], block[:, 1:]
+    log_p, log_q = (model.double()(x, project=f).log_softmax(-1) for f in (None, project))
+    assert results["x"]["kl"] == pytest.approx(mean_kl(log_p, log_q), rel=1e-4)
+    kls = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).flatten().sort().values
+    assert len(kls) == 150                          # the 99.9th percentile lies near the last
+    worst = kls[148] + (0.999 * 149 - 148) * (kls[149] - kls[148])
+    assert results["x"]["kl_99.9"] == pytest.approx(worst.item(), rel=1e-3)
+    same = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+    assert results["x"]["same"] == pytest.approx(same.item())
+    assert 0 < same < 1
+    for log, got in ((log_p, base), (log_q, results["x"])):
+        cross_entropy = F.nll_loss(log.flatten(0, 1), y.flatten())
+        right = (log.argmax(-1) == y).double().mean()
+        assert got["perplexity"] == pytest.approx(cross_entropy.exp().item(), rel=1e-4)
+        assert got["accuracy"] == pytest.approx(right.item())
+
+
+@pytest.mark.parametrize("factor", [1e10, math.nan])
+def test_weights_that_make_no_sense_are_said_to_be_broken(model, factor):
+    model.lm_head.weight.data = model.lm_head.weight * factor
+    tokens = np.random.default_rng(0).integers(3, 96, 100)
+    with pytest.raises(ValueError, match="weights"):
+        measure(model, tokens, {}, B=2, T=9, limit=4)
+
+
+# ------------------------------------------------------------------------------
+# Recall
+
+VOCABULARY = 80
+
+
+def reader(knows) -> SimpleNamespace:
+    """A model in whose row its next tokens are right at the places that knows(passage's n) names.
+
+    The hook of its `hidden` is such a function too. Elsewhere it says token 0, which no text holds.
+    """
+    def hidden(x, project=None):
+        n = x.shape[1] // 2
+        following = x.roll(-1, 1)
+        places = torch.tensor([(project or knows)(n, t) for t in range(2 * n)])
+        return F.one_hot(following * places, VOCABULARY).float()
+
+    return SimpleNamespace(hidden=hidden, norm=lambda x: x, device=torch.device("cpu"),
+                           lm_head=SimpleNamespace(weight=torch.eye(VOCABULARY)))
+
+
+@pytest.mark.parametrize("knows, expected", [
+    (lambda n, t: t >= n, 1.0),                             # what it read before, all of it
+    (lambda n, t: t < n - 1, -1.0),                         # all but what it read before
+    (lambda n, t: True, 0.0),                               # what it knows anyway is no memory
+    (lambda n, t: t in (n - 1, 2 * n - 1), 0.0),            # where a copy ends nothing counts
+    (lambda n, t: n <= t < n + 5, 5 / 19),
+])
+def test_recall_is_what_the_second_copy_gains(knows, expected, monkeypatch):
+    monkeypatch.setattr("model.CHUNK", 7)
+    passages = torch.stack([torch.randperm(VOCABULARY - 1)[:20] + 1 for _ in range(18)])
+    model = reader(lambda n, t: t >= n)
+    assert recall(model, passages, knows) == pytest.approx(expected)
+    assert recall(model, passages) == pytest.approx(1.0)
+
+
+def test_recall_is_that_of_whole_logits(model):
+    passages = torch.randint(3, 12, (20, 30))
+    project = random_projection(model).at(random_ranks(model))
+    twice = torch.cat((passages, passages), 1)
+    guesses = model(twice, project=project).argmax(-1)
+    right = (guesses[:, :-1] == twice[:, 1:]).double()
+    expected = right[:, 30:].mean() - right[:, :29].mean()
+    assert recall(model, passages, project) == pytest.approx(expected.item(), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------
+# The report of a folder
 
 def test_the_report_of_a_training_can_be_made_again(trained, tmp_path):
     out = shutil.copytree(trained / "out", tmp_path / "out")
@@ -31,6 +132,105 @@ def test_the_report_of_a_training_can_be_made_again(trained, tmp_path):
     rows = [{name: row[name] for name in kept} for row in before["budgets"]]
     assert again == {"base": before["base"], "budgets": rows}
     assert (out / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """A folder with projections and a PCA; its path, and the two."""
+    trained, pca = random_projection(model), random_projection(model)
+    trained.save(tmp_path / PROJECTIONS, pca)
+    return tmp_path, trained, pca
+
+
+def test_plans_of_a_search_are_those_of_the_projections_that_it_was_for(folder, model, capsys):
+    path, trained, pca = folder
+    write_ranks(path / "ranks.json", model, trained)
+    write_ranks(path / "ranks_pca.json", model, pca)
+    curves = curves_in(path, model)
+    assert list(curves) == ["pca", "trained", "pca_searched", "searched"]
+    for name, own in (("searched", trained), ("pca_searched", pca)):
+        projection, plan = curves[name]
+        keys, values = plan(VALUES_FIRST)
+        assert projection.hash() == own.hash()
+        assert (keys == 16).all()
+        assert (values == 2).all()
+    assert capsys.readouterr().err == ""
+
+
+def test_plans_of_a_search_for_other_projections_are_not_used_and_a_line_says_so(
+        folder, model, capsys):
+    """Of an earlier training; or of the PCA, under the other name."""
+    path, trained, _ = folder
+    for name, other in (("ranks.json", random_projection(model)), ("ranks_pca.json", trained)):
+        write_ranks(path / name, model, other)
+        assert list(curves_in(path, model)) == ["pca", "trained"]
+        line, = capsys.readouterr().err.splitlines()
+        assert str(path / name) in line
+        assert "other projections" in line
+        assert "not used" in line
+        (path / name).unlink()
+
+
+def test_plans_that_name_no_projections_are_used_and_a_line_says_so(folder, model, capsys):
+    """Those of files that were written before searches said it."""
+    path, *_ = folder
+    write_ranks(path / "ranks.json", model)
+    assert list(curves_in(path, model)) == ["pca", "trained", "searched"]
+    line, = capsys.readouterr().err.splitlines()
+    assert str(path / "ranks.json") in line
+    assert "does not say for which projections" in line
+
+
+def test_a_path_that_ends_above_the_smallest_budget_is_named(folder, model):
+    path, trained, _ = folder
+    write_ranks(path / "ranks.json", model, trained, rounds=2)
+    with pytest.raises(ValueError, match="ranks.json: .* ends at 75.0%"):
+        curves_in(path, model)
+
+
+def test_a_folder_without_a_pca_has_no_curve_of_one(folder, model):
+    path, trained, _ = folder
+    trained.save(path / PROJECTIONS)
+    assert list(curves_in(path, model)) == ["trained"]
+
+
+@pytest.fixture
+def same_run(tmp_path):
+    """`same_run(trained with, asked for)`: of --ckpt, --data and --seq; CKPT, None and 32."""
+    def check(before=None, now=None):
+        said = {"ckpt": str(CKPT), "data": "", "seq": 32} | (before or {})
+        (tmp_path / "train.json").write_text(json.dumps({"config": said}))
+        asked = {"ckpt": CKPT, "data": None, "seq": 32} | (now or {})
+        check_same_run(tmp_path, SimpleNamespace(**asked))
+
+    return check
+
+
+def test_a_run_is_the_same_from_wherever_its_paths_are_given(same_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative_ckpt = os.path.relpath(CKPT)
+    data = tmp_path / "text.txt"
+    same_run()
+    same_run(now={"ckpt": Path(relative_ckpt)})
+    same_run(before={"ckpt": relative_ckpt})
+    same_run(before={"data": str(data)}, now={"data": Path("text.txt")})
+    same_run(before={"data": "text.txt"}, now={"data": data})
+
+
+@pytest.mark.parametrize("before, now, option", [
+    ({}, {"ckpt": DEMO}, "--ckpt"),
+    ({}, {"data": Path("text.txt")}, "--data"),
+    ({"data": "/text.txt"}, {}, "--data"),
+    ({"data": "/text.txt"}, {"data": Path("/other.txt")}, "--data"),
+    ({}, {"seq": 16}, "--seq"),
+])
+def test_a_report_on_another_model_text_or_length_is_refused(same_run, before, now, option):
+    with pytest.raises(ValueError, match=f"was trained with {option}"):
+        same_run(before, now)
+
+
+def test_projections_without_a_training_are_of_any_run(tmp_path):
+    check_same_run(tmp_path, SimpleNamespace(ckpt=DEMO, data=None, seq=7))
 
 
 def test_a_model_that_gains_nothing_has_no_recall_to_keep(capsys):
@@ -115,15 +315,12 @@ def test_empty_lines_between_questions_are_skipped(tmp_path):
 @pytest.mark.parametrize("bad", [
     "no",
     "[]",
-    "3",
     '{"context": "a", "choices": ["b", "c"]}',
     '{"context": "a", "choices": ["b"], "label": 0}',
-    '{"context": "a", "choices": 3, "label": 0}',
     '{"context": "a", "choices": "bc", "label": 0}',
     '{"context": "a", "choices": ["b", "c"], "label": 2}',
     '{"context": "a", "choices": ["b", "c"], "label": -1}',
     '{"context": "a", "choices": ["b", "c"], "label": true}',
-    '{"context": "a", "choices": ["b", "c"], "label": "0"}',
     '{"context": "a", "choices": ["b", ""], "label": 0}',
     '{"context": "a", "choices": ["b", 3], "label": 0}',
     '{"context": 1, "choices": ["b", "c"], "label": 0}',

@@ -1,13 +1,28 @@
 """Generation: the cache's tokens are those of whole passes, with the values' weights replaced."""
 import dataclasses
+import json
+import math
 
 import pytest
 import torch
-from conftest import DEMO, call, full_cache, random_projection, random_ranks, relative
+from conftest import (
+    DEMO,
+    GOLDEN,
+    call,
+    full_cache,
+    random_projection,
+    random_ranks,
+    relative,
+    shape,
+)
 
 from cache import KVCache
-from generate import decode, fold
-from model import generate
+from generate import fold
+from model import generate, load
+from projection import uniform_ranks
+from support.plans import PROJECTIONS
+
+PROMPT = [1, 5, 9, 40]
 
 
 def greedy(model, prompt, count, project=None) -> list[int]:
@@ -19,64 +34,89 @@ def greedy(model, prompt, count, project=None) -> list[int]:
     return tokens[len(prompt):]
 
 
-PROMPT = [1, 5, 9, 40]
+def without_end(model):
+    """The model without an end of the sequence, so that every text gets its length."""
+    model.config = dataclasses.replace(model.config, eos_token_id=())
+    return model
 
 
 @pytest.fixture
 def endless(model):
-    """A model without an end of the sequence, so that every text gets its length."""
-    model.config = dataclasses.replace(model.config, eos_token_id=(None,))
-    return model
+    return without_end(model)
 
 
 def test_the_full_cache_continues_as_the_model_does(endless):
-    made = list(decode(endless, full_cache(endless, batch=1, max_len=20), PROMPT, 12))
+    made = list(generate(endless, PROMPT, 12, cache=full_cache(endless, 1, max_len=20)))
     assert made == list(generate(endless, PROMPT, 12)) == greedy(endless, PROMPT, 12)
 
 
-def test_a_compressed_cache_continues_as_the_projected_model_does(endless):
-    p, ranks = random_projection(endless), random_ranks(endless)
+def test_with_and_without_a_cache_the_tokens_of_a_seed_are_the_same(endless):
+    """One loop draws both: as many random numbers, from the same logits but for rounding."""
+    made = []
+    for cache in (None, full_cache(endless, 1, max_len=20)):
+        torch.manual_seed(1)
+        made.append(list(generate(endless, PROMPT, 12, temperature=1.0, cache=cache)))
+    assert made[0] == made[1] != greedy(endless, PROMPT, 12)
+
+
+def test_a_compressed_cache_continues_as_the_projected_model_does(every_model):
+    model = without_end(every_model)
+    p, ranks = random_projection(model), random_ranks(model)
     cache = KVCache(p, ranks, batch=1, max_len=20)
-    made = list(decode(endless, cache, PROMPT, 12))
-    assert made == greedy(endless, PROMPT, 12, p.at(ranks))
+    made = list(generate(model, PROMPT, 12, cache=cache))
+    assert made == greedy(model, PROMPT, 12, p.at(ranks))
+    assert cache.length == len(PROMPT) + 11
+
+
+def test_a_sliding_window_moves_on_with_the_tokens():
+    model = without_end(load(GOLDEN / "mistral_window"))
+    p, ranks = random_projection(model), random_ranks(model)
+    made = list(generate(model, PROMPT, 30, cache=KVCache(p, ranks, batch=1, max_len=40)))
+    assert made == greedy(model, PROMPT, 30, p.at(ranks))
 
 
 def test_the_cache_needs_no_room_for_the_last_token(endless):
     n = len(PROMPT)
-    made = list(decode(endless, full_cache(endless, batch=1, max_len=n + 4), PROMPT, 5))
+    made = list(generate(endless, PROMPT, 5, cache=full_cache(endless, 1, max_len=n + 4)))
     assert len(made) == 5
     with pytest.raises(ValueError, match="full"):
-        list(decode(endless, full_cache(endless, batch=1, max_len=n + 3), PROMPT, 5))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_fixed_step_continues_as_others_do(endless, temperature):
-    p, ranks = random_projection(endless), random_ranks(endless)
-    made = []
-    for graph in (False, True):
-        cache = KVCache(p, ranks, batch=1, max_len=20)
-        torch.manual_seed(1)
-        made.append(list(decode(endless, cache, PROMPT, 12, temperature, graph)))
-    assert made[0] == made[1]
-    assert cache.position.item() == cache.length == len(PROMPT) + 11
+        list(generate(endless, PROMPT, 5, cache=full_cache(endless, 1, max_len=n + 3)))
 
 
 def test_the_end_of_the_sequence_is_not_yielded(endless):
-    made = list(decode(endless, full_cache(endless, batch=1, max_len=20), PROMPT, 8))
+    made = list(generate(endless, PROMPT, 8, cache=full_cache(endless, 1, max_len=20)))
     endless.config = dataclasses.replace(endless.config, eos_token_id=(made[3],))
-    until = list(decode(endless, full_cache(endless, batch=1, max_len=20), PROMPT, 8))
+    until = list(generate(endless, PROMPT, 8, cache=full_cache(endless, 1, max_len=20)))
     assert until == made[:made.index(made[3])]
 
 
-def test_folded_weights_replace_those_of_the_values(model, tokens):
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])            # biases; norms of queries and keys
+def test_folded_weights_replace_those_of_the_values(kind, tokens):
+    model = load(GOLDEN / kind)
     p, ranks = random_projection(model), random_ranks(model)
     expected = model(tokens, project=p.at(ranks))
     cache = KVCache(p, ranks, batch=3, max_len=21)
-    size = fold(model, cache)
+    size = fold(model, cache, drop=True)
     assert size == sum(W.nbytes for layer in cache.folded for W in layer if W is not None)
-    assert all(layer.self_attn.v_proj is None for layer in model.layers)
-    assert all(layer.self_attn.o_proj is None for layer in model.layers)
+    for layer in model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            assert getattr(layer.self_attn, name) is None
     assert relative(model(tokens, cache=cache), expected) < 1e-4
+
+
+def test_weights_that_were_dropped_are_not_there_for_another_plan(model, tokens):
+    """So a cache that is to shrink keeps them."""
+    p, half = random_projection(model), uniform_ranks(0.5, model.config)
+    for drop in (False, True):
+        cache = KVCache(p, uniform_ranks(0.75, model.config), batch=3, max_len=21)
+        fold(model, cache, drop)
+        model.hidden(tokens[:, :20], cache=cache)
+        cache.shrink(half)
+        if drop:
+            with pytest.raises(ValueError, match="weights were dropped"):
+                model.hidden(tokens[:, 20:], cache=cache)
+        else:
+            model.hidden(tokens[:, 20:], cache=cache)
 
 
 # ------------------------------------------------------------------------------
@@ -113,16 +153,43 @@ def test_a_budget_alone_is_uniform_ranks(run, demo, tmp_path):
     model, _ = demo
     random_projection(model).save(tmp_path / "p.safetensors")
     said = run("--proj", tmp_path / "p.safetensors", "--budget", 0.3)
+    assert "the same rank everywhere" in said.err
     assert "25.0% of the full" in said.err
     assert "folded" in said.err
 
 
-def test_a_graph_changes_no_token(run):
-    assert run("--graph").out == run().out
+def test_beside_an_order_a_budget_is_a_prefix_of_it(run, demo, tmp_path):
+    """And a cache that shrinks goes along it."""
+    model, _ = demo
+    random_projection(model).save(tmp_path / PROJECTIONS)
+    L, K, _ = shape(model)
+    order = list(range(2 * L * K)) * 7
+    (tmp_path / "train.json").write_text(json.dumps({"order": order}))
+    said = run("--proj", tmp_path / PROJECTIONS, "--budget", 0.3, "--shrink-to", 0.2)
+    assert f"along the order in {tmp_path / 'train.json'}" in said.err
+    eighths = 16 * L * K
+    before, after = (1 - math.ceil((1 - budget) * eighths) / eighths for budget in (0.3, 0.2))
+    assert f"{before:.1%} of the full" in said.err
+    assert "after 3 new tokens" in said.err
+    assert f"{after:.1%} of the full" in said.err
 
 
-def test_a_graph_is_of_one_layout(refusal):
-    assert "--graph" in refusal("generate", *OPTIONS, "--graph", "--shrink-to", 0.5)
+def test_a_cache_does_not_shrink_to_more_than_it_has(demo, tmp_path, capsys):
+    random_projection(demo[0]).save(tmp_path / PROJECTIONS)
+    with pytest.raises(SystemExit) as left:
+        call("generate", *OPTIONS, "--proj", tmp_path / PROJECTIONS, "--budget", 0.5,
+             "--shrink-to", 0.75)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("--shrink-to 0.75: is above")
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--at", 3], "--at"),
+    (["--shrink-to", 0.5, "--at", 6], "--at 6"),
+    (["--bits", "bits.json", "--shrink-to", 0.5], "--bits"),
+])
+def test_options_that_do_not_go_together_are_refused(refusal, options, words):
+    assert words in refusal("generate", *OPTIONS, *options)
 
 
 def test_the_tokens_of_a_seed_are_its_own(run):
@@ -142,7 +209,7 @@ def test_a_tokenizer_without_a_beginning_needs_a_prompt(refusal, monkeypatch):
         def encode(self, text):
             return []
 
-    monkeypatch.setattr("common.load_tokenizer", lambda *_: Nothing())
+    monkeypatch.setattr("generate.load_tokenizer", lambda *_: Nothing())
     line = refusal("generate", *OPTIONS, "--prompt", "")
     assert "--prompt" in line
     assert "nothing to continue" in line

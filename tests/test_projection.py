@@ -1,10 +1,12 @@
 """Projections: orthogonal, nested, harmless at full rank, and free on the value side."""
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_projection, random_ranks, relative, shape
 
-from folding import fold_head
+from cache import fold_head
 from model import causal_attention
 from projection import (
     Moments,
@@ -13,6 +15,7 @@ from projection import (
     check_ranks,
     plan_at,
     projector,
+    query_aware,
     uniform_ranks,
 )
 
@@ -106,25 +109,39 @@ def test_tensors_that_do_not_fit_each_other_are_refused(model):
             Projection(U_k, U_v, mean_v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
-def test_projections_of_another_dtype_are_read_as_float32_or_refused(model, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_projections_of_another_dtype_are_read_as_float32(model, tmp_path, dtype):
     """In a file that another script wrote; half of one dtype would fail in the midst of a pass."""
     p = random_projection(model)
     p.mean_v = p.mean_v.to(dtype)
     p.save(tmp_path / "p.safetensors")
-    try:
-        loaded = Projection.load(tmp_path / "p.safetensors")
-    except ValueError as error:
-        assert "p.safetensors" in str(error)
-    else:
-        assert loaded.mean_v.dtype == torch.float32
+    loaded = Projection.load(tmp_path / "p.safetensors")
+    assert {x.dtype for x in loaded.tensors().values()} == {torch.float32}
+    assert torch.equal(loaded.mean_v, p.mean_v.float())
+
+
+def test_the_hash_tells_both_matrices_and_nothing_else(model, tmp_path):
+    """To the last digit; a file and another dtype are no change."""
+    p = random_projection(model)
+    assert Projection(p.U_k, p.U_v, p.mean_v + 1).hash() == p.hash()
+    assert p.to("cpu", torch.float64).hash() == p.hash()
+    p.save(tmp_path / "p.safetensors")
+    assert Projection.load(tmp_path / "p.safetensors").hash() == p.hash()
+    hashes = {p.hash(), Projection(p.U_v, p.U_k, p.mean_v).hash()}
+    for name, place in itertools.product(("U_k", "U_v"), (0, -1)):
+        tensors = {key: x.clone() for key, x in p.tensors().items()}
+        number = tensors[name][place, place, place, place]
+        number.copy_(number.nextafter(torch.tensor(2.0)))           # by its last digit
+        hashes.add(Projection.of(tensors).hash())
+    assert len(hashes) == 6
 
 
 # ------------------------------------------------------------------------------
 # Folding
 
-def test_folding_values_into_the_weights_changes_nothing(model, tokens):
+def test_folding_values_into_the_weights_changes_nothing(every_model, tokens):
     """softmax(q kᵀ) v̂ W_o from the coordinates that a cache would hold, against v̂ itself."""
+    model = every_model
     p, ranks = random_projection(model), random_ranks(model)
     ranks[0] = model.config.head_dim                                # keys as they are
     G = model.config.num_attention_heads // model.config.num_key_value_heads
@@ -214,7 +231,7 @@ def test_the_query_aware_start_knows_the_readers(model):
     width = K * moments.G * d
     taken_in = axes.flip(0).repeat(K * moments.G)                   # W_o reads the first axis most
     W_o = [torch.linalg.qr(torch.randn(width, width)).Q * taken_in for _ in range(L)]
-    start = moments.query_aware(W_o)
+    start = query_aware(moments, W_o)
     expected = torch.eye(d).expand(L, K, d, d)
     assert relative(start.U_k.abs(), expected.flip(-1)) < 1e-5
     assert relative(start.U_v.abs(), expected) < 1e-5
@@ -261,8 +278,7 @@ def test_turning_within_an_eighth_would_change_no_projector(model):
     """Why those entries are not parameters."""
     _, K, d = shape(model)
     eighth = d // 8
-    if eighth < 2:
-        pytest.skip("an eighth is a single column")
+    assert eighth == 2
     U = random_projection(model).U_k[0]
     turns = [torch.linalg.qr(torch.randn(eighth, eighth)).Q for _ in range(8)]
     within = torch.block_diag(*turns)
@@ -279,7 +295,7 @@ def test_parameters_are_all_entries_between_two_eighths(model):
     assert pairs == {(a, b) for b in range(d) for a in range(b) if a // eighth != b // eighth}
 
 
-@pytest.mark.parametrize("B", [1, 2, 5])
+@pytest.mark.parametrize("B", [1, 3])
 def test_an_entry_is_visible_if_a_sequence_keeps_one_of_its_columns_and_cuts_the_other(model, B):
     rotation = Rotation(random_projection(model))
     ranks = random_ranks(model, B)
@@ -305,6 +321,27 @@ def test_an_entry_that_is_not_visible_changes_nothing(model, tokens):
     assert change(visible) > 1e-3
 
 
+def test_the_hook_of_a_step_has_gradients_for_the_entries_that_its_ranks_see_alone(model, tokens):
+    """There they are those of the whole rotation, whose others are rounding noise."""
+    rotation = turned(random_projection(model))
+    ranks = random_ranks(model, len(tokens))
+    A = rotation.A_k, rotation.A_v
+
+    def gradients(project):
+        out = model(tokens, project=project)
+        return out, torch.autograd.grad(out.square().sum(), [*A, rotation.mean_v])
+
+    out, (*mine, by_mean) = gradients(rotation.at(ranks))
+    whole, (*others, by_mean_of_all) = gradients(rotation().at(ranks))
+    assert torch.equal(out, whole)
+    assert relative(by_mean, by_mean_of_all) < 1e-5
+    for seen, gradient, other in zip(rotation.visible_entries(ranks), mine, others, strict=True):
+        assert 0 < seen.sum() < seen.numel()
+        assert (gradient[~seen] == 0).all()
+        assert (gradient[seen] != 0).all()
+        assert relative(gradient[seen], other[seen]) < 1e-5
+
+
 # ------------------------------------------------------------------------------
 # Plans
 
@@ -312,8 +349,7 @@ def test_wrong_ranks_are_refused(model):
     L, K, d = shape(model)
     good = torch.full((2, L, K), d // 2)
     check_ranks(good, L, K, d)
-    between = good + 1 if d > 8 else good * 20
-    for wrong in (good[:1], good[:, :1], good.float(), good * 0, good * 3, between, -good):
+    for wrong in (good[:1], good[:, :1], good.float(), good * 0, good * 3, good + 1, -good):
         with pytest.raises(ValueError, match="rank"):
             random_projection(model).at(wrong)
 

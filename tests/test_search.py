@@ -1,4 +1,4 @@
-"""The search: Algorithm 1 decision by decision, a nested path, and the lazy search close behind."""
+"""The search: Algorithm 1 decision by decision, a nested path, and what stands in its place."""
 import json
 
 import numpy as np
@@ -7,16 +7,34 @@ import torch
 from conftest import CKPT, GOLDEN, call, mean_kl, random_projection, shape
 
 from model import load
-from plans import read_plan
-from projection import Projection
-from search import Cost, exact, lazy
+from projection import Moments, Projection, plan_at
+from search import (
+    Cost,
+    along,
+    cheapest_first,
+    costs_of,
+    errors,
+    exact,
+    find_order,
+    lazy,
+    rounding_noise,
+)
+from support.plans import PROJECTIONS, read_ranks
+
+
+def in_double(model):
+    """A model and projections in float64: near ties flip in float32."""
+    p = random_projection(model)
+    return model.double(), p.to(None, torch.float64)
 
 
 @pytest.fixture
 def double(model):
-    """A model and projections in float64: near ties flip in float32."""
-    p = random_projection(model)
-    return model.double(), Projection(p.U_k.double(), p.U_v.double(), p.mean_v.double())
+    return in_double(model)
+
+
+# ------------------------------------------------------------------------------
+# Algorithm 1
 
 
 def brute_force(model, p, tokens, rounds):
@@ -48,8 +66,8 @@ def test_exact_is_algorithm_1_decision_by_decision(double):
         assert cost.kl == pytest.approx(kl, rel=1e-9)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("search", [exact, lazy])
+@torch.no_grad()
 def test_the_path_is_nested_and_ends_at_an_eighth(double, search):
     model, p = double
     L, K, d = shape(model)
@@ -88,10 +106,14 @@ def test_asking_what_a_lowering_costs_changes_nothing(double):
     assert cost.kl == asked
 
 
+# ------------------------------------------------------------------------------
+# Lazily
+
+@pytest.mark.parametrize("kind", ["mistral_sharded_head_dim", "llama_mha"])
 @torch.no_grad()
-def test_lazy_takes_a_small_share_of_the_passes_and_is_nearly_as_good(double):
-    """On models of 8 or 16 ranks; the gain grows with their number."""
-    model, p = double
+def test_lazy_takes_a_small_share_of_the_passes_and_is_nearly_as_good(kind):
+    """On models of 8 and 16 ranks; the gain grows with their number."""
+    model, p = in_double(load(GOLDEN / kind))
     tokens = torch.randint(3, 96, (4, 30))
     passes, curves = [], []
     for search in (exact, lazy):
@@ -105,9 +127,9 @@ def test_lazy_takes_a_small_share_of_the_passes_and_is_nearly_as_good(double):
 class Made(Cost):
     """A cost that is made up: four ranks of three eighths, `costs` for one, two eighths less."""
 
-    def __init__(self, costs: dict, noise: float):
+    def __init__(self, costs: dict):
         self.ranks = torch.full((2, 1, 2), 3)
-        self.kl, self.eighth, self.noise, self.passes = 0.0, 1, noise, 0
+        self.kl, self.eighth, self.passes = 0.0, 1, 0
         self.costs = costs
 
     def measure(self, ranks, first):
@@ -120,19 +142,21 @@ class Made(Cost):
 PLACES = [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
 
 
-def test_lazy_ends_where_lowering_reduces_the_kl():
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
+def test_lazy_ends_where_lowering_reduces_the_kl(monkeypatch, noise):
     """Rounding makes increases negative in bfloat16."""
+    monkeypatch.setattr("search.rounding_noise", lambda cost: noise)
     costs = {place: [0, -1e-5 * (1 + 0.05 * sum(place)), -2e-5] for place in PLACES}
-    for noise in (0.0, 1e-6):
-        assert len(list(lazy(Made(costs, noise)))) == 8
+    assert len(list(lazy(Made(costs)))) == 8
 
 
-def test_increases_below_the_noise_are_ordered_by_those_of_a_deeper_cut():
+def test_increases_below_the_noise_are_ordered_by_those_of_a_deeper_cut(monkeypatch):
     """One eighth costs each rank as good as nothing: −1e-6 … 1e-6 is rounding's, in wrong order."""
+    monkeypatch.setattr("search.rounding_noise", lambda cost: 1e-5)
     deep = dict(zip(PLACES, (4e-3, 1e-3, 3e-3, 2e-3), strict=True))
     shallow = dict(zip(PLACES, (-1e-6, 1e-6, 0, 5e-7), strict=True))
     costs = {place: [0, shallow[place], deep[place]] for place in PLACES}
-    order = list(lazy(Made(costs, noise=1e-5)))
+    order = list(lazy(Made(costs)))
     assert order[:4] == sorted(PLACES, key=deep.get)
 
 
@@ -152,11 +176,60 @@ def test_states_are_float32_over_bfloat16_weights():
 def test_the_noise_is_that_of_rounding(double):
     model, p = double
     tokens = torch.randint(3, 96, (2, 11))
-    in_double = Cost(model, p, tokens).noise
-    single = Projection(*(x.float() for x in p.tensors().values()))
-    in_single = Cost(model.float(), single, tokens).noise
-    assert in_double < 1e-14
-    assert 0 < in_single < 1e-6
+    cost = Cost(model, p, tokens)
+    kl, ranks, inputs = cost.kl, cost.ranks, list(cost.inputs)
+    assert rounding_noise(cost) < 1e-14
+    assert cost.kl == kl and cost.ranks is ranks                    # asking changes nothing
+    assert all(a is b for a, b in zip(cost.inputs, inputs, strict=True))
+    in_single = Cost(model.float(), p.to(None, torch.float32), tokens)
+    assert 0 < rounding_noise(in_single) < 1e-6
+
+
+# ------------------------------------------------------------------------------
+# Along an order
+
+@torch.no_grad()
+def test_a_whole_order_is_followed_by_one_pass_for_each_lowering(double):
+    model, p = double
+    L, K, d = shape(model)
+    tokens = torch.randint(3, 96, (2, 9))
+    order = torch.cat([torch.randperm(2 * L * K) for _ in range(7)])
+    cost = Cost(model, p, tokens)
+    cost.passes = 0
+    log_p = model(tokens).log_softmax(-1)
+    for n, place in enumerate(along(cost, order), 1):
+        assert np.ravel_multi_index(place, (2, L, K)) == order[n - 1]
+        assert torch.equal(cost.ranks, plan_at(order, model.config, 1 - n / (2 * L * K * 8)))
+        if n in (1, 20):
+            log_q = model(tokens, project=p.at(cost.ranks)).log_softmax(-1)
+            assert cost.kl == pytest.approx(mean_kl(log_p, log_q), rel=1e-9)
+    assert cost.passes == n == len(order)
+    assert (cost.ranks == d // 8).all()
+
+
+@pytest.mark.parametrize("length", [0, 3, 55])
+@torch.no_grad()
+def test_an_order_that_was_cut_short_is_followed_and_then_searched_to_an_eighth(double, length):
+    """From where it ends, as the lazy search would go on from there."""
+    model, p = double
+    L, K, d = shape(model)
+    tokens = torch.randint(3, 96, (2, 9))
+    order = torch.cat([torch.randperm(2 * L * K) for _ in range(7)])[:length]
+    cost = Cost(model, p, tokens)
+    path = list(along(cost, order))
+    assert (cost.ranks == d // 8).all()
+    assert len(path) == 2 * L * K * 7
+
+    places = [np.ravel_multi_index(candidate, (2, L, K)) for candidate in path]
+    assert places[:length] == order.tolist()
+    other = Cost(model, p, tokens)
+    for candidate in path[:length]:
+        other.lower(candidate)
+    assert path[length:] == list(lazy(other))
+
+
+# ------------------------------------------------------------------------------
+# The script
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +250,10 @@ def test_the_script_writes_the_plan_and_the_whole_path(searched):
     model = load(CKPT)
     L, K, d = shape(model)
     assert set(plan) == {
-        "head_dim", "budget", "keys", "values", "kl", "uniform_kl", "evaluations", "path"}
+        "head_dim", "budget", "keys", "values", "kl", "uniform_kl", "evaluations", "path",
+        "projections"}
     assert plan["head_dim"] == d
+    assert plan["projections"] == Projection.load(folder / "p.safetensors").hash()
     assert len(plan["path"]) == 2 * L * K * 7
     assert 0.4 - 1 / (2 * L * K * 8) < plan["budget"] <= 0.4
     assert (folder / "out" / "ranks.png").read_bytes()[:4] == b"\x89PNG"
@@ -188,9 +263,9 @@ def test_the_plan_spelled_out_is_the_prefix_of_the_path_for_the_budget(searched)
     folder, _ = searched
     file, model = folder / "out" / "ranks.json", load(CKPT)
     plan = json.loads(file.read_text())
-    _, ranks = read_plan(file, model.config)
-    _, prefix = read_plan(file, model.config, 0.4)
-    assert torch.equal(ranks, prefix)
+    found = read_ranks(file, model.config)
+    ranks = found.ranks
+    assert torch.equal(ranks, plan_at(found.order, model.config, 0.4))
     assert ranks.sum() == plan["budget"] * ranks.numel() * model.config.head_dim
     taken = ranks.numel() * 8 - int(ranks.sum()) * 8 // model.config.head_dim
     assert plan["kl"] == plan["path"][taken - 1][3]
@@ -214,3 +289,87 @@ def test_an_interrupted_search_leaves_the_path_so_far(searched, tmp_path, monkey
     plan = json.loads((tmp_path / "ranks.json").read_text())
     assert len(plan["path"]) == 10
     assert plan["budget"] == 1 - 10 / 64
+
+
+def test_the_script_goes_on_where_the_order_of_a_training_was_cut_short(searched, tmp_path):
+    _, options = searched
+    model = load(CKPT)
+    p = random_projection(model)
+    p.save(tmp_path / PROJECTIONS)
+    (tmp_path / "train.json").write_text(json.dumps({"order": [6, 1, 1]}))
+    call("search", *options, "--proj", tmp_path / PROJECTIONS)
+    found = read_ranks(tmp_path / "ranks.json", model.config)
+    assert found.order[:3].tolist() == [6, 1, 1]
+    assert found.order.bincount().tolist() == [7] * 8
+    assert found.fits(p)
+
+
+# ------------------------------------------------------------------------------
+# An order before any training: errors against pairs, steps against a scan
+
+@torch.no_grad()
+def test_errors_are_what_readers_miss_of_the_columns_cut_off(model):
+    """Against all pairs of a query and a key, and of a value and a row of W_o, one by one."""
+    L, K, d = shape(model)
+    moments, p = Moments(model.config), random_projection(model)
+    G = moments.G
+    for layer in range(L):
+        q, k, v = (torch.randn(1, heads, 20, d) for heads in (K * G, K, K))
+        moments(layer, q, k, v)
+    W_o = [torch.randn(30, K * G * d) for _ in range(L)]
+    error = errors(moments, p, W_o)
+    cached = (k - k.mean(2, keepdim=True), v - v.mean(2, keepdim=True))
+    read = (q[0].view(K, -1, d), W_o[-1].view(30, K, G, d).transpose(0, 1).reshape(K, -1, d))
+    for side, U in enumerate((p.U_k, p.U_v)):
+        x, y = cached[side][0] @ U[-1], read[side] @ U[-1]          # (K, 20, d), (K, …, d)
+        for level in range(9):
+            r = level * d // 8
+            missed = x[..., r:] @ y[..., r:].mT
+            expected = missed.square().sum((-1, -2)).double() / 20
+            assert torch.allclose(error[side, -1, :, level], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_costs_are_a_power_of_the_errors_through_two_levels():
+    error = torch.rand(5, 9, dtype=torch.float64).cumsum(1).flip(1)
+    error[:, 8] = 0
+    weight, power = torch.rand(2, 5, 1, dtype=torch.float64)
+    expected = weight * error ** (0.7 + power)
+    costs = costs_of(error, expected[:, (2, 6)])
+    assert torch.allclose(costs, expected)
+    assert (costs[:, 8] == 0).all()
+
+
+def test_costs_are_numbers_where_nothing_is_lost():
+    error = torch.zeros(3, 9, dtype=torch.float64)
+    assert costs_of(error, torch.zeros(3, 2, dtype=torch.float64)).isfinite().all()
+
+
+def test_the_cheapest_next_step_is_taken_first():
+    """Against a scan of what each place's next step costs; a cheap one waits behind a dear one."""
+    steps = torch.rand(6, 7, dtype=torch.float64)
+    steps[:4] = steps[:4].sort(-1).values
+    taken = [0] * 6
+    keys = steps.cummax(-1).values
+    for place in cheapest_first(steps).tolist():
+        waiting = [keys[i, n] for i, n in enumerate(taken) if n < 7]
+        assert keys[place, taken[place]] == min(waiting)
+        taken[place] += 1
+    assert taken == [7] * 6
+
+
+@torch.no_grad()
+def test_what_nobody_reads_is_lowered_first(model):
+    """W_o takes in nothing of one key-value head: neither its keys nor its values count."""
+    L, K, d = shape(model)
+    W_o = model.layers[1].self_attn.o_proj
+    nothing = W_o.weight.clone()
+    nothing[:, :2 * d] = 0                                          # of the G = 2 query heads
+    W_o.weight.data = nothing
+    moments = Moments(model.config)
+    model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
+    tokens = np.random.default_rng(0).integers(3, 96, 300)
+    p = random_projection(model)
+    order = find_order(model, p, moments, tokens, batch=2, seq=40)
+    assert order.bincount().tolist() == [7] * (2 * L * K)
+    unread = [np.ravel_multi_index((side, 1, 0), (2, L, K)) for side in (0, 1)]
+    assert sorted(order[:14].tolist()) == [unread[0]] * 7 + [unread[1]] * 7

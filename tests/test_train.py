@@ -1,11 +1,13 @@
 """Training: only the projections learn, and a stopped run goes on as if it had not been stopped."""
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
 from functools import partial
-from unittest.mock import Mock
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +15,13 @@ import torch
 from conftest import CKPT, DEMO, ROOT, call, random_start, relative, script, shape, small
 from safetensors.torch import load_file
 
-import common
-from common import peak_memory
-from data import windows
-from distance import Distill
-from model import generate, read_config
-from projection import Rotation, plan_at, uniform_ranks
-from train import Run, draw_along, draw_independent, draw_levels
+from model import generate
+from projection import Projection, Rotation, plan_at, uniform_ranks
+from support import processes
+from support.checkpoint import read_config
+from support.data import windows
+from support.training import TrainingState, named, peak_memory, read_state, settings_of
+from train import Recipe, distil, draw_along, draw_independent, draw_levels, train
 
 
 def seeded() -> torch.Generator:
@@ -79,12 +81,15 @@ def test_an_order_that_was_cut_short_is_enough(model):
 # ------------------------------------------------------------------------------
 # Gradients
 
+RECIPE = Recipe(steps=12, batch=8, seq=32, lr=0.1, floor=1e-3)
+
+
 def distilled(model, tokens, rotation, ranks, recompute=False):
     """KL of the student at ranks, (B,), with a graph down to the rotation."""
-    with torch.no_grad():
-        teacher = model.norm(model.hidden(tokens))
-    student = model.hidden(tokens, rotation().at(ranks), recompute=recompute)
-    return Distill.apply(model.norm(student), teacher, model, tokens, 0.0)[0]
+    recipe = dataclasses.replace(RECIPE, recompute=recompute)
+    loss, kl = distil(model, tokens, rotation.at(ranks), recipe)
+    assert torch.equal(loss, kl)
+    return loss
 
 
 def test_only_the_projections_get_gradients(model, tokens):
@@ -135,15 +140,18 @@ def test_text_can_be_generated_before_training(model, tokens):
 # What Adam must not move
 
 @pytest.fixture
-def rotation_after(trained, tmp_path, monkeypatch):
-    """`rotation_after(draw)`: what 12 steps with ranks of `draw` make of the rotation."""
-    def run(draw, *options):
-        runs = []
-        monkeypatch.setattr("train.draw_levels", draw)
-        monkeypatch.setattr("train.finish", lambda run, *_: runs.append(run))
-        call("train", *small(trained), "--uniform", "--steps", 12, "--lr", 0.1, "--out", tmp_path,
-             *options)
-        return runs[0].rotation
+def rotation_after(model, tmp_path):
+    """`rotation_after(draw)`: what 12 steps with ranks of `draw` make of a rotation."""
+    tokens = np.random.default_rng(1).integers(3, 96, 4000)
+
+    def run(draw):
+        rotation = Rotation(random_start(model))
+        state = TrainingState(tmp_path / "state.safetensors", rotation, {}, {})
+        done = []
+        train(model, state, tokens, draw, RECIPE, done.append)
+        assert done == list(range(1, 13))
+        assert state.step == len(state.facts["loss"]) == 12
+        return rotation
 
     return run
 
@@ -203,6 +211,7 @@ def test_a_run_leaves_the_projections_that_others_rely_on(trained):
 def test_a_run_leaves_a_report_at_seven_budgets(trained):
     report = json.loads((trained / "out" / "train.json").read_text())
     assert len(report["loss"]) == report["config"]["steps"] == 150
+    assert np.bincount(report["order"]).tolist() == [7] * 8         # down to an eighth
     budgets = [row["budget"] for row in report["budgets"]]
     assert budgets == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]
     assert set(report["base"]) == {"perplexity", "accuracy"}
@@ -247,20 +256,20 @@ def assert_same_end(out, other):
 
 def stop(monkeypatch, saved_at: int, stopped_at: int):
     """The next run saves its state after one step alone, and is interrupted after another."""
-    plain = Run.save
+    plain = TrainingState.save
 
-    def save(run):
-        if run.said["step"] == saved_at:
-            plain(run)
-        if run.said["step"] == stopped_at:
+    def save(state, every):
+        if state.step == saved_at:
+            plain(state, every)
+        if state.step == stopped_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "save", save)
+    monkeypatch.setattr(TrainingState, "save", save)
 
 
 def test_a_resumed_run_ends_where_the_undisturbed_one_does(
         trained, tmp_path, monkeypatch, capsys, refusal):
-    """Stopped by a Ctrl-C two steps after the state was saved, then resumed."""
+    """Stopped by a Ctrl-C two steps after the state was saved, then resumed from elsewhere."""
     options = [*small(trained), "--steps", 150, "--out", tmp_path]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
         stop(patch, saved_at=23, stopped_at=25)
@@ -269,54 +278,42 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_does(
     assert "--resume continues from step 23" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "projections.safetensors").exists()
     assert "--lr" in refusal("train", *options, "--resume", "--lr", 0.5)
+    monkeypatch.chdir(trained)
+    options[options.index(trained / "tokens.npy")] = "tokens.npy"
+    options[options.index(CKPT)] = os.path.relpath(CKPT)
     call("train", *options, "--resume")
     assert_same_end(tmp_path, trained / "out")
 
 
 @pytest.mark.parametrize("seconds, pause", [(0.1, 30), (4, 196)])
-def test_saving_takes_at_most_two_percent_of_the_time(
-        model, tmp_path, monkeypatch, seconds, pause):
+def test_saving_takes_at_most_two_percent_of_the_time(state, monkeypatch, seconds, pause):
     """All processes wait for a save. Here one takes `seconds`."""
     clock = [1000.0]
 
-    def save_state(*_):
+    def write_tensors(*_):
         clock[0] += seconds
 
-    monkeypatch.setattr("train.time.time", lambda: clock[0])
-    monkeypatch.setattr("common.save_state", save_state)
-    start = random_start(model)
-    run = Run(Mock(out=tmp_path, save_every=30.0, recipe="ours"), start, start, None)
-    run.save()
-    assert run.save_at == pytest.approx(clock[0] + pause)
+    monkeypatch.setattr("support.training.time.time", lambda: clock[0])
+    monkeypatch.setattr("support.training.write_tensors", write_tensors)
+    state.save_if_due(30.0, last=False)                             # the first step, at once
+    assert state.save_at == pytest.approx(clock[0] + pause)
+    clock[0] += pause - 1
+    before = clock[0]
+    state.save_if_due(30.0, last=False)
+    assert clock[0] == before
+    state.save_if_due(30.0, last=True)
+    assert clock[0] == before + seconds
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_two_bytes_train_as_four_do(trained, tmp_path, dtype):
+def test_two_bytes_train_as_four_do(trained, tmp_path):
     """States, products and gradients in two bytes; loss, rotation and Adam in four."""
-    ends = []
-    for name in (dtype, "float32"):
+    ends = {}
+    for name in ("float32", "float16", "bfloat16"):
         options = [*small(trained), "--steps", 60, "--dtype", name, "--lr", 0.05]
         call("train", *options, "--out", tmp_path / name)
-        ends.append(sum(losses(tmp_path / name)[-10:]))
-    assert ends[0] == pytest.approx(ends[1], rel=0.02)
-
-
-def test_start_and_pca_are_written_once_and_a_state_of_another_start_is_removed(
-        trained, tmp_path, monkeypatch):
-    written = []
-    plain = common.write_tensors
-
-    def write(path, tensors, metadata=None):
-        if path.name == Run.START:
-            assert not (tmp_path / Run.STATE).exists()
-        assert ("start.U_k" in tensors) == (path.name == Run.START)
-        written.append(path.name)
-        plain(path, tensors, metadata)
-
-    (tmp_path / Run.STATE).write_bytes(b"of an earlier run")
-    monkeypatch.setattr("common.write_tensors", write)
-    call("train", *small(trained), "--steps", 3, "--save-every", 0, "--out", tmp_path)
-    assert written == [Run.START, *3 * [Run.STATE], "projections.safetensors"]
+        ends[name] = sum(losses(tmp_path / name)[-10:])
+    assert ends["float16"] == pytest.approx(ends["float32"], rel=0.02)
+    assert ends["bfloat16"] == pytest.approx(ends["float32"], rel=0.02)
 
 
 def test_an_interrupt_before_the_first_save_says_so(trained, tmp_path, monkeypatch, capsys):
@@ -393,7 +390,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(trained, tmp_path, monkeypatch
 
     def full(file):
         writes.append(file)
-        if len(writes) > 4:         # before: a look whether --out can be written, and the start
+        if len(writes) > 3:         # before: a look whether --out can be written
             raise OSError(28, "No space left on device")
         plain(file)
 
@@ -424,12 +421,109 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_costs_nothing(
 
 
 # ------------------------------------------------------------------------------
+# The state and its settings
+
+SETTINGS = {"lr": 0.1, "uniform": False, "ckpt": "/x", "data": "", "train_tokens": 4000,
+            "processes": 1}
+
+
+@pytest.fixture
+def state(model, tmp_path):
+    """A training that has begun, and its file, which is not yet there."""
+    start = random_start(model)
+    tensors = start.tensors("start.") | {"order": torch.arange(5)}
+    return TrainingState(tmp_path / "train.state.safetensors", Rotation(start), SETTINGS, tensors)
+
+
+def test_a_state_is_read_as_it_was_saved(state):
+    rotation = state.module
+    for parameter in rotation.parameters():
+        parameter.grad.normal_()
+    state.optimizer.step()
+    state.facts |= {"step": 7, "loss": [0.5, 0.25]}
+    state.save()
+    saved = read_state(state.file, SETTINGS)
+    again = Rotation(Projection.of(saved.tensors, "start."))
+    other = TrainingState(state.file, again, SETTINGS, saved.tensors, saved)
+    assert other.facts == state.facts
+    assert other.step == other.saved_step == 7
+    assert saved.tensors["order"].tolist() == list(range(5))
+    for trained in (rotation, again):                               # Adam's moments: one step more
+        for parameter in trained.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    other.optimizer.step()
+    for a, b in zip(rotation.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("train_tokens", 3000, "4000 tokens of training text (--data), not 3000 tokens of training"),
+    ("processes", 2, "1 processes (torchrun), not 2 processes (torchrun)"),
+    ("uniform", True, "no --uniform, not --uniform"),
+    ("lr", 0.5, "--lr 0.1, not --lr 0.5"),
+    ("ckpt", "/y", "--ckpt /x, not --ckpt /y"),
+])
+def test_a_state_of_other_settings_is_refused_in_words_that_a_user_knows(state, name, value, words):
+    state.save()
+    with pytest.raises(ValueError, match="was made with") as refused:
+        read_state(state.file, SETTINGS | {name: value})
+    line = str(refused.value)
+    assert line.startswith(f"{state.file}: was made with {words}")
+    assert "--train" not in line
+    assert "--processes" not in line
+
+
+def test_every_option_that_a_state_names_exists(capsys):
+    from train import OPTIONS, PATHS
+    with pytest.raises(SystemExit):
+        call("train", "--help")
+    options = capsys.readouterr().out.split()
+    for name in (*OPTIONS, *PATHS):
+        for value in ("x", True):
+            assert named(name, value).split()[0] in options
+
+
+def test_a_folder_is_the_same_by_any_path_to_it(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    settings = []
+    for folder in (tmp_path, Path(".."), Path("../here/..")):
+        args = SimpleNamespace(lr=0.1, ckpt=folder / "model", data=folder / "x.npy", ranks=None)
+        settings.append(settings_of(args, ("lr",), ("ckpt", "data", "ranks"), 4000))
+    assert settings[0] == settings[1] == settings[2] == {
+        "lr": 0.1, "ckpt": str(tmp_path / "model"), "data": str(tmp_path / "x.npy"), "ranks": "",
+        "train_tokens": 4000, "processes": 1}
+
+
+def test_a_file_that_is_no_state_is_refused(tmp_path, model):
+    with pytest.raises(ValueError, match="none.safetensors: no such file"):
+        read_state(tmp_path / "none.safetensors", {})
+    random_start(model).save(tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match="p.safetensors: not the state"):
+        read_state(tmp_path / "p.safetensors", {})
+
+
+def test_a_resumed_run_on_another_text_names_the_text(trained, tmp_path, monkeypatch, refusal):
+    """The file has grown since: the path alone would not tell."""
+    file, ids = tmp_path / "tokens.npy", np.load(trained / "tokens.npy")
+    np.save(file, ids)
+    options = [*small(tmp_path), "--steps", 6, "--uniform", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop(patch, saved_at=2, stopped_at=3)
+        call("train", *options, "--save-every", 0)
+    np.save(file, np.concatenate((ids, ids)))
+    line = refusal("train", *options, "--resume")
+    assert line.startswith("--resume: ")
+    assert "3600 tokens of training text (--data), not 7200 tokens of training text" in line
+
+
+# ------------------------------------------------------------------------------
 # Processes and memory
 
-@pytest.mark.parametrize("dtype, bound", [("float64", 1e-8), ("float32", 1e-4)])
-def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path, dtype, bound):
+def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path):
     options = ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--seq", 32]
-    options += ["--steps", 10, "--dtype", dtype]
+    options += ["--steps", 10, "--dtype", "float64"]
     one, two = tmp_path / "one", tmp_path / "two"
     call("train", *options, "--batch", 8, "--out", one)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
@@ -439,7 +533,7 @@ def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path, dtype, bo
     for name in ("U_k", "U_v", "pca_U_k"):
         for r in range(2, 16, 2):
             P, Q = (x[name][..., :r].double() @ x[name][..., :r].double().mT for x in (a, b))
-            assert (P - Q).abs().max() < bound
+            assert (P - Q).abs().max() < 1e-8
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
 
 
@@ -449,8 +543,8 @@ def test_processes_see_the_sequences_of_one_with_a_larger_batch(monkeypatch):
     starts = torch.arange(8)
     shares = []
     for rank in range(2):
-        monkeypatch.setattr(common, "RANK", rank)
-        shares.append(windows(tokens, starts[common.my_share(4)], 5))
+        monkeypatch.setattr(processes, "RANK", rank)
+        shares.append(windows(tokens, starts[processes.my_share(4)], 5))
     assert torch.equal(torch.cat(shares), windows(tokens, starts, 5))
 
 

@@ -1,7 +1,7 @@
-"""What bits.py's parts are worth, and what its packed cache costs.
+"""What the parts of bits/ are worth, and what its packed cache costs.
 
     ladder      KL on held-out text of the same bits everywhere and of bits along a path, untrained;
-                of a path on the basis that train.py trained for ranks; of what bits.py trained
+                of a path on the basis that train.py trained for ranks; of what bits.train trained
     position    KL by quarters of the model's length: keys drift with their position, as RoPE turns
                 their mean; untrained, from moments over whole windows and over a quarter of them;
                 and where the newest tokens are not exact either, of which the first quarter has
@@ -12,7 +12,7 @@
                 group is packed on the way; medians of --runs pairs
     memory      how much the resident set grows, against what the cache says it takes
 
-    python bench/bits.py                            # what train.py and bits.py left in out/
+    python bench/rounding.py                        # what train.py and bits.train left in out/
 """
 import sys
 import time
@@ -23,19 +23,32 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from equal_bytes import by_token, twice
-
-import common
-from bits import TrainedRounding, first_path, load_bits, path_around
+sys.path.insert(0, str(ROOT))
+from bench.equal_bytes import by_token, twice
+from bench.tools import resident
+from bits import load_bits
+from bits.rounding import FULL, GROUP, bits_at, same_bits
+from bits.train import TrainedRounding, first_path, path_around
 from cache import KVCache
-from data import data_arguments, encode, python_documents, text_for
-from distance import log_probabilities, measure, spread_windows
-from evaluate import describe, report_arguments
-from model import load
-from order import output_weights
-from projection import Projection, calibrate, uniform_ranks
-from rounding import GROUP, bits_at, same_bits
+from evaluate import describe, measure
+from model import load, log_probabilities
+from projection import Projection, calibrate, output_weights, query_aware, uniform_ranks
+from support.cli import (
+    arguments,
+    blame,
+    data_arguments,
+    fail,
+    keep_freed_memory,
+    out_argument,
+    prepare,
+    report_arguments,
+    run_script,
+    within,
+)
+from support.data import encode, even_windows, python_documents, text_for
+from support.plans import PROJECTIONS
+from support.tokenizer import load_tokenizer
+from train import Recipe
 
 BUDGETS = 0.25, 0.1875, 0.125, 0.09375, 0.0625
 
@@ -43,10 +56,11 @@ BUDGETS = 0.25, 0.1875, 0.125, 0.09375, 0.0625
 def untrained(model, tokens, args, seq: int, start=None):
     """A rounding of a start, by default the query-aware one, over windows of `seq`; and a path."""
     moments = calibrate(model, tokens, args.batch * args.seq // seq, seq, args.seed)
-    start = start or moments.query_aware(output_weights(model))
+    start = start or query_aware(moments, output_weights(model))
     rounding = TrainedRounding(start, moments)()
-    matters, path = first_path(model, rounding, moments, tokens, args)
-    path = path_around(model, rounding, moments, tokens, args, matters, path)   # as bits.py does
+    recipe = Recipe(steps=0, batch=args.batch, seq=args.seq, lr=0.0)        # for the paths alone
+    matters, path = first_path(model, rounding, moments, tokens, recipe)
+    path = path_around(model, rounding, moments, tokens, recipe, matters, path)     # as bits.train
     return rounding, path
 
 
@@ -55,19 +69,19 @@ def ladder(model, held_out, trained, by_basis: dict, args) -> None:
     rows = {}
     for name, (rounding, path) in by_basis.items():
         for budget in BUDGETS:
-            if name == "untrained" and budget * 16 in (1, 2, 3, 4):
-                same = same_bits(int(budget * 16), config)
+            if name == "untrained" and budget * FULL in (1, 2, 3, 4):
+                same = same_bits(int(budget * FULL), config)
                 rows["the same bits everywhere, untrained", budget] = rounding.at(same)
             plan = bits_at(path, config, budget)
             rows[f"bits along a path, basis {name}", budget] = rounding.at(plan)
     for budget in BUDGETS:
         rows["bits along a path, trained for bits", budget] = trained.at(budget)
     _, results = measure(model, held_out, rows, args.batch, args.seq, args.windows)
-    print("\nKL" + " " * 41 + "".join(f"{budget:>9.2%}" for budget in BUDGETS))
+    print("\nKL" + " " * 43 + "".join(f"{budget:>9.2%}" for budget in BUDGETS))
     for name in dict.fromkeys(name for name, _ in rows):
         found = [results.get((name, budget)) for budget in BUDGETS]
         shown = [f"{result['kl']:9.4f}" if result else " " * 8 + "-" for result in found]
-        print(f"  {name:40s} " + "".join(shown))
+        print(f"  {name:42s} " + "".join(shown))
 
 
 def kl_by_quarter(model, x: Tensor, project) -> list[float]:
@@ -82,7 +96,7 @@ def kl_by_quarter(model, x: Tensor, project) -> list[float]:
 
 
 def position(model, held_out, trained, by_window: dict, args) -> None:
-    x = spread_windows(held_out, args.windows, args.seq)[:, :-1]
+    x = even_windows(held_out, args.windows, args.seq)[:, :-1]
     rows = {"trained": trained.at}
     for seq, (rounding, path) in by_window.items():
         rows[f"untrained, windows of {seq}"] = partial(at_budget, rounding, path, model.config)
@@ -101,7 +115,7 @@ def at_budget(rounding, path, config, budget: float):
 
 def other_text(model, held_out, trained, args) -> None:
     _, sources = python_documents(sources=True)
-    tokenizer = common.load_tokenizer(args.ckpt, model.config.vocab_size)
+    tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
     other = encode(tokenizer, sources)
     hooks = {f"bits {budget:.2%}": trained.at(budget) for budget in (0.25, 0.125, 0.0625)}
     hooks |= {f"int{bits}": twice(partial(by_token, bits=bits))["exact"] for bits in (4, 2)}
@@ -146,10 +160,6 @@ def speed(model, trained, args) -> None:
               "in 16 bits")
 
 
-def resident() -> int:
-    return common.linux_says("self/status", "VmRSS")
-
-
 def memory(model, trained, tokens: int = 65536) -> None:
     """Fill a cache with random codes; what a pass needs beside it comes and goes."""
     trained.cache(0.125, 1, 64).data.random_(0, 256)        # what PyTorch needs once
@@ -163,26 +173,29 @@ def memory(model, trained, tokens: int = 65536) -> None:
 
 @torch.no_grad()
 def main():
-    parser = common.arguments(__doc__)
+    parser = arguments(__doc__)
     data_arguments(parser)
+    out_argument(parser)
     report_arguments(parser, batch=4, seq=512)
-    count = common.within(1, 10 ** 6)
+    count = within(1, 10 ** 6)
     parser.add_argument("--length", type=count, default=4096, help="[4096]")
     parser.add_argument("--runs", type=count, default=5, help="[5]")
-    parser.set_defaults(ce=0.0, amp=False, checkpoint=False)
     args = parser.parse_args()
-    common.prepare(args)
-    with common.blame("--ckpt"):
+    if args.seq % 4 or args.seq // 4 <= GROUP:
+        fail(f"--seq {args.seq}: its quarters are to be longer than the {GROUP} newest tokens, which "
+             "are exact")
+    prepare(args)
+    with blame("--ckpt"):
         model = load(args.ckpt)
-    with common.blame("--out"):
+    with blame("--out"):
         trained = load_bits(args.out / "bits.json")
-        start = Projection.load(args.out / "projections.safetensors")
+        start = Projection.load(args.out / PROJECTIONS)
         start.check_fits(model.config)
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, model.config)
     memory(model, trained)
     speed(model, trained, args)
-    common.keep_freed_memory()
+    keep_freed_memory()
     whole = untrained(model, tokens, args, args.seq)
     on_ranks = untrained(model, tokens, args, args.seq, start)
     by_basis = {"untrained": whole, "trained for ranks": on_ranks}
@@ -194,4 +207,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)
