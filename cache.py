@@ -43,7 +43,7 @@ from model import Model, causal_attention, load, wide
 from projection import BUDGETS, LEVELS, SIDES, Projection, check_ranks, uniform_ranks
 from support import cli
 from support.checkpoint import stored_for_rows
-from support.plans import plan_arguments, plan_for
+from support.plans import plan_arguments, plans_for
 
 
 class KVCache:
@@ -501,8 +501,8 @@ def main():
     device, dtype = cli.prepare(args)
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
-    projection, plan = plan_for(args, model)
-    show_layout(KVCache(projection, plan(args.budget), 1, args.tokens, dtype, device))
+    projection, ranks = plans_for(args, model, args.budget)
+    show_layout(KVCache(projection, ranks, 1, args.tokens, dtype, device))
     print(f"Bytes for {args.tokens:,} tokens of this model, the same rank everywhere:\n")
     for budget in BUDGETS:
         numbers = args.tokens * uniform_ranks(budget, model.config).sum()

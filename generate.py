@@ -21,7 +21,7 @@ from cache import KVCache
 from model import Model, generate, load
 from projection import uniform_ranks
 from support import cli
-from support.plans import plan_arguments, plan_for
+from support.plans import plan_arguments, plans_for
 from support.tokenizer import encode_prompt, load_tokenizer, show
 
 
@@ -56,6 +56,8 @@ def options():
         return args
     if args.ranks is None and args.budget is None:
         args.budget = 1.0
+    if args.shrink_to > (args.budget or 1):
+        cli.fail(f"--shrink-to {args.shrink_to}: is above the --budget that the cache begins with")
     args.at = args.at or max(1, args.tokens // 2)
     if args.at >= args.tokens:
         cli.fail(f"--at {args.at}: is not before the last of --tokens {args.tokens}")
@@ -70,9 +72,9 @@ def cache_of(args, model: Model, room: int):
             bits = load_bits(args.bits)
             bits.rounding.p.check_fits(model.config)
             return bits.cache(args.budget or 0.125, 1, room, model.dtype, model.device), None
-    projection, plan = plan_for(args, model)
-    ranks = plan(args.budget)
-    smaller = None if args.shrink_to is None else plan(args.shrink_to)
+    budgets = [args.budget] if args.shrink_to is None else [args.budget, args.shrink_to]
+    projection, ranks, *smaller = plans_for(args, model, *budgets)
+    smaller = smaller[0] if smaller else None
     if smaller is not None and (smaller > ranks).any():
         cli.fail(f"--shrink-to {args.shrink_to}: is above the budget that the cache begins with")
     return KVCache(projection, ranks, 1, room, model.dtype, model.device), smaller

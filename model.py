@@ -338,7 +338,9 @@ def last_logits(model: Model, x: Tensor, recomputed: int = 64) -> Tensor:
         return scores
     best = scores.topk(min(recomputed, scores.shape[-1])).indices
     rows = model.lm_head.weight[best].float()                       # (B, recomputed, hidden)
-    return scores.scatter(1, best, (rows @ x.float()[..., None])[..., 0])
+    exact = (rows @ x.float()[..., None])[..., 0]
+    scores = scores.minimum(exact.amin(-1, keepdim=True))           # none was rounded above them
+    return scores.scatter(1, best, exact)
 
 
 def pick(scores: Tensor, temperature: float) -> Tensor:

@@ -417,7 +417,9 @@ def main():
     report(model, held_out, hooks_of(curves), [b for b in BUDGETS if b <= 0.75], args)
     picture = file.with_suffix(".png")
     with cli.blame("--out"):
-        draw_plan(plan(args.budget), d, [kl for *_, kl in path], uniform_kl, picture)
+        reached = [1 - (n + 1) / (heads * LEVELS) for n in range(len(path))]
+        draw_plan(plan(args.budget), d, {"searched": (reached, [kl for *_, kl in path]),
+                                         "uniform": (uniform_kl, uniform_kl.values())}, picture)
     print(f"Saved {file} and {picture}")
 
 

@@ -33,16 +33,7 @@ from projection import (
     shape_of,
     uniform_ranks,
 )
-from support.cli import (
-    arguments,
-    blame,
-    data_arguments,
-    keep_freed_memory,
-    out_argument,
-    prepare,
-    report_arguments,
-    run_script,
-)
+from support import cli
 from support.data import text_for
 from support.plans import PROJECTIONS
 from train import draw_levels, learnt, train
@@ -134,7 +125,7 @@ def hooks_for(args, model: Model, tokens) -> dict:
     """The hook `project=` for every row and budget of the table: {(row, budget): hook}."""
     config = model.config
     if args.name == "sides":
-        with blame("--out"):
+        with cli.blame("--out"):
             projection = Projection.load(args.out / PROJECTIONS)
             projection.check_fits(config)
         projection = projection.to(model.device)
@@ -150,17 +141,17 @@ def hooks_for(args, model: Model, tokens) -> dict:
 
 
 def main():
-    parser = arguments(__doc__)
+    parser = cli.arguments(__doc__)
     names = ("start", "sides", "fixed", "free", "default")
     parser.add_argument("name", choices=names)
-    data_arguments(parser)
-    out_argument(parser)
-    report_arguments(parser)
+    cli.data_arguments(parser)
+    cli.out_argument(parser)
+    cli.report_arguments(parser)
     training_arguments(parser, steps=200)
     args = parser.parse_args()
-    device, dtype = prepare(args)
-    keep_freed_memory()
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    cli.keep_freed_memory()
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     tokens, held_out = text_for(args, model.config)
     hooks = hooks_for(args, model, tokens)
@@ -172,4 +163,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -22,7 +22,7 @@ from bench.tools import ragged_ranks, ratio, timed
 from cache import KVCache
 from model import Model, load
 from projection import Projection, shape_of
-from support.cli import arguments, blame, prepare, run_script, within
+from support import cli
 
 HEADS, D = 32, 128                              # LLaMA-2-7B's
 LENGTHS = (512, 1024, 2048, 4096)
@@ -93,14 +93,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @torch.inference_mode()
 def main():
-    parser = arguments(__doc__)
-    count = within(1, 10 ** 6)
+    parser = cli.arguments(__doc__)
+    count = cli.within(1, 10 ** 6)
     parser.add_argument("--rounds", type=count, default=5, help="[5]")
     parser.add_argument("--tokens", type=count, default=8192,
                         help="in the cache of the attention step [8192]")
     args = parser.parse_args()
-    device, dtype = prepare(args)
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     time_attention(args.tokens, args.rounds, dtype, device)
     print(f"\nA whole step of {args.ckpt}: tokens/s with the full cache, and time against it\n")
@@ -108,4 +108,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.tools import arguments
-from support.cli import blame
+from support import cli
 
 # Added to a command, by its script or module; where an option is given twice, the last one counts.
 SMALL = {
@@ -102,14 +102,14 @@ def main():
     parser.add_argument("pages", type=Path, nargs="*", default=pages,
                         help="[README.md bits/README.md docs/*.md]")
     args = parser.parse_args()
-    with blame("pages"):
+    with cli.blame("pages"):
         commands = {page: commands_in(page) for page in args.pages}
     went = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "project"
         copy_project(folder)
         for page, of_page in commands.items():
-            print(page, flush=True)
+            print(page.relative_to(ROOT) if page.is_relative_to(ROOT) else page, flush=True)
             for command in of_page:
                 if command in went:
                     print(f"  above    {command}", flush=True)

@@ -40,18 +40,7 @@ from bits.rounding import FULL, GROUP, NewestExact
 from evaluate import describe, measure, recall
 from model import load
 from projection import Projection, plan_at, uniform_ranks
-from support.cli import (
-    arguments,
-    blame,
-    data_arguments,
-    fail,
-    keep_freed_memory,
-    out_argument,
-    passage_arguments,
-    prepare,
-    report_arguments,
-    run_script,
-)
+from support import cli
 from support.data import held_out_passages, text_for
 from support.files import write_json
 from support.pictures import picture, show_bytes
@@ -125,7 +114,7 @@ def candidates(args, config) -> list:
         share = (bits + scales * (1 / GROUP + 1 / d) / 2) / FULL
         rows.append((f"KIVI {bits}", share, partial(by_group, bits=bits)))
 
-    with blame("--out"):
+    with cli.blame("--out"):
         p = Projection.load(args.out / PROJECTIONS)
         p.check_fits(config)
         found = read_ranks(args.out / "ranks.json", config)
@@ -140,7 +129,7 @@ def candidates(args, config) -> list:
         uniform = uniform_ranks(0.25, config)
         rows.append(("uniform ranks 25.0%", 0.25, p.at(uniform)))
     if (args.out / "bits.json").exists():
-        with blame("--out"):
+        with cli.blame("--out"):
             bits = load_bits(args.out / "bits.json")
             bits.rounding.p.check_fits(config)
         for budget in (0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875):
@@ -184,17 +173,17 @@ def draw(rows: list[dict], path: Path) -> None:
 
 @torch.no_grad()
 def main():
-    parser = arguments(__doc__)
-    data_arguments(parser)
-    out_argument(parser)
-    report_arguments(parser)
-    passage_arguments(parser, least=1)
+    parser = cli.arguments(__doc__)
+    cli.data_arguments(parser)
+    cli.out_argument(parser)
+    cli.report_arguments(parser)
+    cli.passage_arguments(parser, least=1)
     args = parser.parse_args()
-    device, dtype = prepare(args)
+    device, dtype = cli.prepare(args)
     if device.type != "cpu" or dtype != torch.float32:
-        fail("bench/equal_bytes.py: rounds in float32 on a CPU")
-    keep_freed_memory()
-    with blame("--ckpt"):
+        cli.fail("bench/equal_bytes.py: rounds in float32 on a CPU")
+    cli.keep_freed_memory()
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     rows = candidates(args, model.config)
     print(describe(args.ckpt, model))
@@ -215,11 +204,11 @@ def main():
             shown += f" | {result['kl']:8.5f}   {result['same']:6.1%}   {result['recall']:6.1%}"
         print(f"  {share:6.1%}   {name:24s}{shown}", flush=True)
         found.append({"name": name, "bytes": share} | results)
-    with blame("--out"):
+    with cli.blame("--out"):
         write_json(args.out / "equal_bytes.json", {"rows": found}, indent=1)
         draw(found, args.out / "equal_bytes.png")
     print(f"Saved {args.out / 'equal_bytes.json'} and .png")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -24,7 +24,7 @@ from bench.tools import ragged_ranks, ratio, timed
 from cache import KVCache
 from model import Model, generate, load
 from projection import Projection, shape_of
-from support.cli import arguments, blame, fail, prepare, run_script, within
+from support import cli
 from support.data import encode, python_documents
 from support.tokenizer import load_tokenizer
 
@@ -38,7 +38,7 @@ def their_model(path: Path, model: Model):
     try:
         import transformers
     except ImportError:
-        fail("bench/generate.py: transformers is not installed; pip install transformers")
+        cli.fail("bench/generate.py: transformers is not installed; pip install transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
@@ -73,12 +73,12 @@ def their_generation(theirs, prompt: list[int]):
 
 
 def main():
-    parser = arguments(__doc__)
-    count = within(1, 10 ** 6)
+    parser = cli.arguments(__doc__)
+    count = cli.within(1, 10 ** 6)
     parser.add_argument("--rounds", type=count, default=5, help="[5]")
     args = parser.parse_args()
-    device, dtype = prepare(args)
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    with cli.blame("--ckpt"):
         model, tokenizer = load(args.ckpt, device, dtype), load_tokenizer(args.ckpt)
     theirs = their_model(args.ckpt, model)
     model.config = replace(model.config, eos_token_id=())
@@ -102,4 +102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.tools import arguments
 from projection import LEVELS
-from support.cli import blame
+from support import cli
 from support.pictures import picture
 
 # Cells that are kept of every head: keys, values. The last two have the same total.
@@ -73,7 +73,7 @@ def main():
                         help="[figures/idea.png]")
     args = parser.parse_args()
     columns = len(PANELS)
-    with blame("--out"), picture(args.out, columns, 11, 3.4) as axes:
+    with cli.blame("--out"), picture(args.out, columns, 11, 3.4) as axes:
         for axis, title in zip(axes, PANELS, strict=True):
             draw_panel(axis, title, PANELS[title])
         axes[0].set_ylabel("coordinates kept,\nmost important first  →", fontsize=12)

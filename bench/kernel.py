@@ -29,14 +29,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.tools import in_fresh_process, ragged_ranks
-from support.cli import arguments, blame, fail, prepare, run_script, within
+from support import cli
 from support.pictures import picture
 
 os.environ["TRITON_INTERPRET"] = "0"        # nothing compiles in an interpreted process
 try:
     import kernel
 except ImportError as error:
-    fail(f"bench/kernel.py: {error}")
+    cli.fail(f"bench/kernel.py: {error}")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -234,7 +234,7 @@ def time_all(dtype, device, path: Path) -> None:
 
 
 def draw(ratios: dict, path: Path) -> None:
-    with blame("--out"), picture(path, 2, sharey=True) as axes:
+    with cli.blame("--out"), picture(path, 2, sharey=True) as axes:
         for axis, name in zip(axes, LAYERS, strict=True):
             for budget in BUDGETS:
                 values = [ratios[name, length][budget] for length in LENGTHS]
@@ -248,13 +248,13 @@ def draw(ratios: dict, path: Path) -> None:
 
 
 def main():
-    parser = arguments(__doc__)
-    parser.add_argument("--capability", type=within(10, 999), action="append",
+    parser = cli.arguments(__doc__)
+    parser.add_argument("--capability", type=cli.within(10, 999), action="append",
                         help=f"compile for GPUs of this one {list(GPUS)}")
     parser.add_argument("--out", type=Path, default=Path("kernel.png"),
                         help="where the picture of the timings goes [kernel.png]")
     args = parser.parse_args()
-    device, dtype = prepare(args)
+    device, dtype = cli.prepare(args)
     print(f"Compiled by Triton {triton.__version__}:\n")
     for capability in args.capability or GPUS:
         print(*report(capability), sep="\n", flush=True)
@@ -262,10 +262,10 @@ def main():
         print("\nNothing was timed: that takes a GPU.")
         return
     if dtype.itemsize > 4:
-        fail("--dtype float64: the kernel computes in float32")
+        cli.fail("--dtype float64: the kernel computes in float32")
     with torch.cuda.device(device):
         time_all(dtype, device, args.out)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

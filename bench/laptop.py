@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import train
 from bench.memory import make_checkpoint
 from bench.tools import arguments, in_fresh_process, need_linux, peak
-from support.cli import run_script, within
+from support import cli
 
 SMOLLM2_135M = {
     "model_type": "llama",
@@ -69,11 +69,11 @@ def watched_training(options: list[str]) -> dict:
 
 def main():
     parser = arguments(__doc__)
-    count = within(8, 10 ** 6)
+    count = cli.within(8, 10 ** 6)
     parser.add_argument("--steps", type=count, default=12, help="at least 8 [12]")
     parser.add_argument("--windows", type=count, default=8, help="of the report, as train.py's [8]")
-    parser.add_argument("--batch", type=within(1, 10 ** 5), default=8, help="[8]")
-    parser.add_argument("--seq", type=within(2, 10 ** 6), default=256, help="[256]")
+    parser.add_argument("--batch", type=cli.within(1, 10 ** 5), default=8, help="[8]")
+    parser.add_argument("--seq", type=cli.within(2, 10 ** 6), default=256, help="[256]")
     args = parser.parse_args()
     need_linux()
     with tempfile.TemporaryDirectory() as name:
@@ -103,4 +103,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

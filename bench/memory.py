@@ -29,8 +29,8 @@ import train
 from bench.tools import arguments, in_fresh_process, need_linux, peak
 from model import Model, load
 from projection import calibrate
+from support import cli
 from support.checkpoint import read_config
-from support.cli import run_script, within
 from support.training import peak_memory
 
 LLAMA_2_7B = {
@@ -175,7 +175,7 @@ def measure_loading(folder: Path, layers: int) -> None:
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--table", action="store_true", help="the prediction alone")
-    parser.add_argument("--layers", type=within(1, 32), default=32,
+    parser.add_argument("--layers", type=cli.within(1, 32), default=32,
                         help="of the model that is loaded [32]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -190,4 +190,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -26,16 +26,7 @@ sys.path.insert(0, str(ROOT))
 from model import load
 from projection import LEVELS, Projection, plan_at
 from search import Cost, lazy, rounding_noise
-from support.cli import (
-    arguments,
-    blame,
-    data_arguments,
-    keep_freed_memory,
-    out_argument,
-    prepare,
-    run_script,
-    within,
-)
+from support import cli
 from support.data import random_windows, text_for
 from support.plans import PROJECTIONS
 from support.progress import Progress
@@ -93,16 +84,16 @@ def order_of_lowerings(cost: Cost, count: int) -> Tensor:
 
 @torch.no_grad()
 def main():
-    parser = arguments(__doc__)
-    data_arguments(parser)
-    out_argument(parser)
-    parser.add_argument("--windows", type=within(1, 64), default=4, help="of 256 tokens [4]")
+    parser = cli.arguments(__doc__)
+    cli.data_arguments(parser)
+    cli.out_argument(parser)
+    parser.add_argument("--windows", type=cli.within(1, 64), default=4, help="of 256 tokens [4]")
     args = parser.parse_args()
-    prepare(args)
-    keep_freed_memory()
+    cli.prepare(args)
+    cli.keep_freed_memory()
     args.seq = 256
     exact, low = load(args.ckpt), load(args.ckpt, dtype=torch.bfloat16)
-    with blame("--out"):
+    with cli.blame("--out"):
         projection = Projection.load(args.out / PROJECTIONS)
     tokens, _ = text_for(args, exact.config)
     generator = torch.Generator().manual_seed(args.seed)
@@ -129,4 +120,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -15,17 +15,7 @@ sys.path.insert(0, str(ROOT))
 from bits import load_bits
 from evaluate import curves_in, describe, hooks_of, recall
 from model import load
-from support.cli import (
-    arguments,
-    blame,
-    data_arguments,
-    keep_freed_memory,
-    out_argument,
-    passage_arguments,
-    prepare,
-    run_script,
-    within,
-)
+from support import cli
 from support.data import held_out_passages, text_for
 from support.pictures import CURVES, whole_recall
 
@@ -33,20 +23,20 @@ LENGTHS = (32, 64, 128, 240)
 
 
 def main():
-    parser = arguments(__doc__)
-    data_arguments(parser)
-    out_argument(parser)
-    passage_arguments(parser, least=1)
-    parser.add_argument("--budget", type=within(0.125, 1.0), default=0.25,
+    parser = cli.arguments(__doc__)
+    cli.data_arguments(parser)
+    cli.out_argument(parser)
+    cli.passage_arguments(parser, least=1)
+    parser.add_argument("--budget", type=cli.within(0.125, 1.0), default=0.25,
                         help="share of the cache that is kept [0.25]")
     args = parser.parse_args()
     args.seq = 1
-    device, dtype = prepare(args)
-    keep_freed_memory()
-    with blame("--ckpt"):
+    device, dtype = cli.prepare(args)
+    cli.keep_freed_memory()
+    with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     config = model.config
-    with blame("--out"):
+    with cli.blame("--out"):
         curves = hooks_of(curves_in(args.out, model))
         hooks = {CURVES[name][1]: hook(args.budget) for name, hook in curves.items()}
         if (args.out / "bits.json").exists():
@@ -68,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -17,7 +17,7 @@ from bench.tools import in_fresh_process, need_linux, resident
 from cache import KVCache
 from model import load
 from projection import Projection, shape_of, uniform_ranks
-from support.cli import arguments, blame, run_script, within
+from support import cli
 
 
 def fill(ckpt: Path, budget: float, tokens: int, smaller: float | None) -> tuple[int, int]:
@@ -41,12 +41,12 @@ def fill(ckpt: Path, budget: float, tokens: int, smaller: float | None) -> tuple
 
 
 def main():
-    parser = arguments(__doc__)
-    parser.add_argument("--tokens", type=within(1, 10 ** 7), default=65536,
+    parser = cli.arguments(__doc__)
+    parser.add_argument("--tokens", type=cli.within(1, 10 ** 7), default=65536,
                         help="that the cache holds [65536]")
     args = parser.parse_args()
     need_linux()
-    with blame("--ckpt"):
+    with cli.blame("--ckpt"):
         load(args.ckpt)
     print(f"{args.tokens:,} tokens, float32, on the CPU\n")
     print("           budget   bytes of cache.data   growth of the resident set   ratio")
@@ -57,4 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.tools import arguments
-from support.cli import blame
+from support import cli
 from support.files import read_json
 from support.pictures import picture
 
@@ -55,18 +55,18 @@ def read_curves(folders: dict[str, Path]) -> list:
     """Every entry of CURVES with its KL by budget."""
     reports = {}
     for key, folder in folders.items():
-        with blame(f"--{key}"):
+        with cli.blame(f"--{key}"):
             reports[key] = read_json(folder / "evaluation.json")
     curves = []
     for curve in CURVES:
         key, name, *_ = curve
-        with blame(f"--{key or 'uniform'}"):
+        with cli.blame(f"--{key or 'uniform'}"):
             curves.append((curve, find_curve(reports, key, name)))
     return curves
 
 
 def draw(curves, path: Path) -> None:
-    with blame("--out"), picture(path, width=8, height=5) as axis:
+    with cli.blame("--out"), picture(path, width=8, height=5) as axis:
         for (_, _, label, color, marker, line), kl in curves:
             style = {"color": color, "marker": marker, "label": label}
             axis.plot(kl.keys(), kl.values(), line, **style)

@@ -33,18 +33,7 @@ from cache import KVCache
 from evaluate import describe, measure
 from model import load, log_probabilities
 from projection import Projection, calibrate, output_weights, query_aware, uniform_ranks
-from support.cli import (
-    arguments,
-    blame,
-    data_arguments,
-    fail,
-    keep_freed_memory,
-    out_argument,
-    prepare,
-    report_arguments,
-    run_script,
-    within,
-)
+from support import cli
 from support.data import encode, even_windows, python_documents, text_for
 from support.plans import PROJECTIONS
 from support.tokenizer import load_tokenizer
@@ -173,21 +162,21 @@ def memory(model, trained, tokens: int = 65536) -> None:
 
 @torch.no_grad()
 def main():
-    parser = arguments(__doc__)
-    data_arguments(parser)
-    out_argument(parser)
-    report_arguments(parser, batch=4, seq=512)
-    count = within(1, 10 ** 6)
+    parser = cli.arguments(__doc__)
+    cli.data_arguments(parser)
+    cli.out_argument(parser)
+    cli.report_arguments(parser, batch=4, seq=512)
+    count = cli.within(1, 10 ** 6)
     parser.add_argument("--length", type=count, default=4096, help="[4096]")
     parser.add_argument("--runs", type=count, default=5, help="[5]")
     args = parser.parse_args()
     if args.seq % 4 or args.seq // 4 <= GROUP:
-        fail(f"--seq {args.seq}: its quarters are to be longer than the {GROUP} newest tokens, which "
-             "are exact")
-    prepare(args)
-    with blame("--ckpt"):
+        cli.fail(f"--seq {args.seq}: is to be four quarters, each longer than the newest {GROUP} "
+                 "tokens, which are exact")
+    cli.prepare(args)
+    with cli.blame("--ckpt"):
         model = load(args.ckpt)
-    with blame("--out"):
+    with cli.blame("--out"):
         trained = load_bits(args.out / "bits.json")
         start = Projection.load(args.out / PROJECTIONS)
         start.check_fits(model.config)
@@ -195,7 +184,7 @@ def main():
     tokens, held_out = text_for(args, model.config)
     memory(model, trained)
     speed(model, trained, args)
-    keep_freed_memory()
+    cli.keep_freed_memory()
     whole = untrained(model, tokens, args, args.seq)
     on_ranks = untrained(model, tokens, args, args.seq, start)
     by_basis = {"untrained": whole, "trained for ranks": on_ranks}
@@ -207,4 +196,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.tools import arguments
-from support.cli import run_script, within
+from support import cli
 from support.data import encode, text_pieces
 from support.tokenizer import load_tokenizer, with_beginning
 
@@ -119,7 +119,7 @@ def ids_of_transformers(folder: Path, lines: list[str]) -> list[list[int]]:
 
 def main():
     parser = arguments(__doc__)
-    parser.add_argument("--lines", type=within(1, 10 ** 6), default=2000, help="[2000]")
+    parser.add_argument("--lines", type=cli.within(1, 10 ** 6), default=2000, help="[2000]")
     args = parser.parse_args()
     lines = mixed_lines(args.lines)
     with tempfile.TemporaryDirectory() as name:
@@ -146,4 +146,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model import Model, wide
 from projection import LEVELS, Projection, calibrate, output_weights, query_aware
-from support.cli import fail, within
+from support import cli
 from support.training import TrainingState, linux_says
 from train import Recipe
 
@@ -20,7 +20,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     """A parser with a script's docstring as its help, for scripts that run no model."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = fail
+    parser.error = cli.fail
     return parser
 
 
@@ -42,9 +42,9 @@ def ragged_ranks(L: int, K: int, d: int, budget: float) -> Tensor:
 # Training as train.py --uniform does, without what it saves and reports
 
 def training_arguments(parser, steps: int) -> None:
-    count = within(1, 10 ** 7)
+    count = cli.within(1, 10 ** 7)
     parser.add_argument("--steps", type=count, default=steps, help=f"[{steps}]")
-    parser.add_argument("--lr", type=within(0.0, 1e6), help="[0.5 / head_dim]")
+    parser.add_argument("--lr", type=cli.within(0.0, 1e6), help="[0.5 / head_dim]")
 
 
 def recipe_of(args, config, **more) -> Recipe:
@@ -129,4 +129,4 @@ def peak() -> int:
 
 def need_linux() -> None:
     if not resident():
-        fail("memory is read from /proc/self/status, which only Linux has")
+        cli.fail("memory is read from /proc/self/status, which only Linux has")

@@ -32,8 +32,8 @@ from bench.tools import (
 )
 from model import Model, load
 from projection import Rotation
+from support import cli
 from support.checkpoint import read_config
-from support.cli import arguments, blame, data_arguments, fail, run_script, within
 from support.data import text_for
 from support.training import peak_memory, prepare_training
 from train import draw_levels, train
@@ -76,30 +76,30 @@ def seconds_per_step(args, model: Model, tokens) -> list[float]:
 
 
 def options():
-    parser = arguments(__doc__)
-    data_arguments(parser)
-    parser.add_argument("--batch", type=within(1, 10 ** 5), default=8,
+    parser = cli.arguments(__doc__)
+    cli.data_arguments(parser)
+    parser.add_argument("--batch", type=cli.within(1, 10 ** 5), default=8,
                         help="sequences of a step [8]")
-    parser.add_argument("--seq", type=within(2, 10 ** 6), default=256,
+    parser.add_argument("--seq", type=cli.within(2, 10 ** 6), default=256,
                         help="tokens of each [256]")
     training_arguments(parser, steps=20)
     parser.add_argument("--amp", action="store_true", help="as for train.py")
     args = parser.parse_args()
     args.checkpoint = None                  # decided by the memory there is, as in train.py
     if args.steps <= WARM_UP:
-        fail(f"--steps {args.steps}: the first {WARM_UP} warm up; take more")
+        cli.fail(f"--steps {args.steps}: the first {WARM_UP} warm up; take more")
     return args
 
 
 def main():
     args = options()
-    with blame("--ckpt"):
+    with cli.blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
     with tempfile.TemporaryDirectory() as folder:
         args.out = Path(folder)             # for the ids of a .txt or .jsonl
         need = partial(peak_memory, config, args.batch, args.seq)
         device, dtype = prepare_training(args, config, need)
-        with blame("--ckpt"):
+        with cli.blame("--ckpt"):
             model = load(args.ckpt, device, dtype)
         tokens, _ = text_for(args, config)
         seconds = seconds_per_step(args, model, tokens)
@@ -118,4 +118,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from projection import LEVELS, SIDES
 from support.files import written_whole
 
 CURVES = {      # name in files: heading in tables, label and style in pictures
@@ -67,21 +66,20 @@ def draw_report(base: dict, rows: list[dict], path: Path) -> None:
             axis.legend()
 
 
-def draw_plan(ranks: Tensor, d: int, searched_kl: list, uniform_kl: dict, path: Path) -> None:
-    """A plan (2, L, K) as two heat maps; the KL after each lowering, against uniform ranks."""
+def draw_plan(ranks: Tensor, d: int, curves: dict, path: Path) -> None:
+    """A plan (2, L, K) as two heat maps; KL against the budget, {label: (budgets, KLs)}."""
     _, L, K = ranks.shape
     with picture(path, 3, width=13, width_ratios=[1, 1, 1.5]) as (keys, values, curve):
-        for side, axis in enumerate((keys, values)):
-            image = axis.imshow(ranks[side].numpy(), vmin=0, vmax=d, aspect="auto", cmap="viridis")
-            share = ranks[side].sum() / ranks.sum()
-            axis.set(title=f"{SIDES[side]}: {share:.0%} of the cache", ylabel="layer",
+        for name, of_side, axis in zip(("keys", "values"), ranks, (keys, values), strict=True):
+            image = axis.imshow(of_side.numpy(), vmin=0, vmax=d, aspect="auto", cmap="viridis")
+            share = of_side.sum() / ranks.sum()
+            axis.set(title=f"{name}: {share:.0%} of the cache", ylabel="layer",
                      xlabel="key-value head", xticks=range(0, K, max(1, K // 8)),
                      yticks=range(0, L, max(1, L // 8)))
         values.figure.colorbar(image, ax=values, label="rank")
-        one = 100 / (ranks.numel() * LEVELS)
-        sizes = [100 - one * (n + 1) for n in range(len(searched_kl))]
-        curve.plot(sizes, searched_kl, label="searched")
-        curve.plot([100 * b for b in uniform_kl], uniform_kl.values(), marker="o", label="uniform")
+        for label, (budgets, kl) in curves.items():
+            marker = "o" if len(budgets) < 10 else None
+            curve.plot([100 * budget for budget in budgets], kl, marker=marker, label=label)
         curve.set(yscale="log", ylim=(1e-5, None), xlabel="size of the KV cache, % of full",
                   ylabel="KL on the calibration text, nats per token")
         curve.invert_xaxis()

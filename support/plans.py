@@ -90,8 +90,11 @@ def order_in(file: Path, projection: Projection, config) -> Tensor | None:
         print(f"{file}: was searched for other projections, and is not used", file=sys.stderr)
         return None
     if found.projections is None:
-        print(f"{file}: does not say for which projections; taken to be for these", file=sys.stderr)
+        print(f"{file}: {UNSAID}", file=sys.stderr)
     return found.order
+
+
+UNSAID = "does not say for which projections; taken to be for these"
 
 
 # ------------------------------------------------------------------------------
@@ -105,28 +108,27 @@ def plan_arguments(parser, lowest: float = 0.125) -> None:
         "--ranks, or beside --proj, or without one by uniform ranks [that of --ranks]")
 
 
-def plan_for(args, model: Model):
-    """The projections asked for, and a function from a budget (or None) to a plan.
+def plans_for(args, model: Model, *budgets: float | None):
+    """The projections asked for, and a plan for each of these budgets; None: that of --ranks.
 
-    With neither --ranks nor --budget: identity, and full ranks. A line says where an order is from.
+    With neither --ranks nor --budget: identity, and full ranks. A line says where plans are from.
     """
     config = model.config
     if args.ranks is None and args.budget is None:
-        return Projection.identity(config).to(model.device), lambda _: uniform_ranks(1.0, config)
+        return Projection.identity(config).to(model.device), *[uniform_ranks(1.0, config)
+                                                               for _ in budgets]
     proj = args.proj or (args.ranks or Path("out", PROJECTIONS)).parent / PROJECTIONS
     with blame("--proj"):
         projection = Projection.load(proj)
         projection.check_fits(config)
-    own = None                                          # the plan without a budget
+    said, own = "", None                                # own: the plan without a budget
     if args.ranks is not None:
         with blame("--ranks"):
-            found = read_ranks(args.ranks, config)
+            where, found = args.ranks, read_ranks(args.ranks, config)
         if not found.fits(projection):
-            fail(f"--ranks: {args.ranks}: was searched for other projections than {proj}")
-        if found.projections is None:
-            print(f"{args.ranks}: does not say for which projections; taken to be for {proj}",
-                  file=sys.stderr)
-        order, own, where = found.order, found.ranks, args.ranks
+            fail(f"--ranks: {where}: was searched for other projections than {proj}")
+        order, own = found.order, found.ranks
+        said = f", which {UNSAID}" if found.projections is None else ""
     else:
         with blame("--proj"):
             where = proj.with_name("ranks.json")
@@ -134,15 +136,17 @@ def plan_for(args, model: Model):
             if order is None:
                 where = proj.with_name("train.json")
                 order = trained_order(proj, config)
-    kind = "the same rank everywhere" if order is None else f"along the order in {where}"
-    print(f"Ranks: {kind}", file=sys.stderr)
-
-    def plan(budget: float | None) -> Tensor:
+    plans = []
+    for budget in budgets:
         if budget is None:
-            return own
-        if order is None:
-            return uniform_ranks(budget, config)
-        with blame("--budget"):
-            return plan_at(order, config, budget)
-
-    return projection.to(model.device), plan
+            plans.append(own)
+        elif order is None:
+            plans.append(uniform_ranks(budget, config))
+        else:
+            try:
+                plans.append(plan_at(order, config, budget))
+            except ValueError as error:
+                fail(f"{'--ranks' if args.ranks else '--budget'}: {where}: {error}")
+    kind = "the same rank everywhere" if order is None else f"along the order in {where}{said}"
+    print(f"Ranks: {kind}", file=sys.stderr)
+    return projection.to(model.device), *plans

@@ -120,7 +120,7 @@ def script(*arguments) -> subprocess.CompletedProcess:
 
 
 def call(name: str, *arguments) -> None:
-    """The main of a script, in this process: `call("train", "--steps", 3)`, `call("bits.train")`."""
+    """The main of a script, in this process: `call("train", "--steps", 3)`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         importlib.import_module(name).main()

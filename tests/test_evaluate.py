@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from conftest import (
     CKPT,
     DEMO,
+    ROOT,
     call,
     mean_kl,
     random_projection,
     random_ranks,
     random_start,
+    shape,
     small,
 )
-from test_support import VALUES_FIRST, write_ranks
 
 from cache import KVCache
 from evaluate import (
@@ -34,11 +35,13 @@ from evaluate import (
     print_table,
     read_questions,
     recall,
+    tokens_of,
 )
 from projection import Projection, uniform_ranks
 from support.data import windows
 from support.pictures import whole_recall
 from support.plans import PROJECTIONS
+from support.tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------
 # On held-out text
@@ -132,6 +135,25 @@ def test_the_report_of_a_training_can_be_made_again(trained, tmp_path):
     rows = [{name: row[name] for name in kept} for row in before["budgets"]]
     assert again == {"base": before["base"], "budgets": rows}
     assert (out / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+
+
+VALUES_FIRST = 9 / 16       # budget where an order that lowers all values first has done so
+
+
+def write_ranks(file, model, projection=None, rounds=7) -> None:
+    """A file of search.py that lowers values first, for these projections, or says not for which.
+
+    Its own plan is the full one. rounds: eighths that each rank loses, of the values and of the
+    keys.
+    """
+    L, K, d = shape(model)
+    path = [[side, layer, head, 0.1] for side in ("values", "keys") for _ in range(rounds)
+            for layer in range(L) for head in range(K)]
+    full = [[d] * K] * L
+    said = {"head_dim": d, "keys": full, "values": full, "path": path}
+    if projection is not None:
+        said["projections"] = projection.hash()
+    file.write_text(json.dumps(said))
 
 
 @pytest.fixture
@@ -282,7 +304,7 @@ def test_scores_are_those_of_whole_sequences(demo, plan):
         ranks = uniform_ranks({"uniform": 0.5, "full": 1.0}[plan], model.config)
     cache = KVCache(p, ranks, 1, 40)
     for question in QUESTIONS:
-        scores = choice_scores(model, tokenizer, question, cache)
+        scores = choice_scores(model, *tokens_of(tokenizer, question), cache)
         expected = by_whole_sequences(model, tokenizer, question, p.at(ranks))
         assert (scores - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
 
@@ -297,10 +319,31 @@ def test_the_largest_score_answers_and_the_first_of_equals(demo):
         for i, x in enumerate((scores, scores / lengths)):
             right[i] += max(range(len(x)), key=x.__getitem__) == question["label"]
     unturned = Projection.identity(model.config), uniform_ranks(1.0, model.config)
-    got = answer(model, tokenizer, QUESTIONS, *unturned)
+    tokens = [tokens_of(tokenizer, question) for question in QUESTIONS]
+    got = answer(model, QUESTIONS, tokens, *unturned)
     assert got == pytest.approx(
         {"accuracy": right[0] / 7, "accuracy_by_character": right[1] / 7})
-    assert answer(model, tokenizer, [TIE], *unturned)["accuracy"] == 1
+    assert answer(model, [TIE], [tokens_of(tokenizer, TIE)], *unturned)["accuracy"] == 1
+
+
+def test_a_question_that_nothing_goes_before_is_refused():
+    """A first token has no probability where no beginning of sequence stands before it."""
+    tokenizer = load_tokenizer(ROOT / "tests" / "tokenizers" / "qwen2")
+    with pytest.raises(ValueError, match="nothing goes before 'ab'"):
+        tokens_of(tokenizer, question("", "ab", "cd", label=0))
+    wholes, shared, begin = tokens_of(tokenizer, question("x ", "ab", "cd", label=0))
+    assert shared == begin == 1
+    assert {whole[0] for whole in wholes} == set(tokenizer.encode("x"))
+
+
+def test_questions_are_read_before_anything_is_computed(folder, refusal, monkeypatch):
+    monkeypatch.setattr("evaluate.load", None)
+    path, *_ = folder
+    file = path / "q.jsonl"
+    file.write_text(json.dumps(QUESTIONS[0]))
+    line = refusal("evaluate", "--ckpt", CKPT, "--tasks", file, "--out", path)
+    assert line.startswith("--tasks: ")
+    assert "tokenizer.model" in line
 
 
 def test_empty_lines_between_questions_are_skipped(tmp_path):

@@ -1,115 +1,13 @@
-"""Which plan options ask for; and what a training will take, said from its first steps."""
-import json
+"""What a training will take is said from its first steps."""
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_projection, shape
 
-from projection import Projection, uniform_ranks
-from support.plans import PROJECTIONS, plan_for
 from support.training import Forecast
 
 CPU = torch.device("cpu")
-
-# ------------------------------------------------------------------------------
-# Plans
-
-VALUES_FIRST = 9 / 16       # budget where an order that lowers all values first has done so
-
-
-def write_ranks(file, model, projection=None, rounds=7) -> None:
-    """A file of search.py that lowers values first, for these projections, or says not for which.
-
-    Its own plan is the full one. rounds: eighths that each rank loses, of the values and of the
-    keys.
-    """
-    L, K, d = shape(model)
-    path = [[side, layer, head, 0.1] for side in ("values", "keys") for _ in range(rounds)
-            for layer in range(L) for head in range(K)]
-    full = [[d] * K] * L
-    said = {"head_dim": d, "keys": full, "values": full, "path": path}
-    if projection is not None:
-        said["projections"] = projection.hash()
-    file.write_text(json.dumps(said))
-
-
-@pytest.fixture
-def planned(model, tmp_path):
-    """`planned(**options)`: the projections and the plan for a budget; they lie in tmp_path."""
-    made = random_projection(model)
-    made.save(tmp_path / PROJECTIONS)
-
-    def asked(**options):
-        return plan_for(SimpleNamespace(**{"proj": None, "ranks": None, "budget": None} | options),
-                        model)
-
-    asked.projection = made
-    return asked
-
-
-def test_without_options_the_plan_is_the_full_one_of_nothing_turned(planned, model):
-    projection, plan = planned()
-    assert projection.hash() == Projection.identity(model.config).hash()
-    assert torch.equal(plan(None), uniform_ranks(1.0, model.config))
-
-
-def test_a_file_of_ranks_finds_the_projections_beside_it(planned, model, tmp_path, capsys):
-    write_ranks(tmp_path / "some.json", model, planned.projection)
-    projection, plan = planned(ranks=tmp_path / "some.json")
-    assert projection.hash() == planned.projection.hash()
-    assert torch.equal(plan(None), uniform_ranks(1.0, model.config))
-    keys, values = plan(VALUES_FIRST)
-    assert (keys == 16).all()
-    assert (values == 2).all()
-    assert capsys.readouterr().err == f"Ranks: along the order in {tmp_path / 'some.json'}\n"
-
-
-def test_ranks_of_other_projections_are_refused(planned, model, tmp_path, capsys):
-    write_ranks(tmp_path / "some.json", model, random_projection(model))
-    with pytest.raises(SystemExit) as left:
-        planned(ranks=tmp_path / "some.json", proj=tmp_path / PROJECTIONS)
-    assert left.value.code == 2
-    line, = capsys.readouterr().err.splitlines()
-    assert line.startswith("--ranks: ")
-    assert "some.json: was searched for other projections" in line
-
-
-def test_ranks_that_name_no_projections_are_taken_with_a_line(planned, model, tmp_path, capsys):
-    write_ranks(tmp_path / "some.json", model)
-    _, plan = planned(ranks=tmp_path / "some.json")
-    assert (plan(VALUES_FIRST)[0] == 16).all()
-    line, where = capsys.readouterr().err.splitlines()
-    assert "some.json: does not say for which projections" in line
-    assert where.startswith("Ranks: along the order in ")
-
-
-@pytest.mark.parametrize("beside, where, said", [
-    ("nothing", None, 0), ("train.json", "train.json", 0), ("own", "ranks.json", 0),
-    ("nameless", "ranks.json", 1), ("other", "train.json", 1)])
-def test_a_budget_alone_goes_along_the_order_beside_the_projections(
-        planned, model, tmp_path, capsys, beside, where, said):
-    """That of a search goes before that of the training, if it was for these projections."""
-    places = 2 * shape(model)[0] * shape(model)[1]
-    if beside != "nothing":                             # keys first
-        (tmp_path / "train.json").write_text(json.dumps({"order": sorted([*range(places)] * 7)}))
-    if beside in ("own", "nameless", "other"):
-        hashed = {"own": planned.projection, "other": random_projection(model), "nameless": None}
-        write_ranks(tmp_path / "ranks.json", model, hashed[beside])
-    _, plan = planned(proj=tmp_path / PROJECTIONS, budget=VALUES_FIRST)
-    keys, values = plan(VALUES_FIRST)
-    expected = {"ranks.json": (16, 2), "train.json": (2, 16), None: (8, 8)}[where]
-    assert (keys == expected[0]).all()
-    assert (values == expected[1]).all()
-    *lines, last = capsys.readouterr().err.splitlines()
-    assert last == ("Ranks: the same rank everywhere" if where is None else
-                    f"Ranks: along the order in {tmp_path / where}")
-    assert len(lines) == said
-
-
-# ------------------------------------------------------------------------------
-# Time
 
 
 @pytest.fixture
