@@ -11,10 +11,13 @@ One layer, for a token's state x (a row), in the order in which data meets it:
 What this project compresses is k (after RoPE) and v, the two things that a model keeps of every
 past token. So `forward` has three hooks on that spot, and knows nothing else of compression:
 
-    project(layer, k, v) -> (k̂, v̂)     replaces them by their projections (projection.py)
-    observe(layer, q, k, v)             is shown them (calibration)
+    project(layer, k, v, turn)          replaces them: gives k̂ (after RoPE) and v̂ (projection.py)
+    observe(layer, k, v, turn)          is shown them (calibration)
     cache                               keeps them in few coordinates, and attends to what it keeps
                                         by weights of its own (cache.py)
+
+The first two are shown keys before RoPE, and turn(k), which is RoPE: a mean of the keys is one
+vector before it and a curve behind it.
 
 Letters: B batch, T tokens, L layers, H query heads, K key-value heads, G = H / K (grouped-query
 attention), d = head_dim. The weights are frozen: this project trains rotations around them.
@@ -124,13 +127,18 @@ class Model(nn.Module):
         """
         return linear(self.norm(self.hidden(tokens, project, observe, cache)), self.lm_head)
 
-    def hidden(self, tokens: Tensor, project=None, observe=None, cache=None, recompute=False):
+    def hidden(self, tokens: Tensor, project=None, observe=None, cache=None, start=0,
+               recompute=False):
         """The states (B, T, hidden) that leave the last layer, before the final norm.
+
+        start: the position of each sequence's first token, one for all or (B,); with a cache, its
+        length. Attention is relative: the states are the same wherever a sequence begins, and only
+        the keys lie elsewhere.
 
         With `recompute` a layer's inner states are made again in the backward pass (activation
         checkpointing): one more forward pass, for one layer's memory instead of all layers'.
         """
-        T, start = tokens.shape[1], 0
+        T = tokens.shape[1]
         if cache is not None:
             cache.before_pass(self, *tokens.shape)
             start = cache.length
@@ -163,11 +171,14 @@ class Model(nn.Module):
         v = self.split_heads(linear(h, weights.v_proj))
         if weights.q_norm is not None:
             q, k = weights.q_norm(q), weights.k_norm(k)
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+
+        def turn(x: Tensor) -> Tensor:
+            return rotate(x, *cos_sin)
+
         if observe is not None:
-            observe(i, q, k, v)
-        if project is not None:
-            k, v = project(i, k, v)
+            observe(i, k, v, turn)
+        q = turn(q)
+        k, v = (turn(k), v) if project is None else project(i, k, v, turn)
         attention = getattr(project, "attention", causal_attention)         # bits/ has its own
         a = attention(q, k, v, c.sliding_window)                    # (B, H, T, d)
         return linear(a.transpose(1, 2).flatten(2), weights.o_proj)
@@ -221,12 +232,18 @@ class Rope:
         self.config = config
         self.cos = self.sin = None                                  # (positions, d)
 
-    def rows(self, start: int, T: int, dtype, device) -> tuple[Tensor, Tensor]:
-        """What `rotate` takes for positions start … start + T − 1: two of (T, d)."""
-        end = start + T
+    def rows(self, start: int | Tensor, T: int, dtype, device) -> tuple[Tensor, Tensor]:
+        """What `rotate` takes for positions start … start + T − 1: two of (T, d).
+
+        Of (B, 1, T, d) where every sequence has a start of its own, (B,) on the CPU.
+        """
+        end = int(start.max() if isinstance(start, Tensor) else start) + T
         there = self.cos
         if there is None or end > len(there) or (there.dtype, there.device) != (dtype, device):
             self.grow(max(512, 2 ** (end - 1).bit_length()), dtype, device)
+        if isinstance(start, Tensor):
+            positions = (start[:, None] + torch.arange(T)).to(device)
+            return self.cos[positions][:, None], self.sin[positions][:, None]
         return self.cos[start:end], self.sin[start:end]
 
     @torch.inference_mode(False)    # the table outlives a generation, and training may use it next

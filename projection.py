@@ -8,8 +8,7 @@ the first r columns U_r count. With P = U_r U_rᵀ, and vectors as rows,
     v̂ = v P + μ (I − P)         cached as v U_r; the rest of v is replaced by its mean
 
 and q · k̂ = (q U_r) · (k U_r). One U serves every rank like nested dolls, Matryoshka: a smaller
-rank uses a prefix of the same columns. Keys are projected after RoPE, and need no mean m: it would
-add one and the same number, q · m(I − P), to all scores of a query, which softmax does not see.
+rank uses a prefix of the same columns. Keys are projected after RoPE.
 
 The matrices start as a PCA, eigenvectors of covariances over a calibration text; training then
 rotates them (train.py). The Cayley map C of a skew-symmetric A is orthogonal by construction, and
@@ -20,6 +19,17 @@ the identity at A = 0:
 Ranks are multiples of d/8: level l, 1 to 8, keeps l eighths of the columns. A plan gives every head
 its rank: (2, L, K) integers, [0] for keys, [1] for values; their mean / d is its budget. An order
 (search.py) lists ranks that lose an eighth, one after the other: a prefix of it makes a plan.
+
+Not in the paper, and absent where `whole` is 0 and `mean_k` None (README, "What differs", says what
+each is worth):
+
+    whole       the first w tokens of a sequence keep all d coordinates. Everybody attends to them,
+                and their keys and values are unlike all others.
+    mean_k      m, the mean of a head's keys before RoPE. RoPE turns it by the position n, R_n m,
+                and PCA would spend columns on that curve. So k̂ = R_n m + (k − R_n m) P.
+
+Without m keys need no mean: the number q · m(I − P) would be the same in all scores of a query, and
+softmax does not see it. Whole tokens would not get it: they need m.
 
     python projection.py        # the variance that leading columns hold, on the demo model
 """
@@ -35,7 +45,6 @@ from support import cli, files, processes
 from support.data import random_windows, text_for
 
 LEVELS = 8
-NAMES = ("U_k", "U_v", "mean_v")
 SIDES = ("keys", "values")
 BUDGETS = [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]       # those that reports are made at
 
@@ -44,19 +53,27 @@ BUDGETS = [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]       # those that reports
 # The projection itself
 
 class Projection:
-    """U_k, U_v (L, K, d, d), orthogonal, columns by importance, and mean_v (L, K, d); float32."""
+    """U_k, U_v (L, K, d, d), orthogonal, columns by importance; mean_v (L, K, d); float32.
 
-    def __init__(self, U_k: Tensor, U_v: Tensor, mean_v: Tensor):
+    mean_k (L, K, d), of keys before RoPE, or None; whole: how many first tokens keep all.
+    """
+
+    def __init__(self, U_k: Tensor, U_v: Tensor, mean_v: Tensor, mean_k: Tensor | None = None,
+                 whole: int = 0):
         square = *mean_v.shape, *mean_v.shape[-1:]
         if mean_v.ndim != 3 or U_k.shape != square or U_v.shape != square:
             raise ValueError(f"projections of shapes U_k {list(U_k.shape)}, U_v {list(U_v.shape)}, "
                              f"mean_v {list(mean_v.shape)}; expected (L, K, d, d) twice, (L, K, d)")
-        self.U_k = U_k
-        self.U_v = U_v
-        self.mean_v = mean_v
+        if mean_k is not None and mean_k.shape != mean_v.shape:
+            raise ValueError(f"mean_k of shape {list(mean_k.shape)}, and mean_v of another, "
+                             f"{list(mean_v.shape)}")
+        if whole < 0 or (whole and mean_k is None):
+            raise ValueError(f"whole {whole}: needs a mean_k; without one whole is 0")
+        self.U_k, self.U_v = U_k, U_v
+        self.mean_v, self.mean_k, self.whole = mean_v, mean_k, whole
 
     def at(self, ranks: Tensor):
-        """The hook `project=` that simulates a plan: (layer, k, v) -> (k̂, v̂), of the same shapes.
+        """The hook `project=` that simulates a plan: (layer, k, v, turn) -> (k̂, v̂).
 
         ranks is (2, L, K), or (2, L, B, K) where every sequence of the batch has a plan of its own
         (training). ValueError for a rank that is not one of d/8, 2d/8, …, d.
@@ -64,22 +81,35 @@ class Projection:
         L, K, d = self.mean_v.shape
         check_ranks(ranks, L, K, d)
 
-        def project(layer: int, k: Tensor, v: Tensor):
+        def project(layer: int, k: Tensor, v: Tensor, turn):
             if layer >= L or (k.shape[1], k.shape[3]) != (K, d):
                 raise ValueError(f"projections of the shape (L, K, d) = {(L, K, d)}, but layer "
                                  f"{layer} of the model has keys {list(k.shape)}")
             r_k, r_v = ranks[:, layer]                              # (K,) or (B, K)
+            turned = turn(k)
             if (r_k < d).any():
-                P = projector(self.U_k[layer], r_k)
-                k = k @ P.to(k)
+                P = projector(self.U_k[layer], r_k).to(k)
+                if self.mean_k is None:
+                    k_hat = turned @ P
+                else:           # subtracted before it is turned: in bfloat16 R m is not near enough
+                    m = self.mean_k[layer][:, None].to(k)           # (K, 1, d)
+                    k_hat = turn(k - m) @ P + turn(m.expand(k.shape[1:]))
+                    is_full = (r_k == d)[..., None, None].to(k.device)
+                    k_hat = torch.where(is_full, turned, k_hat)
+                turned = self.with_whole(turned, k_hat)
             if (r_v < d).any():
                 P = projector(self.U_v[layer], r_v)
                 mean = self.mean_v[layer][:, None]                  # (K, 1, d)
                 cut_off = mean - mean @ P                           # μ (I − P)
-                v = v @ P.to(v) + cut_off.to(v)
-            return k, v
+                v = self.with_whole(v, v @ P.to(v) + cut_off.to(v))
+            return turned, v
 
         return project
+
+    def with_whole(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        """x̂ (B, K, T, d), but of the first tokens x."""
+        w = self.whole
+        return torch.cat((x[:, :, :w], x_hat[:, :, w:]), dim=2) if w else x_hat
 
     @staticmethod
     def identity(config) -> "Projection":
@@ -94,36 +124,49 @@ class Projection:
             raise ValueError(f"projections of the shape {mine}, but the model has {model}")
 
     def to(self, device, dtype=None) -> "Projection":
-        return Projection(*(x.to(device, dtype) for x in self.tensors().values()))
+        return Projection.of({name: x.to(device, dtype) for name, x in self.tensors().items()},
+                             whole=self.whole)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """The three, by the names that files use."""
-        return {prefix + name: getattr(self, name) for name in NAMES}
+        """All of them, by the names that files use."""
+        found = {name: getattr(self, name) for name in ("U_k", "U_v", "mean_v", "mean_k")}
+        return {prefix + name: x for name, x in found.items() if x is not None}
 
     @staticmethod
-    def of(tensors: dict, prefix: str = "") -> "Projection":
+    def of(tensors: dict, prefix: str = "", whole: int = 0) -> "Projection":
         """What `tensors` gave. Raises KeyError for one that is missing."""
-        return Projection(*(tensors[prefix + name] for name in NAMES))
+        found = (tensors[prefix + name] for name in ("U_k", "U_v", "mean_v"))
+        return Projection(*found, tensors.get(f"{prefix}mean_k"), whole)
 
     def hash(self) -> str:
-        """What a file of ranks says it was made for: the sha256 of U_k and U_v."""
-        return files.hash_of(self.U_k, self.U_v)
+        """What a file of ranks says it was made for: the sha256 of U_k, U_v, mean_k and whole."""
+        if self.mean_k is None:
+            return files.hash_of(self.U_k, self.U_v)
+        return files.hash_of(self.U_k, self.U_v, self.mean_k, text=str(self.whole))
 
     def save(self, path: str | Path, pca=None) -> None:
         """Write a safetensors file; plain PCA of the same text stands in it as pca_U_k, …"""
         beside = pca.tensors("pca_") if pca else {}
-        files.write_tensors(path, self.tensors() | beside)
+        files.write_tensors(path, self.tensors() | beside, {"whole": str(self.whole)})
 
     @staticmethod
     def load(path: str | Path, prefix: str = "") -> "Projection":
         """Read what `save` wrote; prefix "pca_" for the PCA in it. ValueError names the file."""
+        with files.open_safetensors(path) as file:
+            whole = "0" if prefix else (file.metadata() or {}).get("whole", "0")
         tensors = files.read_tensors(path)
         try:
-            return Projection.of(tensors, prefix).to(None, torch.float32)
+            if not whole.isdecimal():
+                raise ValueError(f"its metadata says whole {whole!r}, not a number of tokens")
+            p = Projection.of(tensors, prefix, int(whole)).to(None, torch.float32)
         except KeyError as missing:
             raise ValueError(f"{path}: no tensor {missing}; are these projections?") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        for name, x in p.tensors().items():
+            if not x.isfinite().all():
+                raise ValueError(f"{path}: {name} holds a number that is not finite")
+        return p
 
 
 def shape_of(config) -> tuple[int, int, int]:
@@ -154,55 +197,51 @@ def identity_like(U: Tensor) -> Tensor:
 # Calibration: moments over a text, and the PCA computed from them
 
 class Moments:
-    """Sums over a calibration text, per layer and KV head, float64; the model's hook `observe=`.
+    """Sums over a calibration text, [0] of keys, [1] of values, per layer and KV head, float64.
 
-    One pass; no key is kept. q and k after RoPE; Σ qᵀq also runs over a group's query heads.
+    The model's hook `observe=`. One pass; no key is kept.
     """
 
     def __init__(self, config, device="cpu"):
         L, K, d = shape_of(config)
-        float64 = {"dtype": torch.float64, "device": device}
-        self.G = config.num_attention_heads // K
-        self.tokens = torch.zeros(L, **float64)
-        self.k = torch.zeros(L, K, d, **float64)                    # Σ k
-        self.v = torch.zeros(L, K, d, **float64)                    # Σ v
-        self.kk = torch.zeros(L, K, d, d, **float64)                # Σ kᵀk
-        self.vv = torch.zeros(L, K, d, d, **float64)                # Σ vᵀv
-        self.qq = torch.zeros(L, K, d, d, **float64)                # Σ qᵀq
-        self.sums = (self.tokens, self.k, self.v, self.kk, self.vv, self.qq)
+        sums = {"dtype": torch.float64, "device": device}
+        self.tokens = torch.zeros(2, L, 1, 1, **sums)
+        self.total = torch.zeros(2, L, K, d, **sums)                # Σ x
+        self.squares = torch.zeros(2, L, K, d, d, **sums)           # Σ xᵀx
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Add the queries (B, H, T, d), keys and values (B, K, T, d) of one layer."""
-        B, K, T, _ = k.shape
-        q = q.unflatten(1, (K, self.G)).flatten(2, 3)               # (B, K, G·T, d)
-        q, k, v = q.double(), k.double(), v.double()
-        self.tokens[layer] += B * T
-        self.k[layer] += k.sum((0, 2))
-        self.v[layer] += v.sum((0, 2))
-        self.kk[layer] += (k.mT @ k).sum(0)
-        self.vv[layer] += (v.mT @ v).sum(0)
-        self.qq[layer] += (q.mT @ q).sum(0)
+    def __call__(self, layer: int, k: Tensor, v: Tensor, turn) -> None:
+        """Add the keys, before RoPE, and the values (B, K, T, d) of one layer."""
+        self.add(0, layer, turn(k))
+        self.add(1, layer, v)
 
-    def mean_v(self) -> Tensor:
-        mean = self.v / self.tokens[:, None, None]
-        return mean.float()
+    def add(self, side: int, layer: int, x: Tensor) -> None:
+        x = x.double()
+        self.tokens[side, layer] += x[:, 0, :, 0].numel()
+        self.total[side, layer] += x.sum((0, 2))
+        self.squares[side, layer] += (x.mT @ x).sum(0)
 
-    def covariances(self) -> tuple[Tensor, Tensor]:
-        """E[xᵀx] − E[x]ᵀE[x] of keys and of values, (L, K, d, d)."""
-        cov_k = covariance(self.tokens, self.k, self.kk)
-        return cov_k, covariance(self.tokens, self.v, self.vv)
+    def sum_over_processes(self) -> "Moments":
+        for total in (self.tokens, self.total, self.squares):
+            processes.sum_over(total)
+        return self
+
+    def mean(self) -> Tensor:
+        """E[x] (2, L, K, d)"""
+        return self.total / self.tokens
+
+    def second(self) -> Tensor:
+        """E[xᵀx] (2, L, K, d, d)"""
+        return self.squares / self.tokens[..., None]
+
+    def covariance(self) -> Tensor:
+        """E[xᵀx] − E[x]ᵀE[x] (2, L, K, d, d)"""
+        mean = self.mean()[..., None]                               # (2, L, K, d, 1)
+        return self.second() - mean * mean.mT
 
     def pca(self) -> Projection:
         """Plain PCA: eigenvectors of the covariances of keys and of values, largest first."""
-        cov_k, cov_v = self.covariances()
-        return Projection(leading(cov_k), leading(cov_v), self.mean_v())
-
-
-def covariance(n: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    """The covariance of n (L,) rows with sum `total` (L, K, d) and Σ xᵀx `squares`."""
-    n = n[:, None, None]
-    mean = (total / n)[..., None]                                   # (L, K, d, 1)
-    return squares / n[..., None] - mean * mean.mT
+        U_k, U_v = leading(self.covariance())
+        return Projection(U_k, U_v, self.mean()[1].float())
 
 
 def leading(symmetric: Tensor) -> Tensor:
@@ -214,57 +253,15 @@ def leading(symmetric: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16):
-    """Moments of queries, keys and values over random windows of the training text."""
+def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16) -> Moments:
+    """Moments of keys and values over random windows of the training text, each at position 0."""
     moments = Moments(model.config, model.device)
     generator = torch.Generator().manual_seed(seed)
     mine = processes.my_share(B)
     for _ in range(batches):
         block = random_windows(tokens, processes.WORLD * B, T, generator, mine)
-        x = block[:, :-1].to(model.device)
-        model.hidden(x, observe=moments)
-    for total in moments.sums:
-        processes.sum_over(total)
-    return moments
-
-
-# ------------------------------------------------------------------------------
-# Not in the paper: a start that also asks who reads. Untrained, with the same rank everywhere, its
-# KL on the demo is .84 of PCA's at 50%, .88 at 25% (docs/results.md).
-
-def query_aware(moments: Moments, W_o: list[Tensor]) -> Projection:
-    """The start of `--recipe ours`; W_o (hidden, H·d) of every layer, as stored.
-
-    A direction counts if keys or values vary along it, or if somebody looks along it: queries at
-    keys, W_o at values. The two are added with equal weight: the eigenvectors of
-
-        keys      cov(k) / tr cov(k) + E[qᵀq] / tr E[qᵀq]
-        values    cov(v) / tr cov(v) + M / tr M,     M as in `readers`
-    """
-    cov_k, cov_v = moments.covariances()
-    U_k = leading(unit_trace(cov_k) + unit_trace(moments.qq))
-    U_v = leading(unit_trace(cov_v) + unit_trace(readers(moments, W_o)))
-    return Projection(U_k, U_v, moments.mean_v())
-
-
-def readers(moments: Moments, W_o: list[Tensor]) -> Tensor:
-    """M = Σ W_o[h]ᵀ W_o[h] over the query heads h of a group: (L, K, d, d)."""
-    _, K, d = moments.v.shape
-    M = torch.empty_like(moments.vv)
-    for i, W in enumerate(W_o):
-        W = W.to(M).view(-1, K, moments.G, d)                       # (hidden, K, G, d)
-        M[i] = torch.einsum("xkgd,xkge->kde", W, W)
-    return M
-
-
-def output_weights(model: Model) -> list[Tensor]:
-    """W_o (hidden, H·d) of every layer, as stored."""
-    return [layer.self_attn.o_proj.weight for layer in model.layers]
-
-
-def unit_trace(matrix: Tensor) -> Tensor:
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return matrix / trace[..., None, None]
+        model.hidden(block[:, :-1].to(model.device), observe=moments)
+    return moments.sum_over_processes()
 
 
 # ------------------------------------------------------------------------------
@@ -311,7 +308,7 @@ class Rotation(nn.Module):
         start = self.start.to(None, dtype)
         U_k = start.U_k @ self.cayley(A_k.to(dtype))
         U_v = start.U_v @ self.cayley(A_v.to(dtype))
-        return Projection(U_k, U_v, self.mean_v.to(dtype))
+        return Projection(U_k, U_v, self.mean_v.to(dtype), start.mean_k, start.whole)
 
     def cayley(self, entries: Tensor) -> Tensor:
         """C(A) (L, K, d, d). I − A/2 is never singular: A has imaginary eigenvalues."""
@@ -405,7 +402,7 @@ def main():
     print("Calibrating on training text ...", file=sys.stderr)
     moments = calibrate(model, tokens, 8, args.seq, args.seed)
     pca = moments.pca()
-    cov_k, cov_v = moments.covariances()
+    cov_k, cov_v = moments.covariance()
     print("\nShare of the variance that the first r columns of plain PCA hold, mean over heads:")
     show_variance("keys", pca.U_k, cov_k)
     show_variance("values", pca.U_v, cov_v)

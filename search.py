@@ -13,17 +13,15 @@ a prefix of it; a file's "path" is the order with its KLs.
 
     python search.py --exact                # Algorithm 1 as it is: `exact`
 
-That is 11,000 passes for a model of 6 layers, and tens of millions for one of 7B. Not in the paper
-are three ways to an order with fewer, below it in this file:
-
-    `lazy`          Algorithm 1 that measures few candidates again
-    `find_order`    4LK passes: what each rank costs alone, and second moments (train.py's order)
-    `along`         none: projections trained along an order take that one
+That is 11,000 passes for a model of 6 layers, and tens of millions for one of 7B. Not in the paper:
+an order from two sweeps of backward passes, whose number does not grow with the model's heads,
+`find_order`; and the start that train.py trains from, `find_start`.
 
     python search.py                        # out/projections.safetensors -> out/ranks.json, .png
     python search.py --pca                  # for plain PCA -> out/ranks_pca.json, .png
 """
-import heapq
+import itertools
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -31,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evaluate import describe, hooks_of, measure, report
+from evaluate import describe, hooks_of, report
 from model import Model, load, log_probabilities, wide
 from projection import (
     BUDGETS,
@@ -39,16 +37,15 @@ from projection import (
     SIDES,
     Moments,
     Projection,
-    output_weights,
+    leading,
     plan_at,
-    readers,
     shape_of,
     uniform_ranks,
 )
 from support import cli, files, processes
 from support.data import random_windows, text_for
 from support.pictures import draw_plan
-from support.plans import PROJECTIONS, order_of, trained_order
+from support.plans import PROJECTIONS, order_of
 from support.progress import Progress
 
 # ------------------------------------------------------------------------------
@@ -82,10 +79,10 @@ class Cost:
         """Every rank that can still be lowered."""
         return [tuple(place) for place in (self.ranks > self.eighth).nonzero().tolist()]
 
-    def if_lowered(self, candidate: tuple[int, int, int], eighths: int = 1) -> float:
+    def if_lowered(self, candidate: tuple[int, int, int]) -> float:
         """The KL if this rank alone were lowered."""
         ranks = self.ranks.clone()
-        ranks[candidate] -= eighths * self.eighth
+        ranks[candidate] -= self.eighth
         kl, inputs = self.measure(ranks, first=candidate[1])
         self.tried = candidate, ranks, kl, inputs
         return kl
@@ -121,10 +118,10 @@ class Cost:
 
 
 # ------------------------------------------------------------------------------
-# Algorithm 1. Like what stands in its place below, it yields the candidate that it has just lowered
+# Algorithm 1
 
 def exact(cost: Cost):
-    """Algorithm 1: every candidate is measured in every round."""
+    """Algorithm 1: every candidate is measured in every round. Yields each as it is lowered."""
     while candidates := cost.candidates():
         best = min(candidates, key=cost.if_lowered)
         cost.lower(best)
@@ -132,167 +129,172 @@ def exact(cost: Cost):
 
 
 # ------------------------------------------------------------------------------
-# Not in the paper: Algorithm 1 in a small share of its passes. On the demo 762 in place of 13,523,
-# for a KL of .097 in place of .101 at 50%, .441 in place of .440 at 25% (docs/results.md).
+# Not in the paper: two sweeps of backward passes say which directions and which heads matter. Their
+# number does not grow with the model's heads. NUMBERS
 
-NEARLY = 0.4        # how far above the least an increase may be, as a share of it
-GROWTH = 1.5        # what the next eighth of a rank is taken to cost, by what the last one did
+DRAWS = 2               # of the next token, at every position of a window
 
 
-def lazy(cost: Cost):
-    """Lazy greedy: what a candidate adds to the KL hardly changes when another rank is lowered.
+class Leaves:
+    """The hook `project=` that changes nothing, and is where gradients are taken.
 
-    So all wait in a heap, keyed by what they added when last measured; only the top is measured
-    again, and lowered if it is still the least, or nearly so.
+    To keys (after RoPE) and values it adds zeros. What a plan would project, x = R (k − m) and
+    v − μ, (B, K, T, d) each, is kept for every layer, without the first `whole` tokens.
     """
-    noise = rounding_noise(cost)
-    heap = [(increase(cost, candidate, noise), candidate) for candidate in cost.candidates()]
-    heapq.heapify(heap)
-    while heap:
-        _, candidate = heapq.heappop(heap)
-        key = increase(cost, candidate, noise)
-        least = heap[0][0][0] if heap else key[0]
-        if key[0] > least + NEARLY * least:             # no longer the cheapest: back to the others
-            heapq.heappush(heap, (key, candidate))
-            continue
-        cost.lower(candidate)
-        if cost.ranks[candidate] > cost.eighth:
-            next_step = GROWTH * key[0], key[1]
-            heapq.heappush(heap, (next_step, candidate))
-        yield candidate
+
+    def __init__(self, mean_k: Tensor | None, mean_v: Tensor | None, whole: int):
+        self.mean_k, self.mean_v, self.whole = mean_k, mean_v, whole
+        self.zeros, self.x = {}, {}
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor, turn):
+        turned, x = turn(k), k
+        if self.mean_k is not None:
+            x = k - self.mean_k[layer][:, None].to(k)
+        y = v if self.mean_v is None else v - self.mean_v[layer][:, None].to(v)
+        self.x[layer] = [z[:, :, self.whole:].detach() for z in (turn(x), y)]
+        if layer not in self.zeros:                     # there already where layers are recomputed
+            self.zeros[layer] = [torch.zeros_like(z, requires_grad=True) for z in (turned, v)]
+        zeros_k, zeros_v = self.zeros[layer]
+        return turned + zeros_k, v + zeros_v
 
 
-def increase(cost: Cost, candidate: tuple[int, int, int], noise: float) -> tuple[float, float]:
-    """What lowering a rank adds to the KL, at least the noise; and what orders those below it.
+class Windows:
+    """The windows of a calibration: `count` random ones, each anywhere in `positions`."""
 
-    That is the increase per eighth of a deeper cut, over as few eighths as rise above the noise:
-    columns are sorted, so a deeper cut loses more.
+    def __init__(self, tokens, count: int, batch: int, seq: int, positions: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.text = random_windows(tokens, count, seq, generator)[:, :-1]
+        self.starts = torch.randint(positions, (count,), generator=generator)
+        self.batch, self.seed, self.positions = batch, seed, positions
+
+    def __iter__(self):
+        """Batches, (B, T) tokens and (B,) starts; of several processes each takes some."""
+        batches = zip(self.text.split(self.batch), self.starts.split(self.batch), strict=True)
+        return itertools.islice(batches, processes.RANK, None, processes.WORLD)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.text) / self.batch)
+
+
+def positions_of(args, config) -> int:
+    """--positions, or the length to serve: windows begin anywhere below."""
+    most = config.max_position_embeddings
+    if (args.positions or 1) > most:
+        cli.fail(f"--positions {args.positions}: the model was made for {most}")
+    return args.positions or min(8192, most)
+
+
+def sweep(model: Model, windows: Windows, mean_k, mean_v, whole: int, what: str):
+    """A backward pass for every batch and draw: yields (draw, side, layer, g, x) for all of them.
+
+    At every position y is drawn from the model's p(· | text so far), and not fed back;
+    g = ∂ Σ_t log p(y_t) / ∂x at every cached key and value x, (B, K, T, d) both.
     """
-    added = cost.if_lowered(candidate) - cost.kl
-    if added > noise:
-        return added, 0.0
-    lowered = cost.tried
-    for eighths in range(2, int(cost.ranks[candidate]) // cost.eighth):
-        added = cost.if_lowered(candidate, eighths) - cost.kl
-        if added > noise:
-            break
-    else:
-        eighths = LEVELS                    # it costs nothing, however low: before the others
-    cost.tried = lowered
-    return noise, added / eighths
-
-
-def rounding_noise(cost: Cost) -> float:
-    """What the KL moves by when a coordinate of each embedding does, by ± one last place.
-
-    That is the place to which products round their inputs: TF32's where it is allowed.
-    """
-    x = cost.inputs[0]
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    unit = 2 ** -10 if tf32 else torch.finfo(x.dtype).eps
-    moved = []
-    for sign in (1, -1):
-        cost.inputs[0] = x.clone()
-        cost.inputs[0][..., 0] *= 1 + sign * unit
-        kl, _ = cost.measure(cost.ranks, 0)
-        moved.append(abs(kl - cost.kl))
-    cost.inputs[0] = x
-    return max(moved)
-
-
-# ------------------------------------------------------------------------------
-# Not in the paper: an order before anything is trained, by reverse water-filling, for train.py to
-# draw its ranks along. On the demo the KL is then .079 at 50% and .326 at 25%, where
-# training for one rank everywhere has .140 and .560 (docs/results.md).
-
-MEASURED = 2, 6         # levels
+    progress = Progress(len(windows), what)
+    generator = torch.Generator(model.device).manual_seed(windows.seed)
+    for number, (text, starts) in enumerate(windows, 1):
+        leaves = Leaves(mean_k, mean_v, whole)
+        with torch.enable_grad():
+            states = model.hidden(text.to(model.device), leaves, start=starts)
+            states = model.norm(states)
+        by_state = drawn_gradients(model, states.detach().flatten(0, 1), generator)
+        zeros = [z for layer in sorted(leaves.zeros) for z in leaves.zeros[layer]]
+        for draw, gradient in enumerate(by_state):
+            found = torch.autograd.grad(states, zeros, gradient.view_as(states),
+                                        retain_graph=draw < DRAWS - 1)
+            for place, g in enumerate(found):
+                layer, side = divmod(place, 2)
+                yield draw, side, layer, g[:, :, whole:], leaves.x[layer][side]
+        progress(number, f"{DRAWS} draws", text.numel())
 
 
 @torch.no_grad()
-def find_order(model: Model, p: Projection, moments: Moments, tokens, batch: int, seq: int):
-    """An order (n,) of lowerings, places in the flattened (2, L, K), down to level 1 everywhere.
+def drawn_gradients(model: Model, states: Tensor, generator) -> Tensor:
+    """∂ log p(y) / ∂ state for DRAWS of y ~ p at each of the normed states (n, hidden).
 
-    The model is asked 4LK times, what each rank costs alone, cut to two levels; between and beyond
-    them the cost follows from second moments. Projected keys make a head's scores wrong, values its
-    output:
-
-        error  = Σ E[xᵢxⱼ] E[yᵢyⱼ]      over pairs of the columns that are cut off
-        KL     = c · error^p            c and p from the two levels measured, p near 1
-
-    where x are the coordinates of what is cached, and y of who reads it: queries, or rows of W_o.
-    Then the cheapest next eighth is taken, again and again: water-filling, which gives bits to
-    Gaussians by their variance, read backwards.
+    (DRAWS, n, hidden): of the logits it is onehot(y) − p.
     """
-    full = uniform_ranks(1.0, model.config)
-    eighth = model.config.head_dim // LEVELS
-    plans = alone(full, [level * eighth for level in MEASURED])
-    kl = kl_of_each(model, map(p.at, plans), tokens, batch, seq)
-    error = errors(moments, p, output_weights(model))
-    error = error.flatten(0, 2).cpu()                               # (2LK, 9)
-    costs = costs_of(error, kl.view(-1, 2))
-    steps = costs[:, 1:-1] - costs[:, 2:]                           # to levels 1, …, 7
-    return cheapest_first(steps.flip(-1))
+    W = model.lm_head.weight
+    gradients = states.new_empty(DRAWS, *states.shape)
+    for rows, log_p in log_probabilities(model, states):
+        p = log_p.exp()
+        drawn = torch.multinomial(p, DRAWS, replacement=True, generator=generator)
+        for gradient, y in zip(gradients, drawn.T, strict=True):
+            by_logits = -p
+            by_logits.scatter_add_(1, y[:, None], torch.ones_like(p[:, :1]))
+            gradient[rows] = by_logits.to(W.dtype) @ W
+    return gradients
 
 
-def alone(full: Tensor, values) -> list[Tensor]:
-    """Plans like `full` but for one place, which has one of `values`: place by place."""
-    plans = []
-    for place in range(full.numel()):
-        for value in values:
-            plan = full.clone()
-            plan.view(-1)[place] = value
-            plans.append(plan)
-    return plans
+@torch.no_grad()
+def find_start(model: Model, windows: Windows, whole: int) -> Projection:
+    """The first sweep: a start that asks what varies, and what the model's answer hangs on.
 
-
-def kl_of_each(model: Model, hooks, tokens, batch: int, seq: int) -> Tensor:
-    """The KL of each hook `project=` over four windows of training text: (n,) float64."""
-    _, results = measure(model, tokens, dict(enumerate(hooks)), batch, seq, limit=4)
-    kl = torch.tensor([result["kl"] for result in results.values()], dtype=torch.float64)
-    return processes.sum_over(kl)                       # so that all have the same order
-
-
-def errors(moments: Moments, p: Projection, W_o: list[Tensor]) -> Tensor:
-    """How far off a head's scores, and outputs, are at levels 0 … 8: (2, L, K, 9).
-
-    By the equation above, up to a factor for each head, and as if what is cached knew nothing of
-    who reads it. float64.
+    U₀ are the eigenvectors of cov(x) / tr + E[gᵀg] / tr, where x is R (k − m) or v, of all tokens
+    but the first `whole`, and m the mean of keys before RoPE, pooled over positions.
     """
-    pairs = pairs_of_columns(moments, p, W_o)
-    by_level = []
-    for level in range(LEVELS + 1):
-        r = level * pairs.shape[-1] // LEVELS
-        cut_off = pairs[..., r:, r:]
-        by_level.append(cut_off.sum((-1, -2)))
-    return torch.stack(by_level, dim=-1)
+    L, K, d = shape_of(model.config)
+    mean_k = torch.zeros(L, K, d, dtype=torch.float64, device=model.device)
+    count = torch.zeros(1, dtype=torch.float64)
+
+    def observe(layer: int, k: Tensor, v: Tensor, turn) -> None:
+        mean_k[layer] += k[:, :, whole:].double().sum((0, 2))
+        count.add_(k[:, 0, whole:, 0].numel() / L)
+
+    progress = Progress(len(windows), "mean of keys")
+    for number, (text, starts) in enumerate(windows, 1):
+        model.hidden(text.to(model.device), observe=observe, start=starts)
+        progress(number, "", text.numel())
+    mean_k = processes.sum_over(mean_k) / processes.sum_over(count).to(model.device)
+    mean_k = mean_k.float()
+
+    moments = Moments(model.config, model.device)
+    by_gradient = torch.zeros_like(moments.squares)                 # Σ gᵀg
+    for draw, side, layer, g, x in sweep(model, windows, mean_k, None, whole, "first sweep"):
+        g = g.double()
+        by_gradient[side, layer] += (g.mT @ g).sum(0)
+        if draw == 0:
+            moments.add(side, layer, x)
+    moments.sum_over_processes()
+    processes.sum_over(by_gradient)
+    # Of keys no mean is removed again: what is left of one, among the cut coordinates, would add a
+    # number to all scores but those of whole tokens.
+    varies = torch.stack((moments.second()[0], moments.covariance()[1]))
+    U_k, U_v = leading(unit_trace(varies) + unit_trace(by_gradient))
+    return Projection(U_k, U_v, moments.mean()[1].float(), mean_k, whole)
 
 
-def pairs_of_columns(moments: Moments, p: Projection, W_o: list[Tensor]) -> Tensor:
-    """E[xᵢxⱼ] E[yᵢyⱼ] for columns i and j: (2, L, K, d, d) float64.
+def unit_trace(matrix: Tensor) -> Tensor:
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return matrix / trace[..., None, None].clamp(min=1e-30)         # of a dead head 0
 
-    Up to a factor for each head, since y is summed: c, or a weight, takes it up.
+
+@torch.no_grad()
+def find_order(model: Model, p: Projection, windows: Windows) -> Tensor:
+    """The second sweep: an order (n,) of lowerings for U as it is, trained or not.
+
+    A plan changes x by δ = −(x − mean)(I − P). To second order a window's KL is ½ E_y[(Σ g_t·δ_t)²]
+    (Fisher information: y_t are independent, with scores of mean zero). With
+    A_c = Σ_t (g_t U)_c ((x_t − mean) U)_c, cutting the columns from r on costs, per token,
+
+        ½ mean over windows and draws of (Σ_{c ≥ r} A_c)² / T
+
+    for every head at every rank at once. The cheapest next eighth, again and again, is the order.
     """
-    cached = torch.stack(moments.covariances())                     # (2, L, K, d, d)
-    read = torch.stack((moments.qq, readers(moments, W_o)))
-    U = torch.stack((p.U_k, p.U_v)).double()
-    x = U.mT @ cached @ U
-    y = U.mT @ read @ U
-    return x * y
-
-
-def costs_of(error: Tensor, kl: Tensor) -> Tensor:
-    """What each rank costs at levels 0 … 8, (2LK, 9), of its errors and its KL at two levels."""
-    error = error.clamp(min=1e-30).log()
-    kl = kl.clamp(min=1e-12).log()
-    measured = error[:, MEASURED]
-    power = kl.diff() / measured.diff()                             # (2LK, 1)
-    power = power.nan_to_num(1).clamp(0.5, 2)                       # beyond that it is noise
-    first_kl = kl[:, :1]
-    first_error = measured[:, :1]
-    costs = first_kl + power * (error - first_error)
-    costs = costs.exp()
-    costs[:, LEVELS] = 0                                            # nothing is cut off
-    return costs
+    L, K, d = shape_of(model.config)
+    T = windows.text.shape[1]
+    U = p.U_k, p.U_v
+    costs = torch.zeros(2, L, K, LEVELS, dtype=torch.float64)   # of cutting 1, 2, …, 8 eighths
+    for _, side, layer, g, x in sweep(model, windows, p.mean_k, p.mean_v, p.whole, "order"):
+        if side == 0 and p.mean_k is None:              # softmax does not see a mean of the keys
+            x = x - x.mean((0, 2), keepdim=True)
+        A = ((g @ U[side][layer]) * (x @ U[side][layer])).sum(2)            # (B, K, d)
+        by_eighth = A.unflatten(-1, (LEVELS, -1)).sum(-1).double()
+        tails = by_eighth.flip(-1).cumsum(-1)
+        costs[side, layer] += (tails ** 2).sum(0).cpu()
+    costs = processes.sum_over(costs) / (2 * T * len(windows.text) * DRAWS)
+    steps = costs.flatten(0, 2).diff(dim=-1, prepend=torch.zeros(2 * L * K, 1).double())
+    return cheapest_first(steps[:, :-1])                # the last eighth stays
 
 
 def cheapest_first(steps: Tensor) -> Tensor:
@@ -303,40 +305,54 @@ def cheapest_first(steps: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------
-# Not in the paper: no search at all for projections that were trained along an order. Searching
-# behind the training loses, .081 for .079 at 50%, .335 for .326 at 25% (docs/results.md).
-
-def along(cost: Cost, order: Tensor):
-    """The order that the projections were trained along; where it was cut short, `lazy` goes on."""
-    places = torch.unravel_index(order, cost.ranks.shape)
-    for candidate in zip(*(of_axis.tolist() for of_axis in places), strict=True):
-        cost.lower(candidate)
-        yield candidate
-    if cost.candidates():
-        yield from lazy(cost)
-
-
-# ------------------------------------------------------------------------------
 # The script
 
-def save(path: list, cost: Cost, config, budget: float, file: Path) -> None:
-    """Write `path`, rows of [side, layer, head, KL after it], and the plan at `budget`."""
-    evaluations = cost.passes
+def path_by_algorithm_1(cost: Cost) -> list:
+    """Rows of [side, layer, head, KL after it], down to an eighth or until Ctrl-C."""
+    path, rounds = [], cost.ranks.numel() * (LEVELS - 1)
+    progress = Progress(rounds, "lowering")
+    try:
+        for side, layer, head in exact(cost):
+            path.append([SIDES[side], layer, head, cost.kl])
+            reached = 1 - len(path) / (cost.ranks.numel() * LEVELS)
+            progress(len(path), f"budget {reached:6.1%}  KL {cost.kl:.5f}  {cost.passes:,} passes")
+    except KeyboardInterrupt:
+        if not path:
+            cli.fail("Stopped; nothing was saved", code=130)
+    return path
+
+
+def path_by_sweep(model: Model, p: Projection, windows: Windows, cost: Cost) -> list:
+    """The same rows, of `find_order`; a KL is measured where a budget of eighths is reached."""
+    order = find_order(model, p, windows)
+    path = rows_of(order, model.config)
+    for level in range(1, LEVELS):
+        taken = level * cost.ranks.numel() - 1
+        ranks = plan_at(order, model.config, 1 - level / LEVELS)
+        path[taken][3], _ = cost.measure(ranks, 0)
+    return path
+
+
+def rows_of(order: Tensor, config) -> list:
+    """An order as a path that a file has, with KLs that are not known."""
+    L, K, _ = shape_of(config)
+    places = torch.stack(torch.unravel_index(order, (2, L, K)), dim=1)
+    return [[SIDES[side], layer, head, None] for side, layer, head in places.tolist()]
+
+
+def ranks_file(path: list, p: Projection, config, budget: float, kl: dict | None = None) -> dict:
+    """What OUT/ranks.json holds: the path, the plan at `budget`, and what was measured of it."""
     ranks = plan_at(order_of(path, config), config, budget)
     full = ranks.numel() * config.head_dim
-    taken = (full - int(ranks.sum())) // cost.eighth
-    uniform_kl, _ = cost.measure(uniform_ranks(budget, config), 0)
-    files.write_json(file, {
+    return {
         "head_dim": config.head_dim,
         "budget": int(ranks.sum()) / full,
         "keys": ranks[0].tolist(),
         "values": ranks[1].tolist(),
-        "kl": path[taken - 1][3] if taken else cost.full_kl,
-        "uniform_kl": uniform_kl,
-        "evaluations": evaluations,
+        **(kl or {"kl": None, "uniform_kl": None, "evaluations": None}),
         "path": path,
-        "projections": cost.projection.hash(),
-    })
+        "projections": p.hash(),
+    }
 
 
 def options():
@@ -349,7 +365,7 @@ def options():
     add("--budget", type=cli.within(0.125, 1.0), default=0.375,
         help="of the plan spelled out in the file, whose path always goes to 12.5%% [0.375]")
     add("--exact", action="store_true", help="Algorithm 1 as it is")
-    add("--lazy", action="store_true", help="search, also if --proj was trained along an order")
+    cli.sweep_arguments(parser)
     add("--pca", action="store_true", help="search for the plain PCA that is in --proj")
     args = parser.parse_args()
     args.out = args.out or args.proj.parent
@@ -364,62 +380,57 @@ def main():
     files.check_folder(args.out)
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
-    config, order = model.config, None
+    config = model.config
     with cli.blame("--proj"):
         projection = Projection.load(args.proj, "pca_" if args.pca else "")
         projection.check_fits(config)
         projection = projection.to(device)
-        if not (args.exact or args.lazy or args.pca):
-            order = trained_order(args.proj, config)
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
 
-    L, K, d = shape_of(config)
-    heads = 2 * L * K
-    rounds = heads * (LEVELS - 1)
     generator = torch.Generator().manual_seed(args.seed)
     text = random_windows(tokens, args.batch, args.seq, generator)
     cost = Cost(model, projection, text[:, :-1].to(device))
     if not cost.kl < 1e3:
         cli.fail(f"--ckpt: {args.ckpt}: the KL is {cost.kl}; are the weights whole?")
-    print(f"{heads} ranks to lower in {rounds} rounds on {args.batch * args.seq:,} tokens")
-    search = exact if args.exact else lazy
-    if order is not None:
-        print("The path is the order that these projections were trained along")
-        search = partial(along, order=order)
     uniform = partial(uniform_ranks, config=config)
     budgets = [level / LEVELS for level in range(LEVELS - 1, 0, -1)]
     uniform_kl = {budget: cost.measure(uniform(budget), 0)[0] for budget in budgets}
+    began, cost.passes = time.time(), 0
+    rounds = cost.ranks.numel() * (LEVELS - 1)
+    if args.exact:
+        print(f"{cost.ranks.numel()} ranks to lower in {rounds} rounds on {text[:, 1:].numel():,} "
+              "tokens", flush=True)
+        path = path_by_algorithm_1(cost)
+    else:
+        positions = 1 if projection.mean_k is None else positions_of(args, config)
+        windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, positions, args.seed)
+        path = path_by_sweep(model, projection, windows, cost)
+    passes = cost.passes
 
-    path, began = [], time.time()
-    cost.passes = cost.layer_passes = 0
+    reached = 1 - len(path) / (cost.ranks.numel() * LEVELS)
+    budget = max(args.budget, reached)
+    order = order_of(path, config)
+    plan = partial(plan_at, order, config)
+    kl, uniform_kl_here = (cost.measure(ranks, 0)[0] for ranks in (plan(budget), uniform(budget)))
+    measured = {"kl": kl, "uniform_kl": uniform_kl_here, "evaluations": passes}
     file = args.out / ("ranks_pca.json" if args.pca else "ranks.json")
-    progress = Progress(rounds, "lowering")
-    reached = 1.0
-    try:
-        for side, layer, head in search(cost):
-            path.append([SIDES[side], layer, head, cost.kl])
-            reached = 1 - len(path) / (heads * LEVELS)
-            progress(len(path), f"budget {reached:6.1%}  KL {cost.kl:.5f}  {cost.passes:,} passes")
-    except KeyboardInterrupt:
-        if not path:
-            cli.fail("Stopped; nothing was saved", code=130)
     with cli.blame("--out"):
-        save(path, cost, config, max(args.budget, reached), file)
+        files.write_json(file, ranks_file(path, projection, config, budget, measured))
     if len(path) < rounds:
         cli.fail(f"Stopped; {file} holds the path down to {reached:.1%}", code=130)
-    print(f"{cost.passes:,} passes, {cost.layer_passes:,} layer evaluations, "
-          f"{time.time() - began:.0f} s")
+    print(f"The order: {time.time() - began:.0f} s, {passes:,} passes of Algorithm 1's kind")
 
-    plan = partial(plan_at, order_of(path, config), config)
     names = ("pca", "pca_searched") if args.pca else ("uniform", "searched")
     curves = {name: (projection, p) for name, p in zip(names, (uniform, plan), strict=True)}
     report(model, held_out, hooks_of(curves), [b for b in BUDGETS if b <= 0.75], args)
+    measured = [(1 - (n + 1) / (cost.ranks.numel() * LEVELS), row[3])
+                for n, row in enumerate(path) if row[3] is not None]
     picture = file.with_suffix(".png")
     with cli.blame("--out"):
-        reached = [1 - (n + 1) / (heads * LEVELS) for n in range(len(path))]
-        draw_plan(plan(args.budget), d, {"searched": (reached, [kl for *_, kl in path]),
-                                         "uniform": (uniform_kl, uniform_kl.values())}, picture)
+        draw_plan(plan(args.budget), config.head_dim, {
+            "searched": tuple(zip(*measured, strict=True)),
+            "uniform": (uniform_kl, uniform_kl.values())}, picture)
     print(f"Saved {file} and {picture}")
 
 

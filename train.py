@@ -47,13 +47,11 @@ from projection import (
     Rotation,
     calibrate,
     check_ranks,
-    output_weights,
     plan_at,
-    query_aware,
     shape_of,
     uniform_ranks,
 )
-from search import find_order
+from search import Windows, find_order, find_start, positions_of, ranks_file, rows_of
 from support import cli, files, processes
 from support.checkpoint import read_config
 from support.data import random_windows, set_apart, text_for
@@ -84,20 +82,24 @@ class Recipe:
     # log(loss + floor). KL at 25% is some fifty times that at 87.5%, and in a plain mean the small
     # ranks drown the rest; in the logarithm a tenth less KL counts about the same at every budget.
     floor: float | None = None
+    positions: int = 1              # windows begin at any position below; 1: at 0, as in the paper
     accumulate: int = 1             # batches of a step
     amp: bool = False               # products in bfloat16 over float32 weights
     recompute: bool = False         # layers again in the backward pass
     seed: int = 0
 
 
-def distil(model: Model, text: Tensor, project, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Of windows (B, T + 1), per sequence: (1 − ce) KL + ce · cross-entropy, and the KL; (B,)."""
+def distil(model: Model, text: Tensor, project, recipe: Recipe, start=0) -> tuple[Tensor, Tensor]:
+    """Of windows (B, T + 1), per sequence: (1 − ce) KL + ce · cross-entropy, and the KL; (B,).
+
+    start: the positions of their first tokens.
+    """
     text = text.to(model.device)
     x = text[:, :-1]
     with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.amp):
         with torch.no_grad():                           # the teacher: the same weights, no hook
-            teacher = model.hidden(x)
-        student = model.hidden(x, project, recompute=recipe.recompute)
+            teacher = model.hidden(x, start=start)
+        student = model.hidden(x, project, start=start, recompute=recipe.recompute)
     student, teacher = model.norm(student), model.norm(teacher)
     return Distill.apply(student, teacher, model, text[:, 1:], recipe.ce)
 
@@ -173,7 +175,10 @@ def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, afte
         for _ in range(recipe.accumulate):
             text = random_windows(tokens, B, recipe.seq, generator, mine)
             plans = draw(B, model.config, generator)[:, :, mine]
-            loss, kl = distil(model, text, state.module.at(plans), recipe)
+            start = 0
+            if recipe.positions > 1:
+                start = torch.randint(recipe.positions, (B,), generator=generator)[mine]
+            loss, kl = distil(model, text, state.module.at(plans), recipe, start)
             objective = loss if recipe.floor is None else torch.log(loss + recipe.floor)
             if objective.requires_grad:                 # not where every head is full
                 (scale * objective.mean()).backward()
@@ -235,7 +240,7 @@ def one_of_each(B: int, generator: Generator) -> Tensor:
 
 VALID = 8       # windows of validation text, the end of the training text
 OPTIONS = ("recipe", "uniform", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype",
-           "amp")       # what a resumed training must have been started with
+           "amp", "whole", "positions", "sweep_windows")   # a resumed training must have the same
 PATHS = ("ckpt", "data", "ranks")
 
 
@@ -251,7 +256,11 @@ def options() -> argparse.Namespace:
     add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
     add("--uniform", action="store_true", help="train for the same rank everywhere")
-    add("--steps", type=count, help="[200; paper: 400]")
+    add("--steps", type=cli.within(0, 10 ** 7),
+        help="0: the start and the order alone [200; paper: 400]")
+    add("--whole", type=cli.within(0, 10 ** 6),
+        help="first tokens that keep all coordinates [4; paper: 0]")
+    cli.sweep_arguments(parser)
     add("--accumulate", type=count, default=1, help="batches per step [1]")
     add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
     add("--ce", type=cli.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
@@ -264,7 +273,14 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     paper = args.recipe == "paper"
     args.uniform |= paper
-    args.steps = args.steps or (400 if paper else 200)
+    if args.steps is None:
+        args.steps = 400 if paper else 200
+    if paper and (args.whole or args.positions):
+        cli.fail("--recipe paper: has neither --whole nor --positions")
+    if args.whole is None:
+        args.whole = 0 if paper else 4
+    if args.whole >= args.seq:
+        cli.fail(f"--whole {args.whole}: leaves nothing of windows of --seq {args.seq}")
     if args.ranks and args.uniform:
         cli.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
                  "ranks along no order")
@@ -276,19 +292,20 @@ def options() -> argparse.Namespace:
 def recipe_of(args) -> Recipe:
     return Recipe(
         args.steps, args.batch, args.seq, args.lr, args.ce,
-        floor=None if args.recipe == "paper" else 1e-3,
+        floor=None if args.recipe == "paper" else 1e-3, positions=args.positions,
         accumulate=args.accumulate, amp=args.amp, recompute=args.checkpoint, seed=args.seed)
 
 
 def start_of(args, model: Model, tokens, order) -> dict[str, Tensor]:
     """What a training begins with, for its state: its start, plain PCA, and the order, if any."""
-    moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
-    start = pca = moments.pca()
+    start = pca = calibrate(model, tokens, args.batch, args.seq, args.seed).pca()
     if args.recipe == "ours":
-        start = query_aware(moments, output_weights(model))
+        windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, args.positions,
+                          args.seed)
+        start = find_start(model, windows, args.whole).to(model.device)
+        if order is None and not args.uniform:
+            order = find_order(model, start, windows)
     start = start.to(model.device, wide(model.dtype))
-    if order is None and not args.uniform:
-        order = find_order(model, start, moments, tokens, args.batch, args.seq)
     tensors = start.tensors("start.") | pca.to("cpu").tensors("pca.")
     return tensors if order is None else tensors | {"order": order}
 
@@ -314,6 +331,11 @@ def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
     pca = Projection.of(state.tensors, "pca.").to(model.device)
     with cli.blame("--out"):
         trained.save(args.out / PROJECTIONS, pca)
+        if "order" in state.tensors:
+            path = rows_of(state.tensors["order"], model.config)
+            budget = max(0.375, 1 - len(path) / (2 * len(trained.U_k[..., 0, 0].flatten()) * LEVELS))
+            files.write_json(args.out / "ranks.json",
+                             ranks_file(path, trained, model.config, budget))
     uniform = partial(uniform_ranks, config=model.config)
     curves = {"pca": (pca, uniform), "trained": (trained, uniform)}
     facts = state.facts
@@ -338,6 +360,7 @@ def main():
     device, dtype = prepare_training(args, config, need)
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
+    args.positions = 1 if args.recipe == "paper" else positions_of(args, config)
     order = None
     if args.ranks and not args.resume:
         with cli.blame("--ranks"):
@@ -346,8 +369,6 @@ def main():
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
-    if args.seq < config.max_position_embeddings:
-        print(f"For texts of up to {args.seq} tokens; for longer ones train with a longer --seq")
     tokens, held_out = text_for(args, config)
     settings = settings_of(args, OPTIONS, PATHS, len(tokens))
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
@@ -358,7 +379,7 @@ def main():
             saved = read_state(file, settings)
     with cli.blame("--ckpt"):
         tensors = saved.tensors if saved else start_of(args, model, tokens, order)
-    rotation = Rotation(Projection.of(tensors, "start.").to(device))
+    rotation = Rotation(Projection.of(tensors, "start.", args.whole).to(device))
     state = TrainingState(file, rotation, settings, tensors, saved)
 
     draw, plan = draw_levels, partial(uniform_ranks, config=config)

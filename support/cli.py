@@ -101,6 +101,14 @@ def report_arguments(parser, batch: int = 8, windows: int = 64, seq: int | None 
         help=f"windows of --seq held-out tokens to report on [{windows}]")
 
 
+def sweep_arguments(parser) -> None:
+    add = parser.add_argument
+    add("--positions", type=within(1, 10 ** 8), help="calibration, sweeps and training place their "
+        "windows anywhere below [what the model was made for, at most 8192]")
+    add("--sweep-windows", type=within(1, 10 ** 6), default=32,
+        help="windows of --seq tokens of the sweeps [32]")
+
+
 def passage_arguments(parser, least: int = 0) -> None:
     none = "" if least else "; 0 for none"
     parser.add_argument("--passages", type=within(least, 10 ** 6), default=500,

@@ -95,9 +95,10 @@ def check_folder(path: Path) -> None:
         (path / "writable").unlink()
 
 
-def hash_of(*tensors: Tensor) -> str:
-    """The sha256 of the bytes of float32 tensors, one after the other, in hexadecimal."""
+def hash_of(*tensors: Tensor, text: str = "") -> str:
+    """The sha256 of the bytes of float32 tensors, one after the other, then of a text."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    digest.update(text.encode())
     return digest.hexdigest()
