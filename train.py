@@ -156,8 +156,8 @@ def draw_independent(B: int, config, generator: Generator) -> Tensor:
 def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, after_step) -> None:
     """Rotate the projections so that the model with the small cache says what the model says.
 
-    draw(B, config, generator) gives random plans, ranks (2, L, B, K); state.module.at(plans) the
-    student's hook `project=` for them (Rotation). Calls after_step(number) after each step.
+    draw(B, config, generator) gives random plans, ranks (2, L, B, K); state.module.at(plans, all of
+    the step) the student's hook `project=` (Rotation). Calls after_step(number) after each step.
     """
     parameters = list(state.module.parameters())
     B = processes.WORLD * recipe.batch
@@ -170,10 +170,14 @@ def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, afte
         # training draws what it would have, and N processes what one with N times the batch would.
         generator = Generator().manual_seed(recipe.seed * 1_000_003 + step)
         kl_of_step = torch.zeros(1, dtype=torch.float64)
+        batches = []
         for _ in range(recipe.accumulate):
             text = random_windows(tokens, B, recipe.seq, generator, mine)
-            plans = draw(B, model.config, generator)[:, :, mine]
-            loss, kl = distil(model, text, state.module.at(plans), recipe)
+            batches.append((text, draw(B, model.config, generator)))
+        of_step = torch.cat([plans for _, plans in batches], dim=2)
+        for text, plans in batches:
+            student = state.module.at(plans[:, :, mine], of_step)
+            loss, kl = distil(model, text, student, recipe)
             objective = loss if recipe.floor is None else torch.log(loss + recipe.floor)
             if objective.requires_grad:                 # not where every head is full
                 (scale * objective.mean()).backward()
