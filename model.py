@@ -237,6 +237,8 @@ class Rope:
 
         Of (B, 1, T, d) where every sequence has a start of its own, (B,) on the CPU.
         """
+        if isinstance(start, Tensor) and not start.any():
+            start = 0
         end = int(start.max() if isinstance(start, Tensor) else start) + T
         there = self.cos
         if there is None or end > len(there) or (there.dtype, there.device) != (dtype, device):

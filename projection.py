@@ -294,13 +294,15 @@ class Rotation(nn.Module):
         """In `dtype`: float64 before saving, so that the Cayley map adds no error of its own."""
         return self.turned(self.A_k, self.A_v, dtype)
 
-    def at(self, ranks: Tensor):
-        """The hook of a training step with ranks (2, L, B, K): `Projection.at`, with gradients.
+    def at(self, ranks: Tensor, of_step: Tensor | None = None):
+        """The hook of sequences with ranks (2, L, B, K): `Projection.at`, with gradients.
 
-        None for entries that no rank of the step can see: as above, it would be noise.
+        None for entries that no rank of the step can see: as above, it would be noise. of_step: the
+        ranks of all its sequences, (2, L, all, K), where these are not all.
         """
         entries = []
-        for A, seen in zip((self.A_k, self.A_v), self.visible_entries(ranks), strict=True):
+        visible = self.visible_entries(ranks if of_step is None else of_step)
+        for A, seen in zip((self.A_k, self.A_v), visible, strict=True):
             entries.append(torch.where(seen, A, A.detach()))
         return self.turned(*entries).at(ranks)
 

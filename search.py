@@ -43,7 +43,7 @@ from projection import (
     uniform_ranks,
 )
 from support import cli, files, processes
-from support.data import random_windows, text_for
+from support.data import random_starts, random_windows, text_for
 from support.pictures import draw_plan
 from support.plans import PROJECTIONS, order_of
 from support.progress import Progress
@@ -164,8 +164,8 @@ class Windows:
     def __init__(self, tokens, count: int, batch: int, seq: int, positions: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
         self.text = random_windows(tokens, count, seq, generator)[:, :-1]
-        self.starts = torch.randint(positions, (count,), generator=generator)
-        self.batch, self.seed, self.positions = batch, seed, positions
+        self.starts = random_starts(count, seq, positions, generator)
+        self.batch, self.seed = batch, seed
 
     def __iter__(self):
         """Batches, (B, T) tokens and (B,) starts; of several processes each takes some."""
@@ -177,7 +177,7 @@ class Windows:
 
 
 def positions_of(args, config) -> int:
-    """--positions, or the length to serve: windows begin anywhere below."""
+    """--positions, or the length to serve: windows lie anywhere below."""
     most = config.max_position_embeddings
     if (args.positions or 1) > most:
         cli.fail(f"--positions {args.positions}: the model was made for {most}")

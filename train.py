@@ -54,7 +54,7 @@ from projection import (
 from search import Windows, find_order, find_start, positions_of, ranks_file, rows_of
 from support import cli, files, processes
 from support.checkpoint import read_config
-from support.data import random_windows, set_apart, text_for
+from support.data import random_starts, random_windows, set_apart, text_for
 from support.pictures import draw_report
 from support.plans import PROJECTIONS, read_ranks
 from support.progress import Progress
@@ -158,8 +158,8 @@ def draw_independent(B: int, config, generator: Generator) -> Tensor:
 def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, after_step) -> None:
     """Rotate the projections so that the model with the small cache says what the model says.
 
-    draw(B, config, generator) gives random plans, ranks (2, L, B, K); state.module.at(plans) the
-    student's hook `project=` for them (Rotation). Calls after_step(number) after each step.
+    draw(B, config, generator) gives random plans, ranks (2, L, B, K); state.module.at(plans, all of
+    the step) the student's hook `project=` (Rotation). Calls after_step(number) after each step.
     """
     parameters = list(state.module.parameters())
     B = processes.WORLD * recipe.batch
@@ -172,13 +172,15 @@ def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, afte
         # training draws what it would have, and N processes what one with N times the batch would.
         generator = Generator().manual_seed(recipe.seed * 1_000_003 + step)
         kl_of_step = torch.zeros(1, dtype=torch.float64)
+        batches = []
         for _ in range(recipe.accumulate):
             text = random_windows(tokens, B, recipe.seq, generator, mine)
-            plans = draw(B, model.config, generator)[:, :, mine]
-            start = 0
-            if recipe.positions > 1:
-                start = torch.randint(recipe.positions, (B,), generator=generator)[mine]
-            loss, kl = distil(model, text, state.module.at(plans), recipe, start)
+            plans = draw(B, model.config, generator)
+            batches.append((text, plans, random_starts(B, recipe.seq, recipe.positions, generator)))
+        of_step = torch.cat([plans for _, plans, _ in batches], dim=2)
+        for text, plans, starts in batches:
+            student = state.module.at(plans[:, :, mine], of_step)
+            loss, kl = distil(model, text, student, recipe, starts[mine])
             objective = loss if recipe.floor is None else torch.log(loss + recipe.floor)
             if objective.requires_grad:                 # not where every head is full
                 (scale * objective.mean()).backward()
@@ -333,7 +335,7 @@ def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
         trained.save(args.out / PROJECTIONS, pca)
         if "order" in state.tensors:
             path = rows_of(state.tensors["order"], model.config)
-            budget = max(0.375, 1 - len(path) / (2 * len(trained.U_k[..., 0, 0].flatten()) * LEVELS))
+            budget = max(0.375, 1 - len(path) / (2 * trained.mean_v[..., 0].numel() * LEVELS))
             files.write_json(args.out / "ranks.json",
                              ranks_file(path, trained, model.config, budget))
     uniform = partial(uniform_ranks, config=model.config)

@@ -88,7 +88,7 @@ class Free(nn.Module):
     def forward(self, dtype: torch.dtype | None = None) -> Projection:
         return Projection.of(self.learnt).to(None, dtype)
 
-    def at(self, ranks: Tensor):
+    def at(self, ranks: Tensor, of_step: Tensor | None = None):
         return self().at(ranks)
 
 

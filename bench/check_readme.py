@@ -33,7 +33,7 @@ SMALL = {
     "bench/equal_bytes.py": "--windows 2 --passages 2",
     "bench/generate.py": "--rounds 1",
     "bench/kernel.py": "--capability 80",
-    "bench/laptop.py": "--steps 8 --batch 2 --seq 64",
+    "bench/laptop.py": "--steps 8 --batch 4 --seq 16",
     "bench/recall.py": "--passages 2",
     "bench/resident_memory.py": "--tokens 4096",
     "bench/rounding.py": "--seq 256 --windows 2 --runs 1",

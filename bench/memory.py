@@ -121,8 +121,8 @@ def training_peak(folder: Path, checkpoint: str) -> int:
         "--dtype": "float32",
     }
     pairs = [str(word) for pair in options.items() for word in pair]
-    sys.argv = ["train.py", *pairs, checkpoint]
-    # One batch of calibration, not 16, and no report: the peak is the same.
+    sys.argv = ["train.py", *pairs, "--uniform", checkpoint]
+    # No order of lowerings, one batch of calibration, not 16, and no report: the peak is the same.
     train.calibrate = partial(calibrate, batches=1)
     train.finish = lambda *_: None
     before = peak()

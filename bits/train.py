@@ -183,8 +183,8 @@ class TrainedRounding(nn.Module):
         spread = deviation * self.log_factor.exp().to(U)
         return Rounding(p, self.mean_k.to(U), spread)
 
-    def at(self, bits: Tensor):
-        """The hook of a training step with plans (2, L, B, K, 8)."""
+    def at(self, bits: Tensor, of_step: Tensor | None = None):
+        """The hook of sequences with plans (2, L, B, K, 8); rounding sees all entries of A."""
         return self().at(bits)
 
 

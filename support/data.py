@@ -57,6 +57,16 @@ def random_windows(tokens: np.ndarray, B: int, T: int, generator: torch.Generato
     return windows(tokens, starts[mine], T)
 
 
+def random_starts(B: int, T: int, positions: int, generator: torch.Generator) -> Tensor:
+    """Positions (B,) of the first tokens of windows that lie anywhere in 0 … positions − 1.
+
+    All 0 where they do not fit, and nothing is drawn.
+    """
+    if positions <= T:
+        return torch.zeros(B, dtype=torch.long)
+    return torch.randint(positions - T + 1, (B,), generator=generator)
+
+
 def even_windows(tokens: np.ndarray, count: int, T: int) -> Tensor:
     """Up to `count` windows of T + 1 tokens, spaced evenly over all of them: (count, T + 1).
 

@@ -1,35 +1,43 @@
-"""bits.py: the path against a scan, what learns, and the script on a tiny model."""
+"""bits.train: the path against a scan, what learns, what a step takes, and the script."""
+import dataclasses
 import json
+import os
 import shutil
-from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CKPT, call, random_projection, relative, script, shape, small
+from conftest import CKPT, DEMO, call, random_projection, relative, script, shape, small
 from safetensors.torch import load_file
 from test_rounding import random_bits, random_path, random_rounding
 
-from bits import (
-    Run,
+from bits import Bits, load_bits
+from bits.rounding import (
+    BITS,
+    ERROR,
+    NewestExact,
+    bits_at,
+    errors_at,
+    water_filling,
+)
+from bits.train import (
     TrainedRounding,
     draw_bits,
     first_path,
-    load_bits,
     parts_of_kl,
     path_around,
     scaled_errors,
-    total_share,
+    step_memory,
 )
-from cache import KVCache
-from distance import spread_windows
-from generate import decode
-from model import load
-from order import output_weights, pairs_of_columns
-from packed import PackedCache
-from projection import Moments, Projection, uniform_ranks
-from rounding import BITS, ERROR, bits_at, errors_at, grouped_attention, same_bits, water_filling
+from model import Model, generate, load
+from projection import Moments, output_weights
+from search import pairs_of_columns
+from support.checkpoint import read_config
+from support.data import even_windows
+from support.training import TrainingState
+from train import Recipe, distil
+
+RECIPE = Recipe(steps=1, batch=3, seq=40, lr=0.1)
 
 
 @pytest.fixture
@@ -41,12 +49,16 @@ def known(model):
 
 
 def made_up_costs(known):
-    """A rounding, its blocks' errors, what heads matter by decree, and the KL that follows."""
+    """A rounding, its blocks' errors, what heads matter by decree, and the KL that follows.
+
+    Its hooks are the plans themselves, for that KL to be seen from.
+    """
     model, moments, trained = known
     with torch.no_grad():
         rounding = trained()
-    pairs = pairs_of_columns(moments, rounding.p, output_weights(model)).diagonal(dim1=-2, dim2=-1)
-    block = pairs.unflatten(-1, (8, -1)).sum(-1)                    # (2, L, K, 8)
+    rounding.at = lambda plan: plan
+    pairs = pairs_of_columns(moments, rounding.p, output_weights(model))
+    block = pairs.diagonal(dim1=-2, dim2=-1).unflatten(-1, (8, -1)).sum(-1)        # (2, L, K, 8)
     matters = 0.1 + torch.rand(block.shape[:3], dtype=torch.float64)
     matters /= block.sum(-1)
 
@@ -82,14 +94,14 @@ def test_what_a_head_matters_is_found_where_it_is_known(known, monkeypatch):
     """All others' 8 bits are in it: by a few hundredths too much. A dead head costs nothing."""
     model, moments, _ = known
     rounding, block, matters, kl_of_each = made_up_costs(known)
-    monkeypatch.setattr("bits.kl_of_each", kl_of_each)
-    found, path = first_path(model, rounding, moments, None, None)
+    monkeypatch.setattr("bits.train.kl_of_each", kl_of_each)
+    found, path = first_path(model, rounding, moments, None, RECIPE)
     assert relative(found, matters) < 0.1
     assert torch.equal(path, water_filling(found[..., None] * block))
     dead = block.clone()
     dead[1, 0, 0] = 0                                               # nobody reads its values
-    monkeypatch.setattr("bits.block_errors", lambda *_: dead)
-    found, path = first_path(model, rounding, moments, None, None)
+    monkeypatch.setattr("bits.train.block_errors", lambda *_: dead)
+    found, path = first_path(model, rounding, moments, None, RECIPE)
     assert found.isfinite().all() and len(path) == 6 * block.numel()
     costs_nothing = (dead == 0).flatten().nonzero()[:, 0]
     first = path[:6 * 8, 0]                                         # all bits of its eight blocks
@@ -105,14 +117,14 @@ def test_around_a_plan_both_measurements_count(known, monkeypatch):
     def decreed(model, rounding, plan, *_):
         return around * errors_at(plan)
 
-    monkeypatch.setattr("bits.parts_of_kl", decreed)
+    monkeypatch.setattr("bits.train.parts_of_kl", decreed)
     start = water_filling(matters[..., None] * block)
-    found = path_around(model, rounding, moments, None, None, matters, start)
+    found = path_around(model, rounding, moments, None, RECIPE, matters, start)
     expected = (matters[..., None] * block) ** 0.25 * around ** 0.75
     assert torch.equal(found, water_filling(expected))
     around[0, 0, 0] = -around[0, 0, 0]                              # noise
     around[1, 0, 0] = 0
-    found = path_around(model, rounding, moments, None, None, matters, start)
+    found = path_around(model, rounding, moments, None, RECIPE, matters, start)
     assert len(found) == len(start)
 
 
@@ -127,14 +139,14 @@ def test_parts_of_kl_are_its_slopes(known):
         rounding = trained(torch.float64)
     plan = random_bits(model)
     tokens = np.random.default_rng().integers(3, 96, 3 * 40 + 1)
-    text = spread_windows(tokens, 3, 40)
+    text = even_windows(tokens, 3, 40)
     errors = {}
 
     def record(layer, k, v):
-        *stored, attention = rounding.at(plan)(layer, k, v)
-        for side, (x, hat) in enumerate(zip((k, v), stored, strict=True)):
-            errors[side, layer] = (hat - x) @ rounding.U[side][layer]
-        return *stored, attention
+        pairs = rounding.at(plan)(layer, k, v)
+        for side, (x_hat, x) in enumerate(pairs):
+            errors[side, layer] = (x_hat - x) @ rounding.U[side][layer]
+        return [x_hat for x_hat, _ in pairs]
 
     def kl(scale):
         def scaled(layer, k, v):
@@ -142,13 +154,12 @@ def test_parts_of_kl_are_its_slopes(known):
             for side, x in enumerate((k, v)):
                 factor = scale[side, layer].repeat_interleave(x.shape[-1] // 8, -1)[:, None]
                 hats.append(x + (factor * errors[side, layer]) @ rounding.U[side][layer].mT)
-            return *hats, partial(grouped_attention, newest=(k, v))
+            return hats
 
-        return log_ratio(model, text, scaled)
+        return log_ratio(model, text, NewestExact(scaled))
 
-    log_ratio(model, text, record)
-    args = SimpleNamespace(batch=3, seq=40, amp=False, checkpoint=False, ce=0.0)
-    parts = parts_of_kl(model, rounding, plan, tokens, args) / text[:, 1:].numel()
+    log_ratio(model, text, NewestExact(record))
+    parts = parts_of_kl(model, rounding, plan, tokens, RECIPE) / text[:, 1:].numel()
     assert parts.shape == plan.shape
     for place in torch.randperm(plan.numel())[:6].tolist():
         step = torch.zeros(plan.shape, dtype=torch.float64)
@@ -157,9 +168,9 @@ def test_parts_of_kl_are_its_slopes(known):
         assert parts.view(-1)[place].item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
     same = scaled_errors(rounding, plan, torch.ones(plan.shape))
     x = torch.randn(2, 2, *shape(model)[1:], 9, dtype=torch.float64).transpose(-1, -2)
-    for side in (0, 1):
-        scaled, expected = same(0, *x)[side], rounding.at(plan)(0, *x)[side]
-        assert relative(scaled, expected) < 1e-12
+    for pair, expected in zip(same(0, *x), rounding.at(plan)(0, *x), strict=True):
+        for found, other in zip(pair, expected, strict=True):
+            assert relative(found, other) < 1e-12
 
 
 @torch.no_grad()
@@ -203,38 +214,155 @@ def test_plans_of_many_budgets_of_the_path_are_drawn(model):
     assert torch.equal(torch.stack(of_path, 2), bits)
 
 
+# ------------------------------------------------------------------------------
+# What a step takes
+
+def kept_for_backward(c, batch: int, seq: int, dtype) -> int:
+    """Bytes that autograd keeps in a step, each storage once; not the model's nor the rounding's.
+
+    The largest buffers are those of the layers, keys and values as stored and as they are.
+    """
+    model = Model(c).to(dtype).requires_grad_(False)
+    moments = Moments(c)
+    with torch.no_grad():
+        model.hidden(torch.randint(c.vocab_size, (2, 64)), observe=moments)
+    trained = TrainedRounding(random_projection(model), moments)
+    L, K, _ = shape(model)
+    path = water_filling(torch.rand(2, L, K, 8, dtype=torch.float64))
+    hook = trained.at(draw_bits(batch, c, torch.Generator().manual_seed(0), path))
+    model.rope.rows(0, seq, dtype, model.device)
+    apart = {x.untyped_storage().data_ptr()
+             for x in (*model.parameters(), model.rope.cos, model.rope.sin)}
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    text = torch.randint(c.vocab_size, (batch, seq + 1))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss, _ = distil(model, text, hook, Recipe(1, batch, seq, 0.1))
+    assert loss.requires_grad
+    return sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in apart)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seq", [256, 512])
+def test_a_step_keeps_what_is_predicted(seq, dtype):
+    """That is what all layers hold, more than a single one, and so nothing that is on the way."""
+    demo = read_config(DEMO / "config.json")
+    c, batch = dataclasses.replace(demo, num_hidden_layers=2, vocab_size=96), 2
+    all_layers, one = (step_memory(c, batch, seq, dtype, recompute) for recompute in (False, True))
+    L = c.num_hidden_layers
+    predicted = sum(L / (L - 1) * (all_layers[name] - one[name])
+                    for name in ("within layers", "rounding"))
+    print(f"measured {kept_for_backward(c, batch, seq, dtype) / 1e6:.1f} MB, "
+          f"predicted {predicted / 1e6:.1f} MB")
+    assert kept_for_backward(c, batch, seq, dtype) == pytest.approx(predicted, rel=0.15)
+
+
+# ------------------------------------------------------------------------------
+# The files
+
+def saved(model, file, **said) -> Bits:
+    """What a training would leave, of random numbers."""
+    file.parent.mkdir(exist_ok=True)
+    bits = Bits(random_rounding(model), random_path(model), model.config)
+    bits.save(file, said)
+    return bits
+
+
+def test_bits_are_read_as_they_were_written(model, tmp_path):
+    bits = saved(model, tmp_path / "bits.json", seq=60)
+    again = load_bits(tmp_path / "bits.json")
+    assert torch.equal(again.path, bits.path)
+    for name, tensor in bits.rounding.tensors().items():
+        assert torch.equal(again.rounding.tensors()[name], tensor)
+    assert torch.equal(again.plan(0.125), bits_at(bits.path, model.config, 0.125))
+
+
+@pytest.mark.parametrize("of_other", ["bits.safetensors", "bits.json"])
+def test_files_of_two_trainings_are_refused(model, tmp_path, of_other):
+    """As where a training was killed between its two files, or one of them was copied alone."""
+    for name in ("one", "other"):
+        saved(model, tmp_path / name / "bits.json")
+    shutil.copy(tmp_path / "other" / of_other, tmp_path / "one")
+    with pytest.raises(ValueError, match="another training") as refused:
+        load_bits(tmp_path / "one" / "bits.json")
+    assert str(tmp_path / "one" / "bits.json") in str(refused.value)
+    load_bits(tmp_path / "other" / "bits.json")
+
+
+@pytest.mark.parametrize("name", ["U_k", "U_v", "mean_v", "mean_k", "spread"])
+def test_no_tensor_of_another_training_goes_unnoticed(model, tmp_path, name):
+    bits = saved(model, tmp_path / "bits.json")
+    tensors = bits.rounding.tensors()
+    tensors[name][-1, -1, -1] *= 1.001
+    bits.rounding.of(tensors).save(tmp_path / "bits.safetensors")
+    with pytest.raises(ValueError, match="another training"):
+        load_bits(tmp_path / "bits.json")
+
+
+def test_a_file_that_does_not_say_for_which_tensors_is_read(model, tmp_path):
+    """As those of before did not."""
+    bits = saved(model, tmp_path / "bits.json")
+    said = json.loads((tmp_path / "bits.json").read_text())
+    del said["rounding"]
+    (tmp_path / "bits.json").write_text(json.dumps(said))
+    assert torch.equal(load_bits(tmp_path / "bits.json").path, bits.path)
+
+
+@pytest.mark.parametrize(("spoil", "words"), [
+    ({"head_dim": 5}, "head_dim 5"), ({"exact": 2}, "exact 2"), ({"newest": 0}, "newest 0"),
+    ({"path": [[1]]}, "not a path"), ({"path": None}, "not what"), ({"rounding": 7}, "another")])
+def test_a_spoilt_file_is_named(model, tmp_path, spoil, words):
+    saved(model, tmp_path / "bits.json", **spoil)
+    with pytest.raises(ValueError, match=words) as refused:
+        load_bits(tmp_path / "bits.json")
+    assert "bits.json" in str(refused.value)
+
+
+# ------------------------------------------------------------------------------
+# The script
+
 QUICK = "--seq", 60, "--steps", 12, "--windows", 4, "--passages", 4
 
 
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("bits")
-    call("bits", *small(trained), *QUICK, "--out", out)
+    call("bits.train", *small(trained), *QUICK, "--out", out)
     return out
 
 
 def test_a_resumed_run_ends_where_the_undisturbed_one_does(
         made, trained, tmp_path, monkeypatch, capsys, refusal):
-    """Stopped by a Ctrl-C two steps after the state was saved, between its two new paths."""
-    save = Run.save
+    """Stopped by a Ctrl-C two steps after the state was saved, between its two new paths.
 
-    def save_and_stop(run):
-        if run.said["step"] == 5:
-            save(run)
-            run.save_at = 0.0
-        if run.said["step"] == 7:
+    It was started by absolute paths and is resumed by relative ones.
+    """
+    plain = TrainingState.save
+
+    def save(state, every):
+        if state.step == 5:
+            plain(state, every)
+            state.save_at = 0.0
+        if state.step == 7:
             raise KeyboardInterrupt
 
     options = [*small(trained), *QUICK, "--out", tmp_path]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr(Run, "save", save_and_stop)
-        call("bits", *options)
+        patch.setattr(TrainingState, "save", save)
+        call("bits.train", *options)
     assert left.value.code == 130
     assert "--resume continues from step 5" in capsys.readouterr().err.splitlines()[-1]
-    assert "--lr" in refusal("bits", *options, "--resume", "--lr", 0.5)
-    call("bits", *options, "--resume")
-    assert not (tmp_path / Run.STATE).exists()
-    assert "--resume" in refusal("bits", *options, "--resume")
+    assert "--lr" in refusal("bits.train", *options, "--resume", "--lr", 0.5)
+    monkeypatch.chdir(trained)
+    options[options.index(trained / "tokens.npy")] = "tokens.npy"
+    options[options.index(CKPT)] = os.path.relpath(CKPT)
+    call("bits.train", *options, "--resume")
+    assert not (tmp_path / "bits.state.safetensors").exists()
+    assert "--resume" in refusal("bits.train", *options, "--resume")
     one, other = (load_file(out / "bits.safetensors") for out in (made, tmp_path))
     for name, tensor in one.items():
         assert (tensor - other[name]).abs().max() < 1e-6, name
@@ -258,53 +386,72 @@ def test_the_script_leaves_what_its_reader_reads(made):
     found = torch.cat([model(part, cache=cache) for part in tokens.split((40, 1, 13), 1)], 1)
     close = (found - model(tokens, project=bits.at(0.125))).abs().amax(-1) < 1e-3
     assert close.double().mean() > 0.8
-    assert len(list(decode(model, bits.cache(0.0625, 1, 12), [1, 5, 9], 8))) <= 8
+    made_up = list(generate(model, [1, 5, 9], 8, cache=bits.cache(0.0625, 1, 12)))
+    assert len(made_up) <= 8
 
 
-def test_the_total_is_what_a_cache_takes():
-    """As large as the cache itself, whose newest tokens have 16 bits in a 16-bit model."""
-    model = load(CKPT)
-    r = random_rounding(model)
-    cache = PackedCache(r, same_bits(2, model.config), 1, 512, torch.bfloat16)
-    full = KVCache(Projection.identity(model.config), uniform_ranks(1.0, model.config), 1, 512,
-                   torch.bfloat16)
-    share = (cache.data.nbytes + cache.newest.nbytes) / full.data.nbytes
-    assert total_share(2, 512) == pytest.approx(share)
+def test_a_report_says_what_each_plan_takes(made):
+    """The tokens that are exact come on top: 4 + 32 of a window of 60."""
+    bits = load_bits(made / "bits.json")
+    rows = json.loads((made / "bits.json").read_text())["budgets"]
+    shares = [0.5, 0.375, 0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875]
+    assert len(rows) == len(shares)
+    for row, share in zip(rows, shares, strict=True):
+        assert row["budget"] == bits.plan(share).double().mean().item() / 16
+        assert share - 0.005 < row["budget"] <= share
+        assert row["in_all"] == pytest.approx(row["budget"] + 36 / 60)
+        assert set(row) == {"budget", "in_all", "kl", "perplexity", "accuracy", "same", "kl_99.9",
+                            "recall"}
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    ({"head_dim": 5}, "head_dim 5"), ({"exact": 2}, "exact 2"), ({"newest": 0}, "newest 0"),
-    ({"path": [[1]]}, "not a path"), ({"path": None}, "not what")])
-def test_a_spoilt_file_is_named(made, tmp_path, spoil, words):
-    said = json.loads((made / "bits.json").read_text()) | spoil
-    shutil.copy(made / "bits.safetensors", tmp_path)
-    (tmp_path / "bits.json").write_text(json.dumps(said))
-    with pytest.raises(ValueError, match=words):
-        load_bits(tmp_path / "bits.json")
+def test_a_training_goes_to_the_folder_of_the_projections_that_it_starts_from(
+        trained, tmp_path, monkeypatch):
+    """They are its start, and no file but its own is written there."""
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "made"
+    shutil.copytree(trained / "out", folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    quick = ["--seq", 60, "--steps", 1, "--lr", 0, "--windows", 1, "--passages", 0]
+    proj = folder / "projections.safetensors"
+    call("bits.train", *small(trained), *quick, "--proj", proj)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    after = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert after.keys() - before.keys() == {"bits.json", "bits.safetensors", "bits.png"}
+    assert {name: after[name] for name in before} == before
+    start, learnt = load_file(proj), load_file(folder / "bits.safetensors")
+    assert (start["U_k"] - learnt["U_k"]).abs().max() < 1e-5
 
 
 def test_wrong_input_is_said_in_one_line(made, trained, tmp_path, refusal):
     line = refusal("generate", "--bits", tmp_path / "none.json")
-    assert "--bits" in line
-    line = refusal("generate", "--bits", made / "bits.json", "--shrink-to", 0.5)
-    assert "--bits" in line
+    assert "--bits" in line and "none.json" in line
+    line = refusal("generate", "--bits", made / "bits.json")        # the demo is another model
+    assert "--bits" in line and "the model has" in line
     line = refusal("generate", "--budget", 0.05)
     assert "0.125" in line
-    line = refusal("bits", *small(trained), "--out", tmp_path)
+    line = refusal("bits.train", *small(trained), "--out", tmp_path)
     assert "--seq 32" in line
     longer = *small(trained), "--seq", 60, "--out", tmp_path
-    line = refusal("bits", *longer, "--proj", tmp_path / "none")
+    line = refusal("bits.train", *longer, "--proj", tmp_path / "none")
     assert "--proj" in line
+    file = tmp_path / "bits.json"
+    shutil.copy(made / "bits.json", file)
+    saved(load(CKPT), tmp_path / "other" / "bits.json").rounding.save(
+        file.with_suffix(".safetensors"))
+    line = refusal("generate", "--bits", file)
+    assert "--bits" in line and "bits.json" in line and "another training" in line
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path):
     """Its path too, whose parts of the KL every process measures on windows of its own."""
     options = ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--dtype", "float64"]
     options += ["--seq", 60, "--steps", 4, "--windows", 4, "--passages", 0]
     one, two = tmp_path / "one", tmp_path / "two"
-    call("bits", *options, "--batch", 8, "--out", one)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "bits.py"]
-    done = script(*torchrun, *options, "--batch", 4, "--out", two)
+    call("bits.train", *options, "--batch", 8, "--out", one)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = script(*torchrun, "-m", "bits.train", *options, "--batch", 4, "--out", two)
     assert done.returncode == 0, done.stderr
     a, b = (json.loads((out / "bits.json").read_text()) for out in (one, two))
     assert a["path"] == b["path"]

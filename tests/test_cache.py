@@ -36,7 +36,7 @@ def plan_called(name, model):
         ranks[:, :, 1] = d // 2
     if name == "apart":         # heads of a rank are no neighbours, of keys and of values others
         ranks[0] = torch.tensor([3, 5, 3, 1]) * d // 8
-        ranks[1] = torch.tensor([2, 4, 6, 2]) * d // 8
+        ranks[1] = torch.tensor([2, 4, 6, 4]) * d // 8
     return ranks
 
 

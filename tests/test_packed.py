@@ -1,25 +1,24 @@
 """The packed cache: what it says is what the rounding says, and what it holds is what was asked."""
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
-from conftest import GOLDEN, KINDS, relative
+from conftest import relative
 from test_rounding import random_bits, random_rounding
 
-import attention
-import packed
-from model import load
-from packed import PackedCache
-from rounding import EXACT, same_bits
+from bits import packed
+from bits.packed import PackedCache
+from bits.rounding import EXACT, GROUP, same_bits
 
 CHUNKS = (1, 2, 9, 1, 1, 50, 1, 40)
 
 
-@pytest.fixture(params=KINDS)
-def wide_model(request):
+@pytest.fixture
+def double(model):
     """In float64, where no number lies so near to a boundary that it is rounded another way."""
-    return load(GOLDEN / request.param, dtype=torch.float64)
+    return model.double()
 
 
 def read_in(model, cache, tokens, chunks=CHUNKS) -> torch.Tensor:
@@ -27,16 +26,22 @@ def read_in(model, cache, tokens, chunks=CHUNKS) -> torch.Tensor:
     return torch.cat([model(part, cache=cache) for part in parts], dim=1)
 
 
-@pytest.mark.parametrize("least", [16, 64])         # tiles shifted by bytes, and by words
-@pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_cache_gives_the_logits_of_the_hook(wide_model, batch, window, least, monkeypatch):
-    """In chunks and token by token, over several tiles, with grouped queries and without."""
-    monkeypatch.setattr(packed, "TILE", 0)
-    monkeypatch.setattr(packed, "LEAST", least)
-    monkeypatch.setattr(packed, "LONG", 32)
-    monkeypatch.setattr(attention, "SCORES", 600)
-    model = wide_model
+# ------------------------------------------------------------------------------
+# Logits
+
+@pytest.fixture
+def several_tiles(monkeypatch):
+    """`several_tiles(n)`: from now on a tile has n tokens, words from 32 on; pieces are short."""
+    def of_tokens(n):
+        monkeypatch.setattr(packed, "UNPACKED", 0)
+        monkeypatch.setattr(packed, "LEAST", n)
+        monkeypatch.setattr(packed, "LONG", 32)
+        monkeypatch.setattr("cache.SCORES", 600)
+
+    return of_tokens
+
+
+def check_logits(model, batch, window, least):
     model.config = dataclasses.replace(model.config, sliding_window=window)
     r, bits = random_rounding(model, torch.float64), random_bits(model)
     tokens = torch.randint(3, 96, (batch, sum(CHUNKS)))
@@ -52,14 +57,27 @@ def test_the_cache_gives_the_logits_of_the_hook(wide_model, batch, window, least
                     expected) < 1e-10
 
 
+def test_the_cache_gives_the_logits_of_the_hook(every_model, several_tiles):
+    """In chunks and token by token, over several tiles, with grouped queries and without."""
+    several_tiles(16)
+    check_logits(every_model.double(), 3, None, 16)
+
+
+@pytest.mark.parametrize("batch, window, least", [      # 64: tiles that are shifted by words
+    (1, None, 64), (3, 7, 64), (1, 7, 16), (3, 45, 16)])
+def test_any_batch_window_and_tile_has_the_logits_of_the_hook(
+        double, several_tiles, batch, window, least):
+    several_tiles(least)
+    check_logits(double, batch, window, least)
+
+
 @pytest.mark.parametrize("bits", [0, 1, 2, 3, 4, 6, 8])
-def test_each_number_of_bits_is_written_and_read(wide_model, bits):
-    model = wide_model
-    r, plan = random_rounding(model, torch.float64), same_bits(bits, model.config)
+def test_each_number_of_bits_is_written_and_read(double, bits):
+    r, plan = random_rounding(double, torch.float64), same_bits(bits, double.config)
     tokens = torch.randint(3, 96, (2, 80))                          # two groups become codes
     cache = PackedCache(r, plan, 2, 80, torch.float64)
-    assert relative(read_in(model, cache, tokens, (13, 1, 66)),
-                    model(tokens, project=r.at(plan))) < 1e-10
+    assert relative(read_in(double, cache, tokens, (13, 1, 66)),
+                    double(tokens, project=r.at(plan))) < 1e-10
 
 
 def test_in_float32_too(model):
@@ -87,6 +105,120 @@ def test_bfloat16_loses_no_more_by_packing_than_it_does_anyway(model, bits):
     assert lost[1] < 1.5 * lost[0]
 
 
+# ------------------------------------------------------------------------------
+# Setting the length back
+
+MAX_LEN = 260
+LATER = (1, 1, 5, 40, 1), (33, 1)       # what comes behind a length that was set back, twice
+
+
+@pytest.fixture
+def rounded(double):
+    """A model, and `cache()`: an empty one of one plan, for two sequences."""
+    r, bits = random_rounding(double, torch.float64), random_bits(double)
+
+    def cache(max_len=MAX_LEN):
+        return PackedCache(r, bits, 2, max_len, torch.float64)
+
+    return double, cache
+
+
+def goes_on(rounded, length: int, n: int, again: int) -> None:
+    """A cache of `length` tokens set back to n, and `again` tokens back once more.
+
+    Each time it goes on with other tokens as a fresh cache of the whole sequence does.
+    """
+    model, cache = rounded
+    old = cache()
+    tokens = torch.randint(3, 96, (2, length))
+    model(tokens, cache=old)
+    for back, chunks in zip((length - n, again), LATER, strict=True):
+        kept = tokens[:, :old.length - back]
+        old.length -= back
+        assert old.length == kept.shape[1]
+        new = torch.randint(3, 96, (2, sum(chunks)))
+        tokens = torch.cat((kept, new), dim=1)
+        found = read_in(model, old, new, chunks)
+        expected = model(tokens, cache=cache())[:, kept.shape[1]:]
+        assert relative(found, expected) < 1e-10, (length, n, again)
+
+
+def reachable(length: int) -> list[int]:
+    """Where a cache of so many tokens can be set back to: 0, and its last group but one onwards."""
+    return [0, *range(max(0, length // GROUP - 1) * GROUP, length + 1)]
+
+
+@pytest.mark.parametrize("length, n", [
+    (50, 31), (70, 33), (70, 64), (40, 2), (33, 32), (100, 0), (100, 64), (64, 32), (31, 1)])
+def test_a_cache_that_is_set_back_goes_on_as_a_fresh_one(rounded, length, n):
+    """Single tokens and chunks complete groups anew; then it is set back again."""
+    goes_on(rounded, length, n, again=20)
+
+
+@pytest.mark.slow
+def test_a_cache_can_be_set_back_to_all_lengths_that_it_says(rounded):
+    for length in (1, 4, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128):
+        for n in reachable(length)[::3]:
+            goes_on(rounded, length, n, again=n % 17)
+
+
+def test_a_cache_that_is_filled_in_chunks_is_set_back_like_one_filled_at_once(rounded):
+    """What is kept of it does not depend on how it came there, nor on its being set back before."""
+    model, cache = rounded
+    tokens = torch.randint(3, 96, (2, 130))
+    for chunks in ((30, 5, 60, 1, 34), (130,), (64, 64, 2)):
+        old = cache()
+        read_in(model, old, tokens, chunks)
+        for n in (110, 96):
+            old.length = n
+            found = model(tokens[:, n:n + 9], cache=old)
+            assert relative(found, model(tokens[:, :n + 9], cache=cache())[:, n:]) < 1e-10
+        old.length = 96
+        assert relative(model(tokens[:, 96:], cache=old),
+                        model(tokens, cache=cache())[:, 96:]) < 1e-10
+
+
+@pytest.mark.parametrize("length, n, nearest", [
+    (100, 40, 64), (64, 31, 32), (250, 3, 192)])
+def test_a_length_whose_tokens_are_rounded_is_refused_and_the_nearest_named(
+        rounded, length, n, nearest):
+    model, cache = rounded
+    old = cache()
+    tokens = torch.randint(3, 96, (2, length + 5))
+    model(tokens[:, :length], cache=old)
+    with pytest.raises(ValueError, match=f"^length {n}: .* goes back to {nearest}, or to 0$"):
+        old.length = n
+    assert old.length == length                                     # and it is as it was
+    found = model(tokens[:, length:], cache=old)
+    assert relative(found, model(tokens, cache=cache())[:, length:]) < 1e-10
+
+
+def test_a_length_that_no_cache_has_is_refused(rounded):
+    _, cache = rounded
+    old = cache()
+    for n in (-1, MAX_LEN + 1):
+        with pytest.raises(ValueError, match=f"length {n}"):
+            old.length = n
+    assert old.length == 0
+
+
+def test_what_is_said_to_be_nearest_is_where_the_cache_can_go_on(rounded):
+    model, cache = rounded
+    old = cache()
+    tokens = torch.randint(3, 96, (2, 100))
+    model(tokens, cache=old)
+    with pytest.raises(ValueError) as refused:
+        old.length = 40
+    n = old.length = int(re.search(r"back to (\d+)", str(refused.value)).group(1))
+    new = torch.randint(3, 96, (2, 40))
+    whole = torch.cat((tokens[:, :n], new), dim=1)
+    found = read_in(model, old, new, (1, 38, 1))
+    assert relative(found, model(whole, cache=cache())[:, n:]) < 1e-10
+
+
+# ------------------------------------------------------------------------------
+# What it holds
+
 def test_bytes_are_what_the_plan_says(model, monkeypatch):
     r, bits = random_rounding(model), random_bits(model)
     L, K, d = r.p.mean_v.shape
@@ -100,10 +232,17 @@ def test_bytes_are_what_the_plan_says(model, monkeypatch):
         assert max_len <= allocated < 1.06 * max_len + 8
         if max_len < packed.LONG:
             assert allocated == max_len
-    monkeypatch.setattr(packed, "TILE", 0)
+    monkeypatch.setattr(packed, "UNPACKED", 0)
     cache = PackedCache(r, bits, 1, 2500)
     allocated = (cache.data.nbytes - exact / 2) / per_token
     assert 2500 <= allocated < 2500 + 10 * 8
+
+
+@pytest.mark.parametrize("max_len", [1, 64, 3000])
+def test_the_newest_are_two_groups_however_long_the_cache(rounded, max_len):
+    model, cache = rounded
+    L, K, d = model.config.num_hidden_layers, 2, model.config.head_dim
+    assert cache(max_len).newest.shape == (L, 2, 2 * K, d, 2 * GROUP)
 
 
 def test_what_does_not_fit_is_refused(model, tokens):
@@ -117,3 +256,5 @@ def test_what_does_not_fit_is_refused(model, tokens):
         model(tokens[:, :2], cache=PackedCache(r, bits, 3, 20, torch.bfloat16))
     with pytest.raises(ValueError, match="at least 1"):
         PackedCache(r, bits, 0, 20)
+    with pytest.raises(ValueError, match="one plan"):
+        PackedCache(r, random_bits(model, 3), 3, 20)

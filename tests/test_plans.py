@@ -8,7 +8,7 @@ import torch
 from conftest import random_projection, shape
 
 from projection import SIDES, plan_at, uniform_ranks
-from support.plans import PROJECTIONS, order_of, plan_for, read_ranks, trained_order
+from support.plans import PROJECTIONS, order_of, plans_for, read_ranks, trained_order
 
 PATH = [["keys", 0, 1, 0.1], ["values", 1, 0, 0.2], ["values", 1, 0, 0.3]]
 OTHER = [["values", 0, 0, 0.1], ["keys", 1, 1, 0.2], ["keys", 1, 0, 0.3]]
@@ -142,8 +142,9 @@ def asked(model, capsys):
     """`asked(budget, proj=, ranks=)`: the projections, the plan, and the lines on stderr."""
     def ask(budget, proj=None, ranks=None):
         capsys.readouterr()
-        p, plan = plan_for(SimpleNamespace(proj=proj, ranks=ranks, budget=budget), model)
-        return p, plan(budget), capsys.readouterr().err.splitlines()
+        args = SimpleNamespace(proj=proj, ranks=ranks, budget=budget)
+        p, plan = plans_for(args, model, budget)
+        return p, plan, capsys.readouterr().err.splitlines()
 
     return ask
 
@@ -154,9 +155,7 @@ def refused(model, capsys):
     def line_of(budget, proj=None, ranks=None):
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            _, plan = plan_for(SimpleNamespace(proj=proj, ranks=ranks, budget=budget), model)
-            capsys.readouterr()                                     # the line about the order
-            plan(budget)
+            plans_for(SimpleNamespace(proj=proj, ranks=ranks, budget=budget), model, budget)
         assert left.value.code == 2
         line, = capsys.readouterr().err.splitlines()
         return line
@@ -225,11 +224,13 @@ def test_with_neither_every_rank_is_the_same(model, made, asked, beside):
 def test_a_search_that_does_not_say_for_which_projections_is_used_with_a_line(model, made, asked):
     folder, _ = made(ranks=None, order=TRAINED)
     file = folder / "ranks.json"
-    for options in ({"proj": folder / PROJECTIONS}, {"ranks": file}):
-        _, ranks, lines = asked(after(2, model), **options)
-        assert torch.equal(ranks, lowered(model, PATH[:2]))
-        assert lines[0].startswith(f"{file}: does not say for which projections")
-        assert lines[1:] == [f"Ranks: along the order in {file}"]
+    unsaid = "does not say for which projections; taken to be for these"
+    _, ranks, lines = asked(after(2, model), proj=folder / PROJECTIONS)
+    assert torch.equal(ranks, lowered(model, PATH[:2]))
+    assert lines == [f"{file}: {unsaid}", f"Ranks: along the order in {file}"]
+    _, ranks, lines = asked(after(2, model), ranks=file)
+    assert torch.equal(ranks, lowered(model, PATH[:2]))
+    assert lines == [f"Ranks: along the order in {file}, which {unsaid}"]
 
 
 def test_ranks_alone_take_the_projections_beside_them(
@@ -272,10 +273,28 @@ def test_ranks_go_with_projections_elsewhere_that_they_fit(model, made, asked, t
 
 
 def test_a_budget_below_the_end_of_the_path_is_refused(made, refused):
+    """What is blamed is what was asked for: the file, or else the budget."""
     folder, _ = made(ranks="own")
-    line = refused(0.5, ranks=folder / "ranks.json")
-    assert line.startswith("--budget: ")
-    assert "ends at" in line
+    file = folder / "ranks.json"
+    beside = folder / PROJECTIONS
+    for option, options in (("--ranks", {"ranks": file}), ("--budget", {"proj": beside})):
+        line = refused(0.5, **options)
+        assert line.startswith(f"{option}: {file}: ")
+        assert "ends at" in line
+
+
+def test_several_budgets_get_a_plan_each(model, made, monkeypatch, tmp_path):
+    """As the one that a cache begins with and the one that it shrinks to."""
+    folder, _ = made(ranks="own")
+    args = SimpleNamespace(proj=None, ranks=folder / "ranks.json", budget=None)
+    _, own, first, last = plans_for(args, model, None, after(1, model), after(3, model))
+    assert torch.equal(own, lowered(model, []))
+    assert torch.equal(first, lowered(model, PATH[:1]))
+    assert torch.equal(last, lowered(model, PATH))
+    monkeypatch.chdir(tmp_path)
+    _, *full = plans_for(SimpleNamespace(proj=None, ranks=None, budget=None), model, None, None)
+    assert len(full) == 2
+    assert all(torch.equal(plan, lowered(model, [])) for plan in full)
 
 
 def test_files_that_are_not_what_they_should_be_are_named(made, refused, write_plan, tmp_path):

@@ -5,23 +5,23 @@ import pytest
 import torch
 from conftest import random_projection, relative, shape
 
-from projection import Projection
-from rounding import (
+from bits.rounding import (
     BITS,
     ERROR,
     EXACT,
     GROUP,
     STEP,
+    NewestExact,
     Rounding,
     bits_at,
     check_bits,
     grid,
-    grouped_attention,
     path_of_rows,
     path_to_rows,
     same_bits,
     to_code,
 )
+from projection import Projection
 
 
 def random_rounding(model, dtype=torch.float32) -> Rounding:
@@ -72,7 +72,7 @@ def test_the_hook_rounds_number_by_number(model, batch):
     L, K, d = shape(model)
     r, bits = random_rounding(model, torch.float64), random_bits(model, *batch)
     x = torch.randn(2, K, EXACT + 2, d, dtype=torch.float64)
-    k_hat, v_hat, _ = r.at(bits)(L - 1, x, x)
+    (k_hat, _), (v_hat, _) = r.at(bits)(L - 1, x, x)
     for side, (U, mean, found) in enumerate(((r.p.U_k, r.mean[0], k_hat),
                                              (r.p.U_v, r.p.mean_v, v_hat))):
         b, h, t = 1, K - 1, EXACT + 1
@@ -91,19 +91,18 @@ def test_the_hook_rounds_number_by_number(model, batch):
 def test_the_first_tokens_are_exact_in_bfloat16_and_the_newest_in_any(model):
     L, K, d = shape(model)
     x = torch.randn(2, K, 9, d)
-    k_hat, v_hat, attention = random_rounding(model).at(same_bits(0, model.config))(0, x, x)
-    for found in (k_hat, v_hat):
-        assert torch.allclose(found[:, :, :EXACT], x[:, :, :EXACT], atol=0.1)
-        assert not torch.equal(found[:, :, :EXACT], x[:, :, :EXACT])
-    for newest in attention.keywords["newest"]:
-        assert torch.equal(newest, x)
+    pairs = random_rounding(model).at(same_bits(0, model.config))(0, x, x)
+    for stored, as_is in pairs:
+        assert torch.allclose(stored[:, :, :EXACT], x[:, :, :EXACT], atol=0.1)
+        assert not torch.equal(stored[:, :, :EXACT], x[:, :, :EXACT])
+        assert torch.equal(as_is, x)
 
 
 def test_nothing_is_left_of_zero_bits_but_the_mean(model):
     _, K, d = shape(model)
     r = random_rounding(model)
     x = torch.randn(2, K, 9, d)
-    k_hat, v_hat, *_ = r.at(same_bits(0, model.config))(0, x, x)
+    (k_hat, _), (v_hat, _) = r.at(same_bits(0, model.config))(0, x, x)
     for mean, found in zip(r.mean, (k_hat, v_hat), strict=True):
         expected = mean[0][:, None].expand_as(found)
         assert torch.allclose(found[:, :, EXACT:], expected[:, :, EXACT:])
@@ -124,7 +123,7 @@ def test_at_zero_bits_nothing_but_the_mean_has_a_gradient(model):
     r.spread.requires_grad_()
     r.mean[0].requires_grad_()
     x = 0.1 * torch.randn(2, K, 9, d)
-    k_hat, *_ = r.at(same_bits(0, model.config))(0, x, x)
+    (k_hat, _), _ = r.at(same_bits(0, model.config))(0, x, x)
     k_hat[:, :, EXACT:].square().sum().backward()
     assert r.U[0].grad.abs().max() < 1e-4
     assert r.spread.grad is None or r.spread.grad.abs().max() == 0
@@ -193,7 +192,7 @@ def test_attention_sees_its_own_group_as_it_is_and_the_others_as_stored(window):
     T = 2 * GROUP + 9
     q = torch.randn(2, 4, T, 8, dtype=torch.float64)
     k_hat, v_hat, k, v = torch.randn(4, 2, 2, T, 8, dtype=torch.float64)
-    found = grouped_attention(q, k_hat, v_hat, window, (k, v))
+    found = NewestExact.attention(q, (k_hat, k), (v_hat, v), window)
     for t in (0, 5, GROUP - 1, GROUP, GROUP + 20, T - 1):
         seen = range(max(0, t + 1 - (window or T)), t + 1)
         keys, values = (torch.stack([(x if s // GROUP == t // GROUP else x_hat)[:, :, s]

@@ -7,7 +7,7 @@ import torch
 from conftest import CKPT, GOLDEN, call, mean_kl, random_projection, shape
 
 from model import load
-from projection import Moments, Projection, plan_at
+from projection import Moments, Projection, output_weights, plan_at
 from search import (
     Cost,
     along,
@@ -16,6 +16,7 @@ from search import (
     errors,
     exact,
     find_order,
+    kl_of_each,
     lazy,
     rounding_noise,
 )
@@ -357,6 +358,13 @@ def test_the_cheapest_next_step_is_taken_first():
     assert taken == [7] * 6
 
 
+def start_of_a_search(model):
+    """Random projections, moments of a text, and another text to measure on."""
+    moments = Moments(model.config)
+    model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
+    return random_projection(model), moments, np.random.default_rng(0).integers(3, 96, 300)
+
+
 @torch.no_grad()
 def test_what_nobody_reads_is_lowered_first(model):
     """W_o takes in nothing of one key-value head: neither its keys nor its values count."""
@@ -365,11 +373,29 @@ def test_what_nobody_reads_is_lowered_first(model):
     nothing = W_o.weight.clone()
     nothing[:, :2 * d] = 0                                          # of the G = 2 query heads
     W_o.weight.data = nothing
-    moments = Moments(model.config)
-    model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
-    tokens = np.random.default_rng(0).integers(3, 96, 300)
-    p = random_projection(model)
-    order = find_order(model, p, moments, tokens, batch=2, seq=40)
+    order = find_order(model, *start_of_a_search(model), batch=2, seq=40)
     assert order.bincount().tolist() == [7] * (2 * L * K)
     unread = [np.ravel_multi_index((side, 1, 0), (2, L, K)) for side in (0, 1)]
     assert sorted(order[:14].tolist()) == [unread[0]] * 7 + [unread[1]] * 7
+
+
+@torch.no_grad()
+def test_first_eighths_go_in_the_order_of_what_they_cost(model, monkeypatch):
+    """By 4LK KLs, of each rank alone at two levels, and the errors between them."""
+    seen = []
+
+    def noted(*arguments):
+        seen.append(kl_of_each(*arguments))
+        return seen[0]
+
+    monkeypatch.setattr("search.kl_of_each", noted)
+    p, moments, tokens = start_of_a_search(model)
+    order = find_order(model, p, moments, tokens, batch=2, seq=40).tolist()
+    L, K, d = shape(model)
+    kl, = seen
+    assert len(kl) == 4 * L * K
+    error = errors(moments, p, output_weights(model)).flatten(0, 2)
+    costs = costs_of(error, kl.view(-1, 2))
+    firsts = sorted(range(2 * L * K), key=order.index)
+    assert firsts == costs[:, 7].argsort().tolist()
+    assert (kl[::2] > kl[1::2]).all()                               # of level 2, of level 6

@@ -313,6 +313,7 @@ def test_saving_takes_at_most_two_percent_of_the_time(state, monkeypatch, second
     assert clock[0] == before + seconds
 
 
+@pytest.mark.slow
 def test_two_bytes_train_as_four_do(trained, tmp_path):
     """States, products and gradients in two bytes; loss, rotation and Adam in four."""
     ends = {}
@@ -367,6 +368,7 @@ def test_an_order_that_ends_above_the_smallest_budget_is_refused_before_any_step
     assert "ends at 62.5%" in line
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_run_goes_on_and_its_files_load(trained, tmp_path):
     """KILLS=20 in the environment kills that often; half of them once steps are being made."""
     options = [*small(trained), "--steps", 150, "--out", tmp_path, "--save-every", 0]
@@ -529,6 +531,7 @@ def test_a_resumed_run_on_another_text_names_the_text(trained, tmp_path, monkeyp
 # ------------------------------------------------------------------------------
 # Processes and memory
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path):
     options = ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--seq", 32]
     options += ["--steps", 10, "--dtype", "float64"]
