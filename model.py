@@ -190,15 +190,17 @@ class Model(nn.Module):
         rotation takes; then values. Decoding is many small operations, and each one counts.
         """
         c, weights = self.config, self.layers[i].self_attn
-        W_qkv, b_qkv, W_o, bias = cache.fold(i, weights)
+        W_qkv, b_qkv, W_o, bias, mean_k, _ = cache.fold(i, weights)
         K = c.num_key_value_heads
         width_qk = (c.num_attention_heads + K) * c.head_dim
         qk, v = F.linear(h, W_qkv, b_qkv).tensor_split((width_qk,), dim=-1)
         qk = self.split_heads(qk)                                   # (B, H + K, T, d)
         if weights.q_norm is not None:
             of_heads = qk.unflatten(1, (K, -1))
-            q, k = of_heads[:, :, :-1], of_heads[:, :, -1:]
-            qk = torch.cat((weights.q_norm(q), weights.k_norm(k)), dim=2).flatten(1, 2)
+            q, k = weights.q_norm(of_heads[:, :, :-1]), weights.k_norm(of_heads[:, :, -1:])
+            if mean_k is not None:                                  # else it is in the bias
+                k = k - mean_k[:, None]
+            qk = torch.cat((q, k), dim=2).flatten(1, 2)
         qk = rotate(qk, *cos_sin).unflatten(1, (K, -1))             # (B, K, G + 1, T, d)
         a = cache.attend(i, qk, v, c.sliding_window)
         return F.linear(a, W_o, bias)
