@@ -152,7 +152,9 @@ class KVCache:
             first_values, widths = self.first[i, 1], torch.full_like(widths, G * d)
         ends = widths.cumsum(0)
         columns = torch.empty_like(ends).scatter_(0, by_value, ends - widths)       # by head
-        table = torch.cat((first_rows, ranks, columns[None]))[:, by_key].to(self.device)
+        counts = ranks[1] if first_values is None else torch.full_like(ranks[1], d)
+        table = torch.cat((first_rows, ranks, columns[None], counts[None]))[:, by_key]
+        table = table.to(self.device)
 
         # Which numbers of a token's queries, keys and values go to which row: their places, written
         # as they are.
@@ -370,7 +372,7 @@ class Layout(NamedTuple):
     first_values: Tensor | None
     to_value_order: Tensor | None       # (K,) places by key of heads by value; None: alike
     written: Tensor                     # (n,): a token's rows, among its q, k and v end to end
-    table: Tensor               # (5, K), by key: first rows and ranks of both sides, output column
+    table: Tensor                       # (6, K), for kernel.decode_attention
     width: int                          # of the rows that W_o' takes
 
 

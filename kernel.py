@@ -17,7 +17,9 @@ many. Loads beyond a head's rank are masked: it costs its own bytes, though arit
     write acc, m, l                                     # this stretch's share of the answer
 
 q, k and v are coordinates: the cache holds the first r columns of k U_k and of v U_v, the caller
-passes q U_k, and what comes out is in the values' coordinates: W_o' takes it (fold_head).
+passes q U_k, and what comes out is in the values' coordinates: W_o' takes it (fold_head). Where
+keys are cached without their turned mean, scores get q · R_n m back, from the same tiles of tokens;
+of the first tokens, where they are whole, all coordinates are read, from a block of their own.
 
 Why stretches: one sequence of Mistral-7B has 8 key-value heads, and a GPU has a hundred
 multiprocessors; the context is cut so that all have work. A second, small kernel merges the shares,
@@ -56,16 +58,22 @@ except ImportError:
 @triton.jit
 def decode_kernel(
     q, cache, table, span, acc_out, stats_out,
-    q_sequence, q_head, max_len, scale,
+    raw, mean, turns, first_keys, first_values,
+    q_sequence, q_head, raw_sequence, raw_head, max_len, scale,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    HAS_MEAN: tl.constexpr, WHOLE_KEYS: tl.constexpr, WHOLE_VALUES: tl.constexpr,
 ):
     """Attention of the G queries of each of K heads to the tokens of `span`, in Z stretches.
 
-    q (B, K, G, D), its first two strides given; cache (rows, max_len) of q's dtype; table (5, K)
-    int64: the first row of a head's keys, of its values, its key rank, its value rank; span (2,)
-    int64: begin, end. Writes float32 acc_out (B, K, Z, G, D), stats_out (B, K, Z, G, 2): m, l; of a
-    stretch beyond the end 0, −inf, 0. ROWS, COLUMNS are G, D rounded up to what tl.dot takes.
+    q (B, K, G, D), its first two strides given; cache (rows, max_len) of q's dtype; table (6, K)
+    int64: the first row of a head's keys, of its values, its key rank, its value rank (and two that
+    merge_kernel reads); span (2,) int64: begin, end. Writes float32 acc_out (B, K, Z, G, D) and
+    stats_out (B, K, Z, G, 2): m, l; of a stretch beyond the end 0, −inf, 0. ROWS, COLUMNS are G, D
+    rounded up to what tl.dot takes.
+
+    HAS_MEAN: raw like q, the queries before U_k; mean (K, D) and turns (D, max_len), float32.
+    WHOLE_KEYS, WHOLE_VALUES: how many tokens first_keys, first_values (K, B, D, ·) hold, or 0.
     """
     b = tl.program_id(0)
     j = tl.program_id(1)
@@ -86,9 +94,26 @@ def decode_kernel(
     keys = cache + (key_row + column)[:, None] * max_len
     values = cache + (value_row + column)[:, None] * max_len
 
+    is_column = column < D
+    head = j * tl.num_programs(0) + b               # of the blocks of first tokens
+    whole_keys = first_keys + (head * D + column)[:, None] * WHOLE_KEYS
+    whole_values = first_values + (head * D + column)[:, None] * WHOLE_VALUES
+
     first_query = q + b * q_sequence + j * q_head
     q_at = first_query + g[:, None] * D + column
-    queries = tl.load(q_at, mask=is_row & is_key, other=0.0)        # (ROWS, COLUMNS)
+    q_mask = is_row & (is_column if WHOLE_KEYS > 0 else is_key)
+    queries = tl.load(q_at, mask=q_mask, other=0.0)                 # (ROWS, COLUMNS)
+    by_turn = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if HAS_MEAN:                                # what cos and sin of each pair are multiplied by
+        partner = (column + D // 2) % D
+        raw_at = raw + b * raw_sequence + j * raw_head + g[:, None] * D
+        q_own = tl.load(raw_at + column, mask=is_row & is_column, other=0.0).to(tl.float32)
+        q_other = tl.load(raw_at + partner, mask=is_row & is_column, other=0.0).to(tl.float32)
+        m_own = tl.load(mean + j * D + column, mask=is_column, other=0.0)
+        m_other = tl.load(mean + j * D + partner, mask=is_column, other=0.0)
+        with_cos = q_own * m_own + q_other * m_other
+        with_sin = q_own * m_other - q_other * m_own
+        by_turn = tl.where(column < D // 2, with_cos, with_sin)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -107,7 +132,14 @@ def decode_kernel(
 
         k_mask = is_key[:, None] & is_there
         k = tl.load(keys + token, mask=k_mask, other=0.0)           # (COLUMNS, TILE)
+        if WHOLE_KEYS > 0:
+            is_whole = is_column[:, None] & (token < WHOLE_KEYS)[None, :]
+            k = tl.where(is_whole, tl.load(whole_keys + token, mask=is_whole, other=0.0), k)
         s = tl.dot(queries, k, input_precision="ieee")              # no TF32
+        if HAS_MEAN:
+            turn_at = turns + column[:, None] * max_len + token
+            turn = tl.load(turn_at, mask=is_column[:, None] & is_there, other=0.0)
+            s += tl.dot(by_turn, turn, input_precision="ieee")
         s = tl.where(is_seen, s * scale, float("-inf"))             # (ROWS, TILE)
 
         m_new = tl.maximum(m, tl.max(s, axis=1))
@@ -118,6 +150,9 @@ def decode_kernel(
 
         v_mask = is_value[:, None] & is_there
         v = tl.load(values + token, mask=v_mask, other=0.0)         # (COLUMNS, TILE)
+        if WHOLE_VALUES > 0:
+            is_whole = is_column[:, None] & (token < WHOLE_VALUES)[None, :]
+            v = tl.where(is_whole, tl.load(whole_values + token, mask=is_whole, other=0.0), v)
         v = tl.where(is_seen, v, 0.0)           # beyond the last token anything may lie, NaN too
         p = p.to(v.dtype)
         pv = tl.dot(p, tl.trans(v), input_precision="ieee")
@@ -139,16 +174,17 @@ def merge_kernel(
 ):
     """Sets the Z shares of each query against one another, and writes the row that W_o' takes.
 
-    out (B, width), in the cache's dtype, without gaps: of each head G times its value rank, from
-    where row 4 of the table says. Program (b, j, g) owns one query; the first share has a token.
+    out (B, width), in the cache's dtype, without gaps: of each head G times what row 5 of the table
+    says (its value rank, or D), from where row 4 says. Program (b, j, g) owns one query; the first
+    share has a token.
     """
     b = tl.program_id(0)
     j = tl.program_id(1)
     g = tl.program_id(2)
-    value_rank = tl.load(table + 3 * K + j)
     first = tl.load(table + 4 * K + j)
+    count = tl.load(table + 5 * K + j)
     column = tl.arange(0, COLUMNS)
-    is_value = column < value_rank
+    is_value = column < count
 
     m = float("-inf")
     l = 0.0
@@ -172,7 +208,7 @@ def merge_kernel(
         acc = acc * rescale + total
         m = m_new
 
-    out_at = out + b * width + first + g * value_rank + column
+    out_at = out + b * width + first + g * count + column
     tl.store(out_at, acc / l, mask=is_value)
 
 
@@ -180,28 +216,37 @@ def merge_kernel(
 # Their wrapper
 
 def decode_attention(
-    q: Tensor, rows: Tensor, table: Tensor, span: Tensor,
-    tokens: int, width: int, scale: float, stretches: int | None = None,
+    q: Tensor, rows: Tensor, table: Tensor, span: Tensor, tokens: int, width: int, scale: float,
+    raw: Tensor | None = None, mean: Tensor | None = None, turns: Tensor | None = None,
+    first_keys: Tensor | None = None, first_values: Tensor | None = None,
+    stretches: int | None = None,
 ) -> Tensor:
     """Attention of one new token's queries over a layer of the cache: (B, width), in q's dtype.
 
     q (B, K, G, d) is q U_k, its last two dimensions contiguous; rows (n, max_len) is the cache, of
-    q's dtype; table (5, K) int64: first rows of keys and of values, key ranks, value ranks, where
-    a head's numbers begin among the `width` of the result; span (2,) int64, begin and end, which
-    nobody waits for: `tokens`, about their number, decides into how many stretches they are cut.
+    q's dtype; table (6, K) int64: first rows of keys and of values, key ranks, value ranks, where
+    a head's numbers begin among the `width` of the result, how many a query has there; span (2,)
+    int64, begin and end, which nobody waits for: `tokens`, about their number, decides into how
+    many stretches they are cut. mean (K, d), with raw, queries as they are, like q, and turns
+    (d, max_len); first_keys, first_values (K, B, d, whole): what cache.py says of them.
     ValueError for shapes or dtypes that do not fit.
     """
     B, K, G, d = q.shape
     max_len = rows.shape[1]
-    if d % 8 or q.dtype != rows.dtype or table.shape != (5, K):
+    if d % 8 or q.dtype != rows.dtype or table.shape != (6, K):
         raise ValueError(f"q {list(q.shape)} {q.dtype}, rows {rows.dtype}, table "
                          f"{list(table.shape)}; expected a head_dim that is a multiple of 8, one "
-                         f"dtype, and a table of shape {[5, K]}")
+                         f"dtype, and a table of shape {[6, K]}")
     dtype = q.dtype
     if not q.is_cuda and dtype == torch.bfloat16:       # the interpreter's tl.dot cannot do it
         q, rows = q.float(), rows.float()
-
-    sizes = shapes(K, G, d, q.dtype)
+        first_keys, first_values = (None if x is None else x.float()
+                                    for x in (first_keys, first_values))
+    raw = q if mean is None else raw
+    sizes = shapes(K, G, d, q.dtype, mean is not None)
+    sizes["WHOLE_KEYS"] = 0 if first_keys is None else first_keys.shape[-1]
+    sizes["WHOLE_VALUES"] = 0 if first_values is None else first_values.shape[-1]
+    given = [rows if x is None else x for x in (mean, turns, first_keys, first_values)]
     Z = stretches or enough_stretches(B * K, tokens, q.device)
     wide = {"dtype": torch.float32, "device": q.device}
     acc = torch.empty(B, K, Z, G, d, **wide)
@@ -209,8 +254,8 @@ def decode_attention(
     out = q.new_empty(B, width)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         decode_kernel[(B, K, Z)](
-            q, rows, table, span, acc, stats,
-            *q.stride()[:2], max_len, scale, **sizes)
+            q, rows, table, span, acc, stats, raw, *given,
+            *q.stride()[:2], *raw.stride()[:2], max_len, scale, **sizes)
         merge_kernel[(B, K, G)](
             acc, stats, table, out, Z, width,
             K, G, d, sizes["COLUMNS"])
@@ -226,36 +271,49 @@ def enough_stretches(groups: int, tokens: int, device) -> int:
     return max(1, min(wanted, tokens // 256))
 
 
-def shapes(K: int, G: int, d: int, dtype):
-    """The constants. A tile is at most 32 KB of keys and values; Triton pipelines three."""
+def shapes(K: int, G: int, d: int, dtype, has_mean: bool = False):
+    """The constants. A tile is at most 32 KB of keys, values and turns; Triton pipelines three."""
     sizes = {"K": K, "G": G, "D": d}
     sizes["ROWS"] = max(16, triton.next_power_of_2(G))
     sizes["COLUMNS"] = max(16, triton.next_power_of_2(d))
+    sizes["HAS_MEAN"] = has_mean
     tile = min(128, 2 ** 14 // sizes["COLUMNS"])
-    sizes["TILE"] = tile // dtype.itemsize
+    sizes["TILE"] = max(16, tile // (dtype.itemsize + 2 * has_mean) // 16 * 16)
     return sizes
 
 
 # ------------------------------------------------------------------------------
 # The reference
 
-def reference(q, rows, table, span, tokens, width, scale) -> Tensor:
+def reference(q, rows, table, span, tokens, width, scale, raw=None, mean=None, turns=None,
+              first_keys=None, first_values=None) -> Tensor:
     """What the two kernels compute, in plain PyTorch and float64, head by head."""
-    B, _, G, _ = q.shape
+    B, _, G, d = q.shape
     out = torch.zeros(B, width, dtype=torch.float64, device=q.device)
     begin, end = span.tolist()
 
-    def block(first: int, r: int) -> Tensor:
-        return rows[first:first + B * r, begin:end].view(B, r, -1).double()
+    def block(first: int, r: int, whole: Tensor | None) -> Tensor:
+        """All d coordinates of a head: 0 beyond r, but of the tokens that are whole."""
+        found = torch.zeros(B, d, end, dtype=torch.float64, device=q.device)
+        found[:, :r] = rows[first:first + B * r, :end].view(B, r, -1)
+        if whole is not None:
+            w = min(whole.shape[-1], end)
+            found[..., :w] = whole[..., :w]
+        return found[..., begin:]
 
     for j, numbers in enumerate(table.T.tolist()):
-        first_key, first_value, r_k, r_v, first_out = numbers
-        keys = block(first_key, r_k)                            # (B, r, tokens)
-        values = block(first_value, r_v)
-        queries = q[:, j, :, :r_k].double()                     # (B, G, r)
-        weights = (queries @ keys * scale).softmax(-1)
-        of_head = weights @ values.mT                           # (B, G, r')
-        out[:, first_out:first_out + G * r_v] = of_head.flatten(1)
+        first_key, first_value, r_k, r_v, first_out, count = numbers
+        keys = block(first_key, r_k, None if first_keys is None else first_keys[j])
+        values = block(first_value, r_v, None if first_values is None else first_values[j])
+        scores = q[:, j].double() @ keys                        # (B, G, tokens)
+        if mean is not None:
+            a, b = mean[j].double()[:, None].chunk(2)           # (d/2, 1)
+            cos, sin = turns[:, begin:end].double().chunk(2)    # (d/2, tokens)
+            turned = torch.cat((a * cos - b * sin, b * cos + a * sin))      # R_n m
+            scores = scores + raw[:, j].double() @ turned
+        weights = (scores * scale).softmax(-1)
+        of_head = weights @ values.mT                           # (B, G, d)
+        out[:, first_out:first_out + G * count] = of_head[..., :count].flatten(1)
     return out
 
 
@@ -265,9 +323,12 @@ def reference(q, rows, table, span, tokens, width, scale) -> Tensor:
 def example(
     B: int, K: int, G: int, d: int,
     max_len: int, begin: int, end: int,
-    dtype: torch.dtype, device="cpu",
+    dtype: torch.dtype, device="cpu", whole: int = 0,
 ) -> tuple:
-    """Random arguments of decode_attention; NaN wherever nothing may be seen."""
+    """Random arguments of decode_attention; NaN wherever nothing may be seen.
+
+    With `whole` first tokens there is a mean of the keys too; in float16 it must be small.
+    """
     ranks = d // 8 * torch.randint(1, 9, (2, K))
     gap = 3                                     # a layer's blocks, with rows between them
     sizes = B * ranks.flatten() + gap
@@ -275,15 +336,22 @@ def example(
     rows = torch.full((int(sizes.sum()) + gap, max_len), torch.nan)
     for first, r in zip(firsts.tolist(), ranks.flatten().tolist(), strict=True):
         rows[first:first + B * r, begin:end].normal_()
-    widths = G * ranks[1]                       # of each head's numbers in the result
+    counts = torch.full_like(ranks[1], d) if whole else ranks[1]
+    widths = G * counts                         # of each head's numbers in the result
     first_out = widths.cumsum(0) - widths
-    table = torch.cat((firsts.view(2, K), ranks, first_out[None]))
-    q = torch.randn(B, K, G + 1, d)             # a cache passes queries with a key beside them
-    q = q.to(device, dtype)[:, :, :G]
+    table = torch.cat((firsts.view(2, K), ranks, first_out[None], counts[None]))
+    q, raw = torch.randn(2, B, K, G + 1, d)     # a cache passes queries with a key beside them
+    q, raw = (x.to(device, dtype)[:, :, :G] for x in (q, raw))
     rows = rows.to(device, dtype)
     span = torch.tensor([begin, end], device=device)
     width = int(widths.sum())
-    return q, rows, table.to(device), span, end - begin, width, d ** -0.5
+    given = q, rows, table.to(device), span, end - begin, width, d ** -0.5
+    if not whole:
+        return given
+    angle = torch.arange(1, d // 2 + 1)[:, None] / d * torch.arange(max_len)
+    turns = torch.cat((angle.cos(), angle.sin()))
+    first_keys, first_values = torch.randn(2, K, B, d, whole).to(device, dtype)
+    return (*given, raw, torch.randn(K, d).to(device), turns.to(device), first_keys, first_values)
 
 
 BOUNDS = {
@@ -292,19 +360,20 @@ BOUNDS = {
     torch.bfloat16: 1e-2,
 }
 GRID = list(itertools.product((64, 128, 256), (1, 2, 4, 8)))        # d, G
-CASES = (       # B, begin, end, stretches: never whole tiles, and with stretches that stay empty
-    (1, 0, 1, 1), (3, 0, 2, 1), (1, 0, 31, 20), (3, 0, 33, 2), (1, 5, 63, 1), (3, 0, 65, 3),
-    (1, 0, 4097, 40), (1, 171, 300, 2), (1, 0, 700, None),
+CASES = (       # B, begin, end, stretches, whole: never whole tiles, with stretches that stay empty
+    (1, 0, 1, 1, 0), (3, 0, 2, 1, 4), (1, 0, 31, 20, 0), (3, 0, 33, 2, 1), (1, 5, 63, 1, 0),
+    (3, 0, 65, 3, 4), (1, 0, 4097, 40, 4), (1, 171, 300, 2, 16), (3, 2, 70, 2, 4),
+    (1, 0, 700, None, 0),
 )
 
 
 def worst_error(G: int, d: int, dtype, device) -> float:
     """The largest error over CASES, as a share of the largest value; infinite if NaN leaked in."""
     worst = 0.0
-    for B, begin, end, stretches in CASES:
-        inputs = example(B, 2, G, d, end + 7, begin, end, dtype, device)
+    for B, begin, end, stretches, whole in CASES:
+        inputs = example(B, 2, G, d, end + 7, begin, end, dtype, device, whole)
         expected = reference(*inputs)
-        error = (decode_attention(*inputs, stretches) - expected).abs().max()
+        error = (decode_attention(*inputs, stretches=stretches) - expected).abs().max()
         error = (error / expected.abs().max()).item()
         worst = math.inf if math.isnan(error) else max(worst, error)
     return worst

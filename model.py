@@ -12,7 +12,7 @@ What this project compresses is k (after RoPE) and v, the two things that a mode
 past token. So `forward` has three hooks on that spot, and knows nothing else of compression:
 
     project(layer, k, v, turn)          replaces them: gives k̂ (after RoPE) and v̂ (projection.py)
-    observe(layer, k, v, turn)          is shown them (calibration)
+    observe(layer, q, k, v, turn)       is shown them (calibration)
     cache                               keeps them in few coordinates, and attends to what it keeps
                                         by weights of its own (cache.py)
 
@@ -175,9 +175,9 @@ class Model(nn.Module):
         def turn(x: Tensor) -> Tensor:
             return rotate(x, *cos_sin)
 
-        if observe is not None:
-            observe(i, k, v, turn)
         q = turn(q)
+        if observe is not None:
+            observe(i, q, k, v, turn)
         k, v = (turn(k), v) if project is None else project(i, k, v, turn)
         attention = getattr(project, "attention", causal_attention)         # bits/ has its own
         a = attention(q, k, v, c.sliding_window)                    # (B, H, T, d)

@@ -209,7 +209,7 @@ class Moments:
         self.total = torch.zeros(2, L, K, d, **sums)                # Σ x
         self.squares = torch.zeros(2, L, K, d, d, **sums)           # Σ xᵀx
 
-    def __call__(self, layer: int, k: Tensor, v: Tensor, turn) -> None:
+    def __call__(self, layer: int, _, k: Tensor, v: Tensor, turn) -> None:
         """Add the keys, before RoPE, and the values (B, K, T, d) of one layer."""
         self.add(0, layer, turn(k))
         self.add(1, layer, v)

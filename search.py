@@ -237,7 +237,7 @@ def find_start(model: Model, windows: Windows, whole: int) -> Projection:
     mean_k = torch.zeros(L, K, d, dtype=torch.float64, device=model.device)
     count = torch.zeros(1, dtype=torch.float64)
 
-    def observe(layer: int, k: Tensor, v: Tensor, turn) -> None:
+    def observe(layer: int, _, k: Tensor, v: Tensor, turn) -> None:
         mean_k[layer] += k[:, :, whole:].double().sum((0, 2))
         count.add_(k[:, 0, whole:, 0].numel() / L)
 

@@ -173,7 +173,7 @@ class PackedCache:
         first = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
         begin = self.length
         outputs = []
-        for part, unseen in in_pieces(q, 0, self.length + T, window):
+        for part, _, unseen in in_pieces(q, None, 0, self.length + T, window):
             outputs.append(self.attend_piece(i, part, unrounded, unseen, first, begin))
             begin += part.shape[3]
         return torch.cat(outputs, dim=1)

@@ -142,7 +142,8 @@ class NewestExact:
     def __init__(self, rounded):
         self.rounded = rounded
 
-    def __call__(self, layer: int, k: Tensor, v: Tensor):
+    def __call__(self, layer: int, k: Tensor, v: Tensor, turn):
+        k = turn(k)
         k_hat, v_hat = self.rounded(layer, k, v)
         return (k_hat, k), (v_hat, v)
 

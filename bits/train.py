@@ -44,21 +44,18 @@ from bits.rounding import (
     same_bits,
     water_filling,
 )
+from bits.start import (
+    Read,
+    alone,
+    calibrate,
+    kl_of_each,
+    output_weights,
+    pairs_of_columns,
+    query_aware,
+)
 from evaluate import describe, report
 from model import Model, load, wide
-from projection import (
-    LEVELS,
-    Moments,
-    Projection,
-    Rotation,
-    calibrate,
-    check_ranks,
-    output_weights,
-    query_aware,
-    shape_of,
-    uniform_ranks,
-)
-from search import alone, kl_of_each, pairs_of_columns
+from projection import LEVELS, Projection, Rotation, check_ranks, shape_of, uniform_ranks
 from support import cli, processes
 from support.checkpoint import read_config
 from support.data import even_windows, held_out_passages, set_apart, text_for
@@ -81,7 +78,7 @@ WINDOWS = 32            # of training text to measure them in
 # ------------------------------------------------------------------------------
 # The path
 
-def first_path(model: Model, rounding: Rounding, moments: Moments, tokens, recipe: Recipe):
+def first_path(model: Model, rounding: Rounding, moments: Read, tokens, recipe: Recipe):
     """Before training: what each head matters (2, L, K), and the path from that alone.
 
     A path is lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits
@@ -112,7 +109,7 @@ def path_around(model, rounding, moments, tokens, recipe, matters: Tensor, path:
     return path
 
 
-def block_errors(model: Model, rounding: Rounding, moments: Moments) -> Tensor:
+def block_errors(model: Model, rounding: Rounding, moments: Read) -> Tensor:
     """(How far a block is off at no bits) × (who reads it), (2, L, K, 8), up to a head's factor."""
     by_pair = pairs_of_columns(moments, rounding.p, output_weights(model))
     by_column = by_pair.diagonal(dim1=-2, dim2=-1).cpu()            # (2, L, K, d)
@@ -165,13 +162,11 @@ def scaled_errors(rounding: Rounding, plan: Tensor, scale: Tensor):
 class TrainedRounding(nn.Module):
     """A Rounding that learns: calling it gives the one at the current parameters."""
 
-    def __init__(self, start: Projection, moments: Moments):
+    def __init__(self, start: Projection, moments: Read):
         super().__init__()
         self.rotation = Rotation(start, within_blocks=True)
-        mean_k = moments.k / moments.tokens[:, None, None]
-        self.mean_k = nn.Parameter(mean_k.to(start.mean_v))
-        covariances = torch.stack(moments.covariances())
-        self.covariances = covariances.to(start.mean_v)             # (2, L, K, d, d)
+        self.mean_k = nn.Parameter(moments.mean()[0].to(start.mean_v))
+        self.covariances = moments.covariance().to(start.mean_v)    # (2, L, K, d, d)
         zeros = torch.zeros_like(self.covariances[..., 0])
         self.log_factor = nn.Parameter(zeros)                       # log(spread / deviation)
 
@@ -244,7 +239,7 @@ def options():
     return args
 
 
-def begin(args, model: Model, tokens) -> tuple[TrainedRounding, Moments]:
+def begin(args, model: Model, tokens) -> tuple[TrainedRounding, Read]:
     """What a training begins with, and what is known of its text."""
     start = None
     if args.proj:
