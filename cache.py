@@ -558,6 +558,11 @@ class Folded(NamedTuple):
     mean_k: Tensor | None               # (K, 1, d): m, where it is not in b_qkv: behind a norm of k
     rest: tuple | None                  # of first tokens: W_qkv', b_qkv' with rows for all d
 
+    @property
+    def nbytes(self) -> int:
+        W_qkv, b_qkv = self.rest or self[:2]                        # the one is a view of the other
+        return sum(x.nbytes for x in (W_qkv, b_qkv, self.W_o, self.bias) if x is not None)
+
     def for_first(self) -> "Folded":
         """The weights of a pass that covers first tokens."""
         if self.rest is None:

@@ -49,7 +49,8 @@ def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit
     """The model, and the model with each hook `project=`, over at most `limit` windows of T tokens.
 
     Returns ({"perplexity", "accuracy"} of the base, {name: {"kl", "perplexity", "accuracy", "same",
-    "kl_99.9"}}). ValueError where a cross-entropy is not a number, or beyond any sense.
+    "kl_99.9", "by_position"}}), by_position {"64–256": KL, …} as far as windows go. ValueError
+    where a cross-entropy is not a number, or beyond any sense.
     """
     text = even_windows(tokens, limit, T)
     base = torch.zeros(4, dtype=torch.float64)
@@ -73,10 +74,21 @@ def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit
     results = {}
     for name, total in totals.items():
         kl, ppl, right, same = means(total, n)
-        worst = float(np.quantile(torch.cat(kls[name]).numpy(), 0.999))
+        of_tokens = torch.cat(kls[name])
+        worst = float(np.quantile(of_tokens.numpy(), 0.999))
         results[name] = {"kl": kl, "perplexity": ppl, "accuracy": right}
         results[name] |= {"same": same, "kl_99.9": worst}
+        results[name]["by_position"] = by_position(of_tokens.view(-1, T).mean(0))
     return {"perplexity": perplexity, "accuracy": accuracy}, results
+
+
+PLACES = (64, 256, 1024, 2048, 4096)
+
+
+def by_position(kl: Tensor) -> dict[str, float]:
+    """The mean KL over stretches of positions that windows fill, of that at each, (T,)."""
+    stretches = zip(PLACES, PLACES[1:], strict=False)
+    return {f"{a}–{b}": kl[a:b].mean().item() for a, b in stretches if b <= len(kl)}
 
 
 def by_token(log_p: Tensor, log_q: Tensor, y: Tensor, likeliest: Tensor) -> Tensor:
@@ -133,6 +145,7 @@ def report(model: Model, held_out: np.ndarray, curves: dict, budgets, args, pass
         base, results = measure(model, held_out, hooks, args.batch, args.seq, args.windows)
     # At full ranks a curve is the model itself.
     full = {"kl": 0.0} | base | {"same": 1.0, "kl_99.9": 0.0}
+    full["by_position"] = by_position(torch.zeros(args.seq))
     if passages is not None:
         base["recall"] = full["recall"] = recall(model, passages)
         for key, hook in hooks.items():
@@ -164,6 +177,7 @@ def print_table(base: dict, rows: list[dict]) -> None:
         print(f"\nRecall of the base model: passages said a second time gain {base['recall']:.2%}")
         lost.append(("recall, % of base", "recall", ".2f", whole_recall(base["recall"])))
     print_columns(rows, lost)
+    print_positions(rows)
     own_plan = {"pca_ordered", "trained_ordered", "pca_searched", "searched"}
     print("\n* with its own rank for every head\n" if own_plan & rows[0].keys() else "")
 
@@ -179,6 +193,19 @@ def print_columns(rows: list[dict], columns: list) -> None:
         for _, key, form, scale in columns:
             line += " | " + "".join(f"{scale * row[name][key]:11{form}}" for name in names)
         print(line)
+
+
+def print_positions(rows: list[dict]) -> None:
+    """KL by position in the window, where windows are long enough to say more than the mean."""
+    names = [name for name in rows[0] if name != "budget"]
+    places = list(rows[0][names[0]]["by_position"])
+    if len(places) < 2:
+        return
+    print("\n   cache   KL at positions  " + "".join(f"{place:>12s}" for place in places))
+    for row in rows:
+        for name in names if row["budget"] < 1 else ():
+            kls = "".join(f"{kl:12.5f}" for kl in row[name]["by_position"].values())
+            print(f"  {row['budget']:6.1%}   {CURVES[name][0]:18s}{kls}")
 
 
 # ------------------------------------------------------------------------------
@@ -319,15 +346,15 @@ def describe(ckpt: Path, model: Model) -> str:
 
 
 def check_same_run(folder: Path, args) -> None:
-    """ValueError where train.json names another model, text or --seq."""
+    """ValueError where train.json names another model or text."""
     if not (folder / "train.json").exists():
         return
     config = files.read_json(folder / "train.json").get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'train.json'}: no config of a training")
-    for name in ("ckpt", "data", "seq"):
+    for name in ("ckpt", "data"):
         before, now = config[name], getattr(args, name) or ""
-        if isinstance(before, str) and before and now:      # wherever the script was called from
+        if before and now:                              # wherever the script was called from
             before, now = Path(before).resolve(), now.resolve()
         if before != now:
             raise ValueError(f"{folder}: was trained with --{name} {before}, not {now}")

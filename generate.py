@@ -29,8 +29,7 @@ def fold(model: Model, cache, drop: bool) -> int:
     """Fold every layer now; `drop` the weights that this replaces. Returns the bytes made."""
     size = 0
     for i, layer in enumerate(model.layers):
-        weights = cache.fold(i, layer.self_attn)
-        size += sum(W.nbytes for W in weights if W is not None)
+        size += cache.fold(i, layer.self_attn).nbytes
         for name in ("q_proj", "k_proj", "v_proj", "o_proj") if drop else ():
             setattr(layer.self_attn, name, None)
     return size
@@ -101,6 +100,8 @@ def main():
     said, times = [f"cache for {room} tokens: {size()}"], [time.perf_counter()]
     if args.bits:
         said.append(f"{cache.newest.nbytes:,} bytes for the newest {cache.newest.shape[-1]} tokens")
+    elif cache.first.nbytes:
+        said.append(f"{cache.first.nbytes:,} bytes for {cache.projection.whole} whole first tokens")
 
     def watched(tokens):
         for count, token in enumerate(tokens, 1):

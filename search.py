@@ -159,13 +159,17 @@ class Leaves:
 
 
 class Windows:
-    """The windows of a calibration: `count` random ones, each anywhere in `positions`."""
+    """The windows of the sweeps: `count` random ones, each anywhere in `positions`.
 
-    def __init__(self, tokens, count: int, batch: int, seq: int, positions: int, seed: int):
+    amp: the model's products in bfloat16 over float32 weights.
+    """
+
+    def __init__(self, tokens, count: int, batch: int, seq: int, positions: int, seed: int,
+                 amp: bool = False):
         generator = torch.Generator().manual_seed(seed)
         self.text = random_windows(tokens, count, seq, generator)[:, :-1]
         self.starts = random_starts(count, seq, positions, generator)
-        self.batch, self.seed = batch, seed
+        self.batch, self.seed, self.amp = batch, seed, amp
 
     def __iter__(self):
         """Batches, (B, T) tokens and (B,) starts; of several processes each takes some."""
@@ -174,6 +178,12 @@ class Windows:
 
     def __len__(self) -> int:
         return math.ceil(len(self.text) / self.batch)
+
+    def states(self, model: Model, text: Tensor, starts: Tensor, **hook) -> Tensor:
+        """The model's states (B, T, hidden) behind its last norm."""
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.amp):
+            states = model.hidden(text.to(model.device), start=starts, **hook)
+        return model.norm(states)
 
 
 def positions_of(args, config) -> int:
@@ -195,8 +205,7 @@ def sweep(model: Model, windows: Windows, mean_k, mean_v, whole: int, what: str)
     for number, (text, starts) in enumerate(windows, 1):
         leaves = Leaves(mean_k, mean_v, whole)
         with torch.enable_grad():
-            states = model.hidden(text.to(model.device), leaves, start=starts)
-            states = model.norm(states)
+            states = windows.states(model, text, starts, project=leaves)
         by_state = drawn_gradients(model, states.detach().flatten(0, 1), generator)
         zeros = [z for layer in sorted(leaves.zeros) for z in leaves.zeros[layer]]
         for draw, gradient in enumerate(by_state):
@@ -243,7 +252,7 @@ def find_start(model: Model, windows: Windows, whole: int) -> Projection:
 
     progress = Progress(len(windows), "mean of keys")
     for number, (text, starts) in enumerate(windows, 1):
-        model.hidden(text.to(model.device), observe=observe, start=starts)
+        windows.states(model, text, starts, observe=observe)
         progress(number, "", text.numel())
     mean_k = processes.sum_over(mean_k) / processes.sum_over(count).to(model.device)
     mean_k = mean_k.float()

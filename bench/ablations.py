@@ -1,6 +1,6 @@
 """What each part of the method is worth: KL to the base model on held-out text, at uniform ranks.
 
-    python bench/ablations.py start         # no training: channels, PCA, the query-aware start
+    python bench/ablations.py start         # no training: channels, PCA, the sweeps' start
     python bench/ablations.py sides         # keys alone compressed, or values, in OUT
     python bench/ablations.py fixed         # no Matryoshka: every sequence at one rank, 37.5%
     python bench/ablations.py free          # no orthogonality: U itself learns, no Cayley map
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.tools import query_aware_start, recipe_of, training_arguments, unsaved_state
+from bench.tools import recipe_of, sweep_start, training_arguments, unsaved_state
 from evaluate import measure
 from model import Model, load
 from projection import (
@@ -28,8 +28,6 @@ from projection import (
     Projection,
     Rotation,
     calibrate,
-    output_weights,
-    query_aware,
     shape_of,
     uniform_ranks,
 )
@@ -44,23 +42,21 @@ SMALLER = BUDGETS[1:]
 # ------------------------------------------------------------------------------
 # No training
 
-def starts(moments: Moments, model: Model) -> dict[str, Projection]:
+def starts(args, model: Model, tokens) -> dict[str, Projection]:
+    """Plain ones, and those of the sweeps with no token whole, and with four."""
+    moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
     return {
         "channels": channels(moments),
         "PCA": moments.pca(),
-        "query-aware start": query_aware(moments, output_weights(model)),
+        "sweeps": sweep_start(args, model, tokens, whole=0),
+        "sweeps, 4 whole": sweep_start(args, model, tokens),
     }
 
 
 def channels(moments: Moments) -> Projection:
-    """Whole coordinates, none mixed: U is a permutation.
-
-    Keys in the order of key energy times query energy, values in the order of their variance.
-    """
-    _, cov_v = moments.covariances()
-    U_k = permutation(diagonal(moments.kk) * diagonal(moments.qq))
-    U_v = permutation(diagonal(cov_v))
-    return Projection(U_k, U_v, moments.mean_v())
+    """Whole coordinates, none mixed, in the order of their variance: U is a permutation."""
+    U_k, U_v = permutation(diagonal(moments.covariance()))
+    return Projection(U_k.float(), U_v.float(), moments.mean()[1].float())
 
 
 def diagonal(matrix: Tensor) -> Tensor:
@@ -104,7 +100,7 @@ def do_nothing(step: int) -> None:
 
 def trained(name: str, args, model: Model, tokens) -> Projection:
     """What train.py --uniform, or a training that lacks something, makes of the start."""
-    start = query_aware_start(args, model, tokens)
+    start = sweep_start(args, model, tokens)
     state = unsaved_state(Free(start) if name == "free" else Rotation(start))
     draw = draw_one_level if name == "fixed" else draw_levels
     train(model, state, tokens, draw, recipe_of(args, model.config), after_step=do_nothing)
@@ -132,8 +128,7 @@ def hooks_for(args, model: Model, tokens) -> dict:
         return {(f"{name} alone", budget): projection.at(one_side(side, budget, config))
                 for side, name in enumerate(SIDES) for budget in SMALLER}
     if args.name == "start":
-        moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
-        projections = starts(moments, model)
+        projections = starts(args, model, tokens)
     else:
         projections = {args.name: trained(args.name, args, model, tokens)}
     return {(name, budget): projection.at(uniform_ranks(budget, config))

@@ -28,11 +28,12 @@ from bench.equal_bytes import by_token, twice
 from bench.tools import resident
 from bits import load_bits
 from bits.rounding import FULL, GROUP, bits_at, same_bits
+from bits.start import calibrate, output_weights, query_aware
 from bits.train import TrainedRounding, first_path, path_around
 from cache import KVCache
 from evaluate import describe, measure
 from model import load, log_probabilities
-from projection import Projection, calibrate, output_weights, query_aware, uniform_ranks
+from projection import Projection, uniform_ranks
 from support import cli
 from support.data import encode, even_windows, python_documents, text_for
 from support.plans import PROJECTIONS

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from model import Model, wide
-from projection import LEVELS, Projection, calibrate, output_weights, query_aware
+from projection import LEVELS, Projection
+from search import Windows, find_start
 from support import cli
 from support.training import TrainingState, linux_says
 from train import Recipe
@@ -52,10 +53,10 @@ def recipe_of(args, config, **more) -> Recipe:
     return Recipe(args.steps, args.batch, args.seq, lr, floor=1e-3, seed=args.seed, **more)
 
 
-def query_aware_start(args, model: Model, tokens) -> Projection:
-    moments = calibrate(model, tokens, args.batch, args.seq, args.seed)
-    start = query_aware(moments, output_weights(model))
-    return start.to(model.device, wide(model.dtype))
+def sweep_start(args, model: Model, tokens, whole: int = 4) -> Projection:
+    """The start of train.py --positions 1."""
+    windows = Windows(tokens, 32, args.batch, args.seq, 1, args.seed)
+    return find_start(model, windows, whole).to(model.device, wide(model.dtype))
 
 
 def unsaved_state(module: nn.Module) -> TrainingState:

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.tools import (
-    query_aware_start,
     recipe_of,
     seconds_of,
     spread,
+    sweep_start,
     synchronize,
     training_arguments,
     unsaved_state,
@@ -62,7 +62,7 @@ def product_rate(model: Model, rows: int, dtype: torch.dtype) -> float:
 
 def seconds_per_step(args, model: Model, tokens) -> list[float]:
     """Train as train.py does, without what it saves and reports."""
-    state = unsaved_state(Rotation(query_aware_start(args, model, tokens)))
+    state = unsaved_state(Rotation(sweep_start(args, model, tokens)))
     recipe = recipe_of(args, model.config, amp=args.amp, recompute=args.checkpoint)
     ends = []
 
