@@ -74,7 +74,7 @@ from support.training import (
 class Recipe:
     """How to train: what `train` is told beside the model, the text and the draw."""
     steps: int
-    batch: int                      # sequences of a step, each with ranks of its own
+    batch: int                      # sequences of a process at a time, each with its own ranks
     seq: int                        # tokens of each
     lr: float                       # Adam's, at its peak
     ce: float = 0.0                 # share of the next-token cross-entropy in the loss
@@ -148,7 +148,7 @@ class Distill(torch.autograd.Function):
 def draw_independent(B: int, config, generator: Generator) -> Tensor:
     """The paper's ranks of a step, (2, L, B, K): each any of d/8, …, d, whatever the others are.
 
-    That keys and values, layers, heads and sequences differ is what nests the dolls.
+    That they are new for every sequence is what nests the dolls.
     """
     L, K, d = shape_of(config)
     levels = torch.randint(1, LEVELS + 1, (2, L, B, K), generator=generator)
@@ -158,11 +158,12 @@ def draw_independent(B: int, config, generator: Generator) -> Tensor:
 def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, after_step) -> None:
     """Rotate the projections so that the model with the small cache says what the model says.
 
-    draw(B, config, generator) gives random plans, ranks (2, L, B, K); state.module.at(plans, all of
-    the step) the student's hook `project=` (Rotation). Calls after_step(number) after each step.
+    draw(B, config, generator) gives random plans, ranks (2, L, B, K), for all sequences of a step;
+    state.module.at(plans, all of the step) the student's hook `project=` (Rotation). Calls
+    after_step(number) after each step.
     """
     parameters = list(state.module.parameters())
-    B = processes.WORLD * recipe.batch
+    B = processes.WORLD * recipe.batch                  # sequences of a batch, in all processes
     mine = processes.my_share(recipe.batch)
     # A token's share of the gradient may be below 6e-8, the smallest number of float16.
     scale = recipe.batch * recipe.seq if model.dtype == torch.float16 else 1
@@ -172,15 +173,13 @@ def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, afte
         # training draws what it would have, and N processes what one with N times the batch would.
         generator = Generator().manual_seed(recipe.seed * 1_000_003 + step)
         kl_of_step = torch.zeros(1, dtype=torch.float64)
-        batches = []
-        for _ in range(recipe.accumulate):
-            text = random_windows(tokens, B, recipe.seq, generator, mine)
-            plans = draw(B, model.config, generator)
-            batches.append((text, plans, random_starts(B, recipe.seq, recipe.positions, generator)))
-        of_step = torch.cat([plans for _, plans, _ in batches], dim=2)
-        for text, plans, starts in batches:
+        texts = [random_windows(tokens, B, recipe.seq, generator, mine)
+                 for _ in range(recipe.accumulate)]
+        of_step = draw(recipe.accumulate * B, model.config, generator)
+        starts = random_starts(recipe.accumulate * B, recipe.seq, recipe.positions, generator)
+        for text, plans, start in zip(texts, of_step.split(B, dim=2), starts.split(B), strict=True):
             student = state.module.at(plans[:, :, mine], of_step)
-            loss, kl = distil(model, text, student, recipe, starts[mine])
+            loss, kl = distil(model, text, student, recipe, start[mine])
             objective = loss if recipe.floor is None else torch.log(loss + recipe.floor)
             if objective.requires_grad:                 # not where every head is full
                 (scale * objective.mean()).backward()
@@ -232,7 +231,7 @@ def draw_along(B: int, config, generator: Generator, order) -> Tensor:
 
 
 def one_of_each(B: int, generator: Generator) -> Tensor:
-    """Random numbers (B,), one out of each B-th of 0 to 1: every batch sees the whole range."""
+    """Random numbers (B,), one out of each B-th of 0 to 1: every step sees the whole range."""
     part = torch.randperm(B, generator=generator)
     return (part + torch.rand(B, generator=generator)) / B
 
@@ -241,8 +240,8 @@ def one_of_each(B: int, generator: Generator) -> Tensor:
 # The script
 
 VALID = 8       # windows of validation text, the end of the training text
-OPTIONS = ("recipe", "uniform", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype",
-           "amp", "whole", "positions", "sweep_windows")   # a resumed training must have the same
+OPTIONS = ("recipe", "draw", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype",
+           "amp", "whole", "positions", "sweep_windows")   # --resume names the first that differs
 PATHS = ("ckpt", "data", "ranks")
 
 
@@ -274,7 +273,7 @@ def options() -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the training that stopped in --out")
     args = parser.parse_args()
     paper = args.recipe == "paper"
-    args.uniform |= paper
+    args.draw = "independent" if paper else "levels" if args.uniform else "along"
     if args.steps is None:
         args.steps = 400 if paper else 200
     if paper and (args.whole or args.positions):
@@ -283,9 +282,11 @@ def options() -> argparse.Namespace:
         args.whole = 0 if paper else 4
     if args.whole >= args.seq:
         cli.fail(f"--whole {args.whole}: leaves nothing of windows of --seq {args.seq}")
-    if args.ranks and args.uniform:
+    if args.ranks and args.draw != "along":
         cli.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
                  "ranks along no order")
+    if paper and args.uniform:
+        cli.fail("--uniform: goes not with --recipe paper, whose ranks are independent")
     if args.ce is None:
         args.ce = 0.75 if paper else 0.0
     return args
@@ -305,7 +306,7 @@ def start_of(args, model: Model, tokens, order) -> dict[str, Tensor]:
         windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, args.positions,
                           args.seed, args.amp)
         start = find_start(model, windows, args.whole).to(model.device)
-        if order is None and not args.uniform:
+        if order is None and args.draw == "along":
             order = find_order(model, start, windows)
     start = start.to(model.device, wide(model.dtype))
     tensors = start.tensors("start.") | pca.to("cpu").tensors("pca.")
@@ -384,10 +385,9 @@ def main():
     rotation = Rotation(Projection.of(tensors, "start.", args.whole).to(device))
     state = TrainingState(file, rotation, settings, tensors, saved)
 
-    draw, plan = draw_levels, partial(uniform_ranks, config=config)
-    if args.recipe == "paper":
-        draw = draw_independent
-    elif "order" in tensors:
+    plan = partial(uniform_ranks, config=config)        # that the report and `check` ask for
+    draw = {"independent": draw_independent, "levels": draw_levels}.get(args.draw)
+    if args.draw == "along":
         draw = partial(draw_along, order=tensors["order"])
         plan = partial(plan_at, tensors["order"], config)
 

@@ -117,8 +117,10 @@ def named(setting: str, value) -> str:
         return f"{value} tokens of training text (--data)"
     if setting == "processes":
         return f"{value} processes (torchrun)"
+    if setting == "draw":
+        return {"levels": "--uniform", "along": "an order of ranks"}.get(value, "--recipe paper")
     option = "--" + setting.replace("_", "-")
-    if isinstance(value, bool):
+    if value in (None, "") or isinstance(value, bool):
         return option if value else f"no {option}"
     return f"{option} {value}"
 
@@ -246,7 +248,7 @@ class Forecast:
     def say(self, step: float) -> None:
         args = self.args
         one_pass = step * 3 / 8 / args.accumulate
-        hooks = 6 * (2 if args.uniform else 4)
+        hooks = 6 * (4 if args.draw == "along" else 2)
         report = math.ceil(args.windows / args.batch) * (1 + hooks)
         validation = 4 * math.ceil(8 / args.batch)
         around = self.before + one_pass * (report + validation)
