@@ -656,11 +656,12 @@ def fold_head(W_v: Tensor, b_v: Tensor | None, W_o: Tensor, U: Tensor, mean: Ten
 def show_layout(cache: KVCache, most: int = 8) -> None:
     """The tensor as text: a cell is d/8 numbers per token; `#` is stored, `·` a full cache adds."""
     L, K, d = cache.projection.mean_v.shape
-    print("Layout, heads by number: 8 cells each, of d/8 numbers per token (# stored, · not)\n")
+    print(f"Layout, heads by number: {LEVELS} cells each, of d/{LEVELS} numbers per token (# stored, · "
+          "not)\n")
     for i in range(L):
         for side, name in enumerate(SIDES):
             levels = cache.ranks[side, i, :most] * LEVELS // d
-            cells = [f"{'#' * n:·<8s}" for n in levels.tolist()]
+            cells = [f"{'#' * n:·<{LEVELS}s}" for n in levels.tolist()]
             more = " …" if K > most else ""
             offset = cache.offsets[side, i, 0]
             print(f"  layer {i:2d} {name:6s}  {' '.join(cells)}{more}  offset {offset:>9,}")

@@ -4,13 +4,14 @@
     decode      each further pass is of a single token, and reads the cache once
 
 The plan is known here, so the cache's folded weights (cache.fold) take the place of the originals,
-which are dropped. --shrink-to takes the cache to a smaller plan on the way: no layer runs again,
-and decoding goes on; the originals stay, to be folded again.
+which are dropped, unless --shrink-to takes the cache to a smaller plan on the way: then no layer
+runs again, decoding goes on, and the originals are folded again.
 
     python generate.py --prompt "Return the "                       # the base model's full cache
     python generate.py --budget 0.375 --prompt "Return the "        # out/projections.safetensors
     python generate.py --ranks out/ranks.json --budget 0.25 --prompt "Return the "
     python generate.py --budget 1 --shrink-to 0.25 --at 50
+    python generate.py --ckpt DIR --chat --prompt "What is a list?" # by the folder's chat template
     python generate.py --bits out/bits.json --budget 0.125 --prompt "Return the "    # rounded
 """
 import sys
@@ -19,10 +20,10 @@ from pathlib import Path
 
 from cache import KVCache
 from model import Model, generate, load
-from projection import uniform_ranks
+from projection import LEVELS, uniform_ranks
 from support import cli
 from support.plans import plan_arguments, plans_for
-from support.tokenizer import encode_prompt, load_tokenizer, show
+from support.tokenizer import chat_prompt, encode_prompt, load_tokenizer, show
 
 
 def fold(model: Model, cache, drop: bool) -> int:
@@ -40,15 +41,17 @@ def options():
     plan_arguments(parser, lowest=0.01)
     parser.add_argument("--bits", type=Path, help="a file of bits.train; --budget goes below 0.125")
     cli.prompt_arguments(parser)
-    parser.add_argument("--shrink-to", type=cli.within(0.125, 1.0),
+    parser.add_argument("--chat", action="store_true",
+                        help="--prompt is a user's turn, put as the folder's chat template says")
+    parser.add_argument("--shrink-to", type=cli.within(1 / LEVELS, 1.0),
                         help="the budget that the cache shrinks to on the way")
     parser.add_argument("--at", type=cli.within(1, 10 ** 6),
                         help="after how many new tokens it does [half of --tokens]")
     args = parser.parse_args()
     if args.bits and (args.ranks or args.proj or args.shrink_to is not None):
         cli.fail("--bits: goes with none of --ranks, --proj and --shrink-to")
-    if args.bits is None and (args.budget or 1) < 0.125:
-        cli.fail(f"--budget {args.budget}: ranks go down to 0.125; below that only --bits does")
+    if args.bits is None and (args.budget or 1) < 1 / LEVELS:
+        cli.fail(f"--budget {args.budget}: ranks go down to {1 / LEVELS}; below that only --bits does")
     if args.shrink_to is None and args.at:
         cli.fail("--at: says when the cache shrinks; add --shrink-to")
     if args.shrink_to is None:
@@ -85,8 +88,10 @@ def main():
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
         tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
+    with cli.blame("--chat"):
+        text = chat_prompt(args.ckpt, args.prompt) if args.chat else args.prompt
     with cli.blame("--prompt"):
-        prompt = encode_prompt(tokenizer, args.prompt)
+        prompt = encode_prompt(tokenizer, text)
     room = len(prompt) + args.tokens
     room = (room + 15) // 16 * 16               # rows of 16-byte pieces, which a GPU loads whole
     cache, smaller = cache_of(args, model, room)

@@ -44,6 +44,8 @@ from model import Model, load
 from support import cli, files, processes
 from support.data import random_windows, text_for
 
+# Ranks are multiples of d / LEVELS, so a budget is at least 1 / LEVELS; it is also the step of
+# Algorithm 1. Files of orders are for one LEVELS, and the blocks of bits/ are as wide.
 LEVELS = 8
 SIDES = ("keys", "values")
 BUDGETS = [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]       # those that reports are made at

@@ -63,7 +63,7 @@ class Cost:
     def __init__(self, model: Model, projection: Projection, tokens: Tensor):
         L, K, d = projection.mean_v.shape
         self.model, self.projection = model, projection
-        self.eighth = d // LEVELS
+        self.step = d // LEVELS
         self.ranks = torch.full((2, L, K), d)
         self.passes = self.layer_passes = 0
         x = model.embed_tokens(tokens)
@@ -77,12 +77,12 @@ class Cost:
 
     def candidates(self) -> list[tuple[int, int, int]]:
         """Every rank that can still be lowered."""
-        return [tuple(place) for place in (self.ranks > self.eighth).nonzero().tolist()]
+        return [tuple(place) for place in (self.ranks > self.step).nonzero().tolist()]
 
     def if_lowered(self, candidate: tuple[int, int, int]) -> float:
         """The KL if this rank alone were lowered."""
         ranks = self.ranks.clone()
-        ranks[candidate] -= self.eighth
+        ranks[candidate] -= self.step
         kl, inputs = self.measure(ranks, first=candidate[1])
         self.tried = candidate, ranks, kl, inputs
         return kl
@@ -355,6 +355,7 @@ def ranks_file(path: list, p: Projection, config, budget: float, kl: dict | None
     full = ranks.numel() * config.head_dim
     return {
         "head_dim": config.head_dim,
+        "levels": LEVELS,
         "budget": int(ranks.sum()) / full,
         "keys": ranks[0].tolist(),
         "values": ranks[1].tolist(),
@@ -371,8 +372,8 @@ def options():
     cli.out_argument(parser, "the folder of --proj")
     add = parser.add_argument
     add("--proj", type=Path, default=Path("out", PROJECTIONS), help=f"[out/{PROJECTIONS}]")
-    add("--budget", type=cli.within(0.125, 1.0), default=0.375,
-        help="of the plan spelled out in the file, whose path always goes to 12.5%% [0.375]")
+    add("--budget", type=cli.within(1 / LEVELS, 1.0), default=0.375,
+        help="of the plan spelled out in the file, whose path goes to 1/8 [0.375]")
     add("--exact", action="store_true", help="Algorithm 1 as it is")
     cli.sweep_arguments(parser)
     add("--pca", action="store_true", help="search for the plain PCA that is in --proj")

@@ -213,9 +213,10 @@ def schedule(step: int, steps: int) -> float:
 # `draw_levels` has .140 and .560, `draw_along` .079 and .326 along its order (docs/results.md).
 
 def draw_levels(B: int, config, generator: Generator) -> Tensor:
-    """One level for all heads of a sequence, 2 to 7 (25 to 87.5%)."""
+    """One level for all heads of a sequence, 25 to 87.5%."""
     L, K, d = shape_of(config)
-    levels = 2 + ((LEVELS - 2) * one_of_each(B, generator)).long()
+    least = LEVELS // 4
+    levels = least + ((LEVELS - least) * one_of_each(B, generator)).long()
     ranks = levels * (d // LEVELS)
     return ranks[:, None].expand(2, L, B, K)
 

@@ -36,6 +36,8 @@ def read_ranks(path: Path, config) -> RanksFile:
     try:
         if said["head_dim"] != config.head_dim:
             raise ValueError(f"head_dim {said['head_dim']}, but the model has {config.head_dim}")
+        if said.get("levels", 8) != LEVELS:
+            raise ValueError(f"{said['levels']} levels of rank, but there are {LEVELS}")
         order = order_of(said["path"], config)
         ranks = torch.tensor([said["keys"], said["values"]])
         check_ranks(ranks, *shape_of(config))
@@ -64,7 +66,7 @@ def check_order(places, config) -> Tensor:
         raise ValueError("an order for another model")
     order = torch.tensor(places, dtype=torch.long)
     if (order.bincount(minlength=1) >= LEVELS).any():
-        raise ValueError("a path that takes a rank below an eighth of head_dim")
+        raise ValueError("a path that takes a rank below the least level")
     return order
 
 
@@ -100,7 +102,7 @@ UNSAID = "does not say for which projections; taken to be for these"
 # ------------------------------------------------------------------------------
 # From options to a plan
 
-def plan_arguments(parser, lowest: float = 0.125) -> None:
+def plan_arguments(parser, lowest: float = 1 / LEVELS) -> None:
     add = parser.add_argument
     add("--proj", type=Path, help=f"projections [beside --ranks, else out/{PROJECTIONS}]")
     add("--ranks", type=Path, help="a file of search.py, such as out/ranks.json")

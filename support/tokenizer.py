@@ -104,6 +104,40 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return ids
 
 
+def chat_prompt(folder: Path, text: str) -> str:
+    """A user's turn as the folder's chat template writes it, the answer to follow.
+
+    The template is in chat_template.jinja or tokenizer_config.json. ValueError without one.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    config, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    said = read_json(config) if config.exists() else {}
+    template = file.read_text(encoding="utf-8") if file.exists() else said.get("chat_template")
+    if isinstance(template, list):                      # several, by name
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if not isinstance(template, str):
+        raise ValueError(f"{folder}: neither chat_template.jinja nor a chat_template in "
+                         "tokenizer_config.json")
+
+    def refuse(message: str):
+        raise TemplateError(message)
+
+    tokens = {}
+    for name in ("bos_token", "eos_token"):
+        token = said.get(name)
+        tokens[name] = token.get("content") if isinstance(token, dict) else token or ""
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    jinja.globals["raise_exception"] = refuse
+    turns = [{"role": "user", "content": text}]
+    try:
+        return jinja.from_string(template).render(
+            messages=turns, add_generation_prompt=True, **tokens)
+    except TemplateError as error:
+        raise ValueError(f"{folder}: its chat template fails ({error})") from None
+
+
 def show(tokenizer, prompt: list[int], new_tokens) -> list[int]:
     """Print the prompt, then each new token's text as it comes. Returns the new tokens."""
     tokens = list(prompt)
