@@ -656,8 +656,8 @@ def fold_head(W_v: Tensor, b_v: Tensor | None, W_o: Tensor, U: Tensor, mean: Ten
 def show_layout(cache: KVCache, most: int = 8) -> None:
     """The tensor as text: a cell is d/8 numbers per token; `#` is stored, `·` a full cache adds."""
     L, K, d = cache.projection.mean_v.shape
-    print(f"Layout, heads by number: {LEVELS} cells each, of d/{LEVELS} numbers per token (# stored, · "
-          "not)\n")
+    print(f"Layout, heads by number: {LEVELS} cells each, of d/{LEVELS} numbers per token "
+          "(# stored, · not)\n")
     for i in range(L):
         for side, name in enumerate(SIDES):
             levels = cache.ranks[side, i, :most] * LEVELS // d

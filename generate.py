@@ -51,7 +51,7 @@ def options():
     if args.bits and (args.ranks or args.proj or args.shrink_to is not None):
         cli.fail("--bits: goes with none of --ranks, --proj and --shrink-to")
     if args.bits is None and (args.budget or 1) < 1 / LEVELS:
-        cli.fail(f"--budget {args.budget}: ranks go down to {1 / LEVELS}; below that only --bits does")
+        cli.fail(f"--budget {args.budget}: ranks go down to {1 / LEVELS}, and only --bits below")
     if args.shrink_to is None and args.at:
         cli.fail("--at: says when the cache shrinks; add --shrink-to")
     if args.shrink_to is None:
