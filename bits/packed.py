@@ -128,8 +128,8 @@ class PackedCache:
         if not 0 <= n <= self.max_len:
             raise ValueError(f"length {n} of a cache for 0 to {self.max_len} tokens")
         if 0 < n < self.kept_from:
-            raise ValueError(f"length {n}: tokens before {self.kept_from} are rounded; a cache of "
-                             f"bits that holds {self.length} goes back to {self.kept_from}, or to 0")
+            raise ValueError(f"length {n}: tokens before {self.kept_from} are rounded; a cache "
+                             f"of bits with {self.length} goes back to {self.kept_from}, or to 0")
         self._length = n
         self.kept_from = max(self.kept_from, (n // GROUP - 1) * GROUP) if n else 0
 
