@@ -125,10 +125,11 @@ class PackedCache:
 
         Set ahead, a cache holds whatever numbers lie there (benchmarks).
         """
-        if not (n == 0 or self.kept_from <= n <= self.max_len):
-            nearest = min(max(n, self.kept_from), self.max_len)
-            raise ValueError(f"length {n}: tokens before {self.kept_from} are rounded; a cache of "
-                             f"bits that holds {self.length} goes back to {nearest}, or to 0")
+        if not 0 <= n <= self.max_len:
+            raise ValueError(f"length {n} of a cache for 0 to {self.max_len} tokens")
+        if 0 < n < self.kept_from:
+            raise ValueError(f"length {n}: tokens before {self.kept_from} are rounded; a cache "
+                             f"of bits with {self.length} goes back to {self.kept_from}, or to 0")
         self._length = n
         self.kept_from = max(self.kept_from, (n // GROUP - 1) * GROUP) if n else 0
 

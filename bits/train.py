@@ -206,9 +206,10 @@ def step_memory(c, batch: int, seq: int, dtype: torch.dtype, recompute: bool) ->
     """
     parts = peak_memory(c, batch, seq, dtype, recompute)
     del parts["projectors"]
-    of_token = c.num_key_value_heads * c.head_dim * (8 + 2 * (seq / GROUP + 1) / 2)
+    of_token = c.num_key_value_heads * c.head_dim * (
+        8 * wide(dtype).itemsize + (seq / GROUP + 1) * dtype.itemsize)
     layers = 1 if recompute else c.num_hidden_layers
-    parts["rounding"] = layers * batch * seq * of_token * wide(dtype).itemsize
+    parts["rounding"] = layers * batch * seq * of_token
     return parts
 
 

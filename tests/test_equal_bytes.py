@@ -3,9 +3,10 @@ from functools import partial
 
 import torch
 from conftest import random_projection, random_ranks, relative
+from test_rounding import random_bits, random_rounding
 
 from bench.equal_bytes import by_group, by_rank_and_token, by_token, rounded, twice
-from rounding import GROUP
+from bits.rounding import GROUP
 
 
 def test_a_number_is_off_by_at_most_half_a_step():
@@ -57,3 +58,17 @@ def test_the_newest_group_is_exact_and_those_before_are_not(model):
     assert relative(found[:, :GROUP], expected[:, :GROUP]) < 1e-5
     assert relative(found[:, GROUP:], expected[:, GROUP:]) > 1e-2
     assert relative(model(tokens, project=hooks["stored"])[:, :GROUP], expected[:, :GROUP]) > 1e-2
+
+
+def test_bits_are_measured_with_the_newest_group_exact_and_without(model):
+    """Their own hook has it exact; without it there is nothing but what is stored."""
+    r, bits = random_rounding(model), random_bits(model)
+    tokens = torch.randint(3, 96, (2, 2 * GROUP))
+    hooks = twice(r.at(bits))
+    assert torch.equal(model(tokens, project=hooks["exact"]), model(tokens, project=r.at(bits)))
+
+    def stored(layer, k, v):
+        return tuple(r.rounded(side, layer, x, bits[side, layer]) for side, x in enumerate((k, v)))
+
+    assert torch.equal(model(tokens, project=hooks["stored"]), model(tokens, project=stored))
+    assert relative(model(tokens, project=stored), model(tokens, project=r.at(bits))) > 1e-2

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import relative
+from conftest import relative, shape
 from test_rounding import random_bits, random_rounding
 
 from bits import packed
@@ -36,7 +36,7 @@ def several_tiles(monkeypatch):
         monkeypatch.setattr(packed, "UNPACKED", 0)
         monkeypatch.setattr(packed, "LEAST", n)
         monkeypatch.setattr(packed, "LONG", 32)
-        monkeypatch.setattr("cache.SCORES", 600)
+        monkeypatch.setattr("cache.SCORES", 4000)
 
     return of_tokens
 
@@ -71,13 +71,13 @@ def test_any_batch_window_and_tile_has_the_logits_of_the_hook(
     check_logits(double, batch, window, least)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 2, 3, 4, 6, 8])
-def test_each_number_of_bits_is_written_and_read(double, bits):
-    r, plan = random_rounding(double, torch.float64), same_bits(bits, double.config)
+def test_each_number_of_bits_is_written_and_read(double):
     tokens = torch.randint(3, 96, (2, 80))                          # two groups become codes
-    cache = PackedCache(r, plan, 2, 80, torch.float64)
-    assert relative(read_in(double, cache, tokens, (13, 1, 66)),
-                    double(tokens, project=r.at(plan))) < 1e-10
+    for bits in (0, 1, 2, 3, 4, 6, 8):
+        r, plan = random_rounding(double, torch.float64), same_bits(bits, double.config)
+        cache = PackedCache(r, plan, 2, 80, torch.float64)
+        found = read_in(double, cache, tokens, (13, 1, 66))
+        assert relative(found, double(tokens, project=r.at(plan))) < 1e-10, bits
 
 
 def test_in_float32_too(model):
@@ -193,6 +193,24 @@ def test_a_length_whose_tokens_are_rounded_is_refused_and_the_nearest_named(
     assert relative(found, model(tokens, cache=cache())[:, length:]) < 1e-10
 
 
+def test_what_was_rounded_stays_so_when_the_length_is_set_back(rounded):
+    """Until it is set back to 0, where everything begins anew."""
+    model, cache = rounded
+    old = cache()
+    tokens = torch.randint(3, 96, (2, 100))
+    for length, n, lost, nearest in ((70, 33, 31, 32), (70, 33, 10, 32), (100, 64, 40, 64)):
+        old.length = 0
+        model(tokens[:, :length], cache=old)
+        old.length = n
+        with pytest.raises(ValueError, match=f"goes back to {nearest}, or to 0$"):
+            old.length = lost
+    old.length = 0
+    model(tokens[:, :20], cache=old)
+    old.length = 3
+    found = model(tokens[:, 3:50], cache=old)
+    assert relative(found, model(tokens[:, :50], cache=cache())[:, 3:]) < 1e-10
+
+
 def test_a_length_that_no_cache_has_is_refused(rounded):
     _, cache = rounded
     old = cache()
@@ -238,11 +256,11 @@ def test_bytes_are_what_the_plan_says(model, monkeypatch):
     assert 2500 <= allocated < 2500 + 10 * 8
 
 
-@pytest.mark.parametrize("max_len", [1, 64, 3000])
-def test_the_newest_are_two_groups_however_long_the_cache(rounded, max_len):
+def test_the_newest_are_two_groups_however_long_the_cache(rounded):
     model, cache = rounded
-    L, K, d = model.config.num_hidden_layers, 2, model.config.head_dim
-    assert cache(max_len).newest.shape == (L, 2, 2 * K, d, 2 * GROUP)
+    L, K, d = shape(model)
+    for max_len in (1, 64, 3000):
+        assert cache(max_len).newest.shape == (L, 2, 2 * K, d, 64)
 
 
 def test_what_does_not_fit_is_refused(model, tokens):

@@ -50,20 +50,21 @@ def random_path(model) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("bits", BITS[1:])
-def test_steps_are_the_best_for_a_normal_distribution(bits):
+def test_steps_are_the_best_for_a_normal_distribution():
     """Against a sum over a fine grid: the error is what the table says, and no step is better."""
     x = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
     density = torch.exp(-x ** 2 / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
-    top = torch.tensor((2 ** bits - 1) / 2, dtype=torch.float64)
 
-    def error(step: float) -> float:
+    def error(bits: int, step: float) -> float:
+        top = torch.tensor((2 ** bits - 1) / 2, dtype=torch.float64)
         x_hat = (to_code(x, step, top) - top) * step
         return ((x - x_hat).square() * density).sum().item()
 
-    least = error(STEP[bits])
-    assert least == pytest.approx(ERROR[bits], rel=0.001)
-    assert all(least <= error(STEP[bits] * factor) * 1.001 for factor in (0.9, 0.97, 1.03, 1.1))
+    for bits in BITS[1:]:
+        least = error(bits, STEP[bits])
+        assert least == pytest.approx(ERROR[bits], rel=0.001), bits
+        for factor in (0.9, 0.97, 1.03, 1.1):
+            assert least <= error(bits, STEP[bits] * factor) * 1.001, (bits, factor)
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
@@ -130,7 +131,7 @@ def test_at_zero_bits_nothing_but_the_mean_has_a_gradient(model):
     assert r.mean[0].grad[0].abs().min() > 0
 
 
-@pytest.mark.parametrize("budget", [0.5, 0.31, 0.125, 0.01])
+@pytest.mark.parametrize("budget", [0.5, 0.31, 0.01])
 def test_a_plan_is_the_largest_prefix_of_its_path_within_the_budget(model, budget):
     path = random_path(model)
     plan = bits_at(path, model.config, budget)
@@ -154,21 +155,22 @@ def test_a_path_is_read_as_it_was_written(model):
     assert torch.equal(path_of_rows(path_to_rows(path, model.config), model.config), path)
 
 
-@pytest.mark.parametrize("rows", [
-    [],
-    5,
-    [[1, 2]],
-    [["keys", 0, 0, 0, 4]],
-    [["keys", 0, 0, 9, 6]],
-    [["keys", 0, -1, 0, 6]],
-    [["keys", 0, 0, 0.5, 6]],
-    [["keys", 99, 0, 0, 6]],
-    [["both", 0, 0, 0, 6]],
-    [["values", 0, 0, 0, 6], ["values", 0, 0, 0, 6]],
-])
-def test_rows_that_are_no_path_are_refused(model, rows):
-    with pytest.raises(ValueError, match="not a path of bits"):
-        path_of_rows(rows, model.config)
+def test_rows_that_are_no_path_are_refused(model):
+    assert path_of_rows([["keys", 0, 0, 0, 6]], model.config).tolist() == [[0, 6]]
+    for rows in (
+        [],
+        5,
+        [[1, 2]],
+        [["keys", 0, 0, 0, 4]],                                     # 6 comes first,
+        [["values", 0, 0, 0, 6], ["values", 0, 0, 0, 6]],           # and once
+        [["keys", 0, 0, 9, 6]],
+        [["keys", 0, -1, 0, 6]],
+        [["keys", 0, 0, 0.5, 6]],
+        [["keys", 99, 0, 0, 6]],
+        [["both", 0, 0, 0, 6]],
+    ):
+        with pytest.raises(ValueError, match="not a path of bits"):
+            path_of_rows(rows, model.config)
 
 
 def test_bits_of_another_shape_or_number_are_refused(model):

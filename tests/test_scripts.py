@@ -7,20 +7,21 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import CKPT, DEMO, GOLDEN, call, random_projection, relative, script
+from conftest import CKPT, DEMO, GOLDEN, call, random_projection, relative, script, shape
 from safetensors.torch import load_file, save_file
 
 from cache import KVCache
-from distance import measure, recall, spread_windows
-from generate import decode
-from model import load, read_config
-from plans import order_of, read_plan
-from projection import Projection, calibrate
+from evaluate import measure, recall
+from model import generate, load
+from projection import Projection, calibrate, plan_at
+from support.checkpoint import read_config
+from support.data import even_windows
+from support.plans import PROJECTIONS, order_of, read_ranks
 from train import draw_along, draw_independent, draw_levels
 
 SCRIPTS = [
-    "model", "data", "projection", "kernel", "cache", "evaluate", "order", "train", "search",
-    "bits", "generate"]
+    "model", "projection", "search", "train", "cache", "kernel", "evaluate", "generate",
+    "support.data", "bits.train"]
 
 
 # ------------------------------------------------------------------------------
@@ -35,12 +36,11 @@ def chain(tmp_path_factory):
     options = ["--ckpt", CKPT, "--data", folder / "tokens.npy", "--seq", 16, "--batch", 2]
     options += ["--windows", 2]
     call("train", *options, "--uniform", "--steps", 4, "--out", first)
-    call("search", *options, "--proj", first / "projections.safetensors", "--out", first)
+    call("search", *options, "--proj", first / PROJECTIONS)
     along = ["--ranks", first / "ranks.json"]
     call("train", *options, "--steps", 4, *along, "--out", second)
-    call("search", *options, "--proj", second / "projections.safetensors", "--out", second)
-    pca = ["--proj", second / "projections.safetensors", "--pca"]
-    call("search", *options, *pca, "--out", second)
+    call("search", *options, "--proj", second / PROJECTIONS)
+    call("search", *options, "--proj", second / PROJECTIONS, "--pca")
     call("evaluate", *options, "--out", second)
     return folder, options
 
@@ -49,12 +49,17 @@ def read(path) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("budget", [0.875, 0.375, 0.125])
+def ranks_at(file, model, budget: float) -> torch.Tensor:
+    """The plan of a file of search.py."""
+    return plan_at(read_ranks(file, model.config).order, model.config, budget)
+
+
+@pytest.mark.parametrize("budget", [0.875, 0.125])
 def test_at_the_end_of_the_chain_the_cache_gives_the_projected_models_logits(chain, budget):
     folder, _ = chain
     model = load(CKPT)
-    p = Projection.load(folder / "second" / "projections.safetensors")
-    _, ranks = read_plan(folder / "second" / "ranks.json", model.config, budget)
+    p = Projection.load(folder / "second" / PROJECTIONS)
+    ranks = ranks_at(folder / "second" / "ranks.json", model, budget)
     assert budget - 1 / 64 < ranks.sum() / (ranks.numel() * 16) <= budget
     tokens = torch.randint(3, 96, (1, 24))
     cache = KVCache(p, ranks, batch=1, max_len=24)
@@ -66,14 +71,26 @@ def test_at_the_end_of_the_chain_the_cache_gives_the_projected_models_logits(cha
 def test_at_the_end_of_the_chain_decoding_follows_the_projected_model(chain):
     folder, _ = chain
     model = load(CKPT)
-    p = Projection.load(folder / "second" / "projections.safetensors")
-    _, ranks = read_plan(folder / "second" / "ranks.json", model.config, 0.375)
+    p = Projection.load(folder / "second" / PROJECTIONS)
+    ranks = ranks_at(folder / "second" / "ranks.json", model, 0.375)
     text = [1, 17, 60]
-    for token in decode(model, KVCache(p, ranks, batch=1, max_len=20), text[:], 10):
+    for token in generate(model, text[:], 10, cache=KVCache(p, ranks, batch=1, max_len=20)):
         logits = model(torch.tensor([text]), project=p.at(ranks))
         assert logits[0, -1].argmax() == token
         text.append(token)
     assert len(text) > 3
+
+
+def test_each_link_leaves_its_files_beside_those_it_worked_on(chain):
+    """And nothing else, the states of trainings among it."""
+    folder, _ = chain
+    first = {PROJECTIONS, "train.json", "train.png", "ranks.json", "ranks.png"}
+    second = first | {"ranks_pca.json", "ranks_pca.png", "evaluation.json", "evaluation.png"}
+    assert {file.name for file in (folder / "first").iterdir()} == first
+    assert {file.name for file in (folder / "second").iterdir()} == second
+    for name, prefix in (("ranks.json", ""), ("ranks_pca.json", "pca_")):
+        p = Projection.load(folder / "second" / PROJECTIONS, prefix)
+        assert read(folder / "second" / name)["projections"] == p.hash()
 
 
 def test_what_was_trained_along_an_order_needs_no_search(chain, tmp_path):
@@ -84,18 +101,18 @@ def test_what_was_trained_along_an_order_needs_no_search(chain, tmp_path):
     searched = read(second / "ranks.json")
     assert order_of(searched["path"], config).tolist() == trained_along
     assert searched["evaluations"] <= len(trained_along) + 1
-    options = [*options, "--proj", second / "projections.safetensors", "--out", tmp_path]
+    options = [*options, "--proj", second / PROJECTIONS, "--out", tmp_path]
     call("search", *options, "--lazy")
     assert order_of(read(tmp_path / "ranks.json")["path"], config).tolist() != trained_along
 
 
 def test_an_order_for_another_model_is_refused(chain, tmp_path, refusal):
     folder, options = chain
-    for name in ("projections.safetensors", "train.json"):
+    for name in (PROJECTIONS, "train.json"):
         shutil.copy(folder / "second" / name, tmp_path)
-    said = read(tmp_path / "train.json") | {"order": [0, 1, 2]}
+    said = read(tmp_path / "train.json") | {"order": [0, 8]}
     (tmp_path / "train.json").write_text(json.dumps(said))
-    options = [*options, "--proj", tmp_path / "projections.safetensors", "--out", tmp_path]
+    options = [*options, "--proj", tmp_path / PROJECTIONS, "--out", tmp_path]
     assert "order for another model" in refusal("search", *options)
 
 
@@ -134,11 +151,11 @@ def test_an_evaluation_repeats_what_the_training_said(chain):
 def test_a_searched_curve_is_of_its_own_projections_and_plans(chain, curve, prefix, file):
     folder, _ = chain
     second, model = folder / "second", load(CKPT)
-    p = Projection.load(second / "projections.safetensors", prefix)
+    p = Projection.load(second / PROJECTIONS, prefix)
     held_out = np.load(folder / "tokens.npy")[-200:]
-    passages = spread_windows(held_out, 500, 32)[:, 1:]     # twice 32: the model's positions
+    passages = even_windows(held_out, 500, 32)[:, 1:]     # twice 32: the model's positions
     for row in read(second / "evaluation.json")["budgets"]:
-        _, ranks = read_plan(second / file, model.config, row["budget"])
+        ranks = ranks_at(second / file, model, row["budget"])
         _, results = measure(model, held_out, {"": p.at(ranks)}, B=2, T=16, limit=2)
         results[""]["recall"] = recall(model, passages, p.at(ranks))
         assert row[curve] == pytest.approx(results[""], abs=1e-6)
@@ -146,7 +163,7 @@ def test_a_searched_curve_is_of_its_own_projections_and_plans(chain, curve, pref
 
 def test_a_search_for_pca_is_that_for_a_file_whose_projections_are_pca(chain, tmp_path):
     folder, options = chain
-    pca = Projection.load(folder / "second" / "projections.safetensors", "pca_")
+    pca = Projection.load(folder / "second" / PROJECTIONS, "pca_")
     pca.save(tmp_path / "pca.safetensors")
     call("search", *options, "--proj", tmp_path / "pca.safetensors", "--out", tmp_path)
     assert read(tmp_path / "ranks.json") == read(folder / "second" / "ranks_pca.json")
@@ -160,7 +177,7 @@ def test_the_papers_recipe_starts_at_pca_and_ours_does_not(chain, tmp_path):
     for recipe in ("paper", "ours"):
         out = tmp_path / recipe
         call("train", *options, "--steps", 1, "--lr", 0, "--recipe", recipe, "--out", out)
-        tensors = load_file(out / "projections.safetensors")
+        tensors = load_file(out / PROJECTIONS)
         equal[recipe] = torch.allclose(tensors["U_k"], tensors["pca_U_k"], atol=1e-6)
     assert equal == {"paper": True, "ours": False}
 
@@ -171,7 +188,7 @@ def test_the_papers_recipe_runs_with_its_rate_and_its_cross_entropy(chain, tmp_p
     report = read(tmp_path / "train.json")
     assert report["config"]["lr"] == 0.001
     assert report["config"]["ce"] == 0.75
-    tensors = load_file(tmp_path / "projections.safetensors")
+    tensors = load_file(tmp_path / PROJECTIONS)
     assert not torch.allclose(tensors["U_k"], tensors["pca_U_k"], atol=1e-6)
 
 
@@ -183,8 +200,8 @@ def test_a_recipe_draws_its_ranks_and_takes_the_logarithm_or_not(
     _, options = chain
     taken = []
 
-    def note(run, model, tokens, draw, hook, floor, after_step):
-        taken.extend((draw, floor, run.args.steps))
+    def note(model, state, tokens, draw, recipe, after_step):
+        taken.extend((draw, recipe.floor, recipe.steps))
 
     monkeypatch.setattr("train.train", note)
     monkeypatch.setattr("train.finish", lambda *_: None)
@@ -203,6 +220,34 @@ def test_an_evaluation_is_of_the_text_and_model_that_were_trained_on(chain, tmp_
         assert f"was trained with {other[0]}" in line
 
 
+def test_after_a_new_training_what_was_searched_before_it_is_left_out(chain, tmp_path, capsys):
+    folder, options = chain
+    out = shutil.copytree(folder / "second", tmp_path / "out")
+    call("train", *options, "--uniform", "--steps", 3, "--seed", 1, "--out", out)
+    capsys.readouterr()
+    call("evaluate", *options, "--passages", 2, "--out", out)
+    said = capsys.readouterr().err
+    for name in ("ranks.json", "ranks_pca.json"):
+        assert f"{out / name}: was searched for other projections, and is not used" in said
+    for row in read(out / "evaluation.json")["budgets"]:
+        assert set(row) == {"budget", "pca", "trained"}
+
+
+def test_along_a_path_that_was_cut_short_a_search_goes_on_to_an_eighth(chain, tmp_path):
+    """As an interrupted search leaves it, if it came as far as a training needs."""
+    folder, options = chain
+    whole = read(folder / "first" / "ranks.json")
+    reached = next(n for n in range(1, 57) if 1 - n / 64 <= 0.25)
+    cut = whole["path"][:reached]
+    (tmp_path / "cut.json").write_text(json.dumps(whole | {"path": cut}))
+    call("train", *options, "--steps", 2, "--ranks", tmp_path / "cut.json", "--out", tmp_path)
+    call("search", *options, "--proj", tmp_path / PROJECTIONS)
+    path = read(tmp_path / "ranks.json")["path"]
+    assert [row[:3] for row in path[:reached]] == [row[:3] for row in cut]
+    assert len(path) == 56
+    assert (ranks_at(tmp_path / "ranks.json", load(CKPT), 0.125) == 2).all()
+
+
 # ------------------------------------------------------------------------------
 # Each on the demo
 
@@ -215,17 +260,15 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_explains_itself(name, capsys):
-    if name == "kernel":
-        pytest.importorskip("triton")
-    with pytest.raises(SystemExit) as left:
-        call(name, "--help")
-    said = capsys.readouterr().out
-    assert left.value.code == 0
-    assert importlib.import_module(name).__doc__.splitlines()[0] in said
-    for option in ("--ckpt", "--device", "--dtype", "--seed"):
-        assert option in said
+def test_every_script_explains_itself(capsys):
+    for name in SCRIPTS:
+        with pytest.raises(SystemExit) as left:
+            call(name, "--help")
+        said = capsys.readouterr().out
+        assert left.value.code == 0
+        assert importlib.import_module(name).__doc__.splitlines()[0] in said
+        for option in ("--ckpt", "--device", "--dtype", "--seed"):
+            assert option in said, name
 
 
 def test_model_speaks_without_a_cache(capsys):
@@ -250,7 +293,7 @@ def test_cache_shows_the_layout_and_the_bytes(tmp_path, demo, capsys):
 
 def test_data_says_what_it_found(text, tmp_path, demo, capsys):
     _, tokenizer = demo
-    call("data", "--data", text, "--out", tmp_path)
+    call("support.data", "--data", text, "--out", tmp_path)
     said = capsys.readouterr().out
     count = len(tokenizer.encode(text.read_text())) + 1
     held_out = count // 10
@@ -272,14 +315,35 @@ def test_projection_shows_what_leading_columns_hold(text, tmp_path, monkeypatch,
         assert shares[-1] == 100.0
 
 
+def test_generate_takes_the_projections_beside_its_ranks(tmp_path, demo, monkeypatch, capsys):
+    """Not those in out/."""
+    model, tokenizer = demo
+    L, K, d = shape(model)
+    for name in ("out", "out_x"):
+        (tmp_path / name).mkdir()
+        p = random_projection(model)
+        p.save(tmp_path / name / PROJECTIONS)
+    path = [[side, i, j, 0.1] for side in ("keys", "values") for i in range(L) for j in range(K)]
+    plan = {"head_dim": d, "keys": [[d] * K] * L, "values": [[d] * K] * L, "path": path * 7}
+    (tmp_path / "out_x" / "ranks.json").write_text(json.dumps(plan | {"projections": p.hash()}))
+    monkeypatch.chdir(tmp_path)
+    prompt = ["--prompt", "The json module", "--tokens", 5]
+    call("generate", "--ranks", "out_x/ranks.json", "--budget", 0.5, *prompt)
+    said = capsys.readouterr()
+    assert "along the order in out_x/ranks.json" in said.err
+    ids = [tokenizer.bos_id(), *tokenizer.encode("The json module")]
+    cache = KVCache(p, ranks_at(tmp_path / "out_x" / "ranks.json", model, 0.5), 1, 40)
+    assert said.out == tokenizer.decode(ids + list(generate(model, ids, 5, cache=cache))) + "\n"
+
+
 def test_evaluate_answers_questions(text, tmp_path, demo):
     model, _ = demo
     pca = random_projection(model)
-    random_projection(model).save(tmp_path / "projections.safetensors", pca)
+    random_projection(model).save(tmp_path / PROJECTIONS, pca)
     questions = (DEMO / "questions.jsonl").read_text().splitlines()[:2]
     (tmp_path / "q.jsonl").write_text("\n".join(questions))
-    options = ["--data", text, "--seq", 16, "--windows", 1, "--tasks", tmp_path / "q.jsonl"]
-    call("evaluate", *options, "--out", tmp_path)
+    options = ["--data", text, "--seq", 16, "--windows", 1, "--passages", 0]
+    call("evaluate", *options, "--tasks", tmp_path / "q.jsonl", "--out", tmp_path)
     tasks = read(tmp_path / "evaluation.json")["tasks"]
     assert tasks["questions"] == 2
     assert set(tasks["base"]) == {"accuracy", "accuracy_by_character"}
@@ -296,6 +360,14 @@ def test_a_script_in_a_process_of_its_own_leaves_with_one_line_and_code_2():
     assert len(done.stderr.splitlines()) == 1
     assert "--tokens" in done.stderr
     assert done.stdout == ""
+
+
+def test_the_first_chapter_does_without_the_second():
+    """Only generate.py --bits imports it."""
+    names = "model", "projection", "search", "train", "cache", "evaluate", "generate"
+    asked = "[name for name in sys.modules if name.split('.')[0] == 'bits']"
+    done = script("-c", f"import sys, {', '.join(names)}; print({asked})")
+    assert done.stdout == "[]\n", done.stderr
 
 
 # ------------------------------------------------------------------------------
@@ -336,7 +408,7 @@ def write_projections(folder):
     p.save(folder / "p.safetensors")
     for name in ("done", "noted"):
         (folder / name).mkdir()
-        p.save(folder / name / "projections.safetensors", p)
+        p.save(folder / name / PROJECTIONS, p)
     (folder / "noted" / "train.json").write_text('{"config": null}')
     random_projection(load(GOLDEN / "llama_mha")).save(folder / "other.safetensors")
     (folder / "broken.safetensors").write_bytes(b"nothing")
@@ -352,6 +424,7 @@ def write_plans(folder):
         "places": {"path": [["keys", 7, 0, 0.1]]},
         "text": {"path": "none"},
         "ragged": {"keys": [[16], [16, 16]]},
+        "others": {"projections": "0" * 64},
     }
     for name, change in broken.items():
         (folder / f"{name}.json").write_text(json.dumps(plan | change))
@@ -384,7 +457,8 @@ BASE = {        # options that are right; those of a case come behind them
     "train": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out", "--seq", 32],
     "search": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out", "--proj", "p.safetensors"],
     "evaluate": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "done", "--seq", 32],
-    "data": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out"],
+    "bits.train": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out", "--seq", 60],
+    "support.data": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out"],
     "projection": ["--ckpt", CKPT, "--data", "tokens.npy", "--out", "out"],
     "cache": ["--ckpt", CKPT],
     "model": [],
@@ -400,22 +474,15 @@ CASES = [       # the script and its options; the words that the line must hold
     ("train --ckpt nameless", "--ckpt config.json"),
     ("train --ckpt gemma", "--ckpt config.json gemma2"),
     ("train --ckpt twelve", "--ckpt head_dim 12"),
-    ("evaluate --ckpt number", "--ckpt config.json 7"),
-    ("search --ckpt number", "--ckpt config.json 7"),
-    ("data --ckpt number", "--ckpt config.json 7"),
-    ("projection --ckpt number", "--ckpt config.json 7"),
-    ("cache --ckpt number", "--ckpt config.json 7"),
-    ("model --ckpt number", "--ckpt config.json 7"),
-    ("generate --ckpt number", "--ckpt config.json 7"),
+    ("bits.train --ckpt twelve", "--ckpt head_dim 12"),
     ("train --ckpt numbers", "--ckpt index.json weight_map"),
     ("train --ckpt indexless", "--ckpt index.json weight_map"),
     ("train --ckpt lost", "--ckpt lost.safetensors"),
-    ("generate --ckpt numbers", "--ckpt index.json weight_map"),
     # The tokenizer
     ("train --data text.txt", "--data tokenizer.model"),
     ("train --data text.txt --ckpt empty_tokenizer", "--data tokenizer.model SentencePiece"),
     ("train --data text.txt --ckpt large_tokenizer", "--data tokenizer vocabulary"),
-    ("data --data text.txt --ckpt empty_tokenizer", "--data tokenizer.model SentencePiece"),
+    ("support.data --data text.txt --ckpt empty_tokenizer", "--data tokenizer.model SentencePiece"),
     ("model --ckpt empty_tokenizer", "--ckpt tokenizer.model SentencePiece"),
     ("generate --ckpt empty_tokenizer", "--ckpt tokenizer.model SentencePiece"),
     ("model --ckpt large_tokenizer", "vocabulary"),
@@ -441,9 +508,10 @@ CASES = [       # the script and its options; the words that the line must hold
     ("train --data done", "--data done"),
     ("evaluate --data short.npy", "--data short.npy too short"),
     ("evaluate --data few.npy --seq 16", "--passages too short 20 32"),
+    ("bits.train --data short.npy", "--data short.npy too short"),
     ("search --seq 5000", "--data tokens.npy too short"),
     ("projection --data short.npy", "--data short.npy too short"),
-    ("data --data cut50.npy", "--data cut50.npy"),
+    ("support.data --data cut50.npy", "--data cut50.npy"),
     # Numbers and names
     ("train --steps 0", "--steps 0"),
     ("train --steps -3", "--steps -3"),
@@ -470,7 +538,7 @@ CASES = [       # the script and its options; the words that the line must hold
     ("train --out file", "--out file"),
     ("train --out file/below", "--out file"),
     ("search --out tokens.npy", "--out tokens.npy"),
-    ("data --out file", "--out file"),
+    ("support.data --out file", "--out file"),
     ("train --resume", "--resume no such file"),
     ("evaluate --out empty", "--out projections.safetensors"),
     ("evaluate --out noted", "--out noted"),
@@ -483,6 +551,9 @@ CASES = [       # the script and its options; the words that the line must hold
     ("cache --budget 0.5 --proj none.safetensors", "--proj none.safetensors"),
     ("cache --budget 0.5 --proj other.safetensors", "--proj model has"),
     ("generate --budget 0.5 --proj none.safetensors", "--proj none.safetensors"),
+    ("cache --budget 0.5", "--proj out/projections.safetensors"),
+    ("cache --ranks short.json", "--proj projections.safetensors"),
+    ("cache --proj p.safetensors --ranks others.json", "--ranks others.json other p.safetensors"),
     ("cache --proj p.safetensors --ranks none.json", "--ranks none.json"),
     ("cache --proj p.safetensors --ranks file", "--ranks file JSON"),
     ("cache --proj p.safetensors --ranks head_dim.json", "--ranks head_dim.json model has 16"),
@@ -510,16 +581,24 @@ def test_wrong_input_is_named_in_one_line(wrong, monkeypatch, refusal, command, 
         assert word in line
 
 
-@pytest.mark.parametrize("ckpt", ["endless", "ends"])
-def test_no_end_of_sequence_and_several_are_no_mistakes(wrong, monkeypatch, ckpt):
+def test_every_script_names_a_checkpoint_that_it_cannot_take(wrong, monkeypatch, refusal):
     monkeypatch.chdir(wrong)
-    call("cache", "--ckpt", ckpt)
+    for name in SCRIPTS:
+        if name != "kernel":                                        # which takes none
+            line = refusal(name, *BASE[name], "--ckpt", "number")
+            assert all(word in line for word in ("--ckpt", "config.json", "7")), name
 
 
-@pytest.mark.parametrize("name", ["model", "data", "cache", "evaluate", "search", "generate"])
-def test_only_training_runs_in_several_processes(name, monkeypatch, refusal):
-    monkeypatch.setattr("common.WORLD", 2)
-    assert "torchrun" in refusal(name)
+def test_no_end_of_sequence_and_several_are_no_mistakes(wrong, monkeypatch):
+    monkeypatch.chdir(wrong)
+    for ckpt in ("endless", "ends"):
+        call("cache", "--ckpt", ckpt)
+
+
+def test_only_training_runs_in_several_processes(monkeypatch, refusal):
+    monkeypatch.setattr("support.processes.WORLD", 2)
+    for name in ("model", "support.data", "cache", "evaluate", "search", "generate"):
+        assert "torchrun" in refusal(name)
 
 
 # ------------------------------------------------------------------------------
@@ -548,7 +627,7 @@ def broken(tmp_path):
     return copy
 
 
-@pytest.mark.parametrize("tensor, factor", BROKEN)
+@pytest.mark.parametrize("tensor, factor", BROKEN[::3])
 def test_an_evaluation_names_weights_that_make_no_sense(
         wrong, broken, monkeypatch, refusal, tensor, factor):
     monkeypatch.chdir(wrong)
@@ -563,14 +642,14 @@ def test_a_training_ends_with_a_line_about_weights_that_make_no_sense(
     """Or about its loss, behind the lines of its progress; what was there stays."""
     monkeypatch.chdir(wrong)
     out = shutil.copytree("done", tmp_path / "out")
-    before = (out / "projections.safetensors").read_bytes()
+    before = (out / PROJECTIONS).read_bytes()
     options = ["--ckpt", broken(tensor, factor), "--batch", 2, "--steps", 2, "--out", out]
     with pytest.raises(SystemExit) as left:
         call("train", *BASE["train"], *options)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert left.value.code == 2
     assert "weights" in last or "not a number" in last
-    assert (out / "projections.safetensors").read_bytes() == before
+    assert (out / PROJECTIONS).read_bytes() == before
 
 
 def test_a_search_over_weights_that_make_no_sense_costs_nothing(
