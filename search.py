@@ -213,7 +213,8 @@ def sweep(model: Model, windows: Windows, mean_k, mean_v, whole: int, what: str)
                                         retain_graph=draw < DRAWS - 1)
             for place, g in enumerate(found):
                 layer, side = divmod(place, 2)
-                yield draw, side, layer, g[:, :, whole:], leaves.x[layer][side]
+                g, x = g[:, :, whole:], leaves.x[layer][side]
+                yield draw, side, layer, g.to(wide(g.dtype)), x.to(wide(x.dtype))
         progress(number, f"{DRAWS} draws", text.numel())
 
 
