@@ -34,7 +34,6 @@ softmax does not see it. Whole tokens would not get it: they need m.
     python projection.py        # the variance that leading columns hold, on the demo model
 """
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -43,6 +42,7 @@ from torch import Tensor, nn
 from model import Model, load
 from support import cli, files, processes
 from support.data import random_windows, text_for
+from support.progress import Progress
 
 # Ranks are multiples of d / LEVELS, so a budget is at least 1 / LEVELS; it is also the step of
 # Algorithm 1. Files of orders are for one LEVELS, and the blocks of bits/ are as wide.
@@ -260,9 +260,11 @@ def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16
     moments = Moments(model.config, model.device)
     generator = torch.Generator().manual_seed(seed)
     mine = processes.my_share(B)
-    for _ in range(batches):
+    progress = Progress(batches, "calibrating")
+    for number in range(1, batches + 1):
         block = random_windows(tokens, processes.WORLD * B, T, generator, mine)
         model.hidden(block[:, :-1].to(model.device), observe=moments)
+        progress(number, "", processes.WORLD * B * T)
     return moments.sum_over_processes()
 
 
@@ -403,7 +405,6 @@ def main():
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     tokens, _ = text_for(args, model.config)
-    print("Calibrating on training text ...", file=sys.stderr)
     moments = calibrate(model, tokens, 8, args.seq, args.seed)
     pca = moments.pca()
     cov_k, cov_v = moments.covariance()

@@ -10,20 +10,21 @@ they combine. This script measures them with one yardstick, the bytes of a token
     intN turned     the same behind one random rotation for all heads, which spreads outliers
     KIVI N          keys by channel over groups of 32 tokens, values by token (arXiv 2402.02750)
     ranks x int4    the coordinates that a plan keeps, in 4 bits with a scale and a zero
-    bits            as bits.train trained them, if --out has bits.json; 4 exact tokens come on top
+    bits            as bits.train trained them, if --out has bits.json
 
 KIVI and bits keep the newest group exactly: a token sees its own group, 1 to 32 tokens up to
 itself, as it is. So that no method has that for itself, each is measured twice: with the newest
 group exact, and stored like all others. Exact it comes on top of the bytes shown, 32 tokens of 16
-bits whatever the length. The first 4 tokens of bits are exact in both.
+bits whatever the length. The first 4 tokens of bits are exact in both, and the whole first tokens
+of ranks, also where the others are in 4 bits: they come on top too.
 
 KL is the distance from the model on held-out text, in nats per token; top-1 the share of tokens
 whose likeliest next token stays the same. Recall: held-out passages of 64 tokens, followed by
 themselves; how much more often the next token is right in the second copy than in the first, as a
-share of the model's own gain. Nothing is trained here: ranks come as train.py and search.py
-left them, bits as bits.train did.
+share of the model's own gain. Nothing is trained here: ranks come as train.py (or search.py) left
+them, bits as bits.train did.
 
-    python bench/equal_bytes.py     # what train.py, search.py and bits.train left in out/
+    python bench/equal_bytes.py     # what train.py and bits.train left in out/
 """
 import re
 import sys
@@ -66,35 +67,53 @@ def rounded(x: Tensor, bits: int, dim: int, kept: Tensor | None = None) -> Tenso
     return y if kept is None else y * kept
 
 
-def by_token(layer: int, k: Tensor, v: Tensor, bits: int, turn: Tensor | None = None):
-    """The hook `project=` of intN."""
-    if turn is None:
+def by_token(layer: int, k: Tensor, v: Tensor, turn, bits: int, Q: Tensor | None = None):
+    """The hook `project=` of intN, behind a rotation Q, if there is one."""
+    k = turn(k)
+    if Q is None:
         return rounded(k, bits, -1), rounded(v, bits, -1)
-    return rounded(k @ turn, bits, -1) @ turn.T, rounded(v @ turn, bits, -1) @ turn.T
+    return rounded(k @ Q, bits, -1) @ Q.T, rounded(v @ Q, bits, -1) @ Q.T
 
 
-def by_rank_and_token(layer: int, k: Tensor, v: Tensor, p: Projection, ranks: Tensor, bits: int):
-    """The hook of ranks x intN: (k U_r) rounded, U_rᵀ; what is cut off of v is its mean."""
+def by_rank_and_token(layer: int, k: Tensor, v: Tensor, turn, p: Projection, ranks: Tensor,
+                      bits: int):
+    """The hook of ranks x intN: coordinates rounded; means come back, and first tokens stay whole.
+    """
     d = k.shape[-1]
     kept_k, kept_v = (torch.arange(d) < ranks[side, layer][:, None, None] for side in (0, 1))
+    m = torch.zeros_like(k) if p.mean_k is None else p.mean_k[layer][:, None].expand_as(k)
+    coordinates = rounded(turn(k - m) @ p.U_k[layer] * kept_k, bits, -1, kept_k)
+    k_hat = coordinates @ p.U_k[layer].mT + turn(m)
     mean = p.mean_v[layer][:, None]
-    coordinates = rounded(k @ p.U_k[layer] * kept_k, bits, -1, kept_k)
-    k_hat = coordinates @ p.U_k[layer].mT
     coordinates = rounded(v @ p.U_v[layer] * kept_v, bits, -1, kept_v)
     cut_off = (mean @ p.U_v[layer]) * ~kept_v
-    return k_hat, (coordinates + cut_off) @ p.U_v[layer].mT
+    v_hat = (coordinates + cut_off) @ p.U_v[layer].mT
+    return p.with_whole(turn(k), k_hat), p.with_whole(v, v_hat)
 
 
-def by_group(layer: int, k: Tensor, v: Tensor, bits: int):
+def by_group(layer: int, k: Tensor, v: Tensor, turn, bits: int):
     """The hook of KIVI N: keys channel by channel within a group, values token by token."""
-    keys = [rounded(group, bits, 2) for group in k.split(GROUP, dim=2)]
+    keys = [rounded(group, bits, 2) for group in turn(k).split(GROUP, dim=2)]
     return torch.cat(keys, dim=2), rounded(v, bits, -1)
+
+
+class WithNewest(NewestExact):
+    """A hook (layer, k, v, turn) -> (k̂, v̂), with the newest group as it is."""
+
+    def __call__(self, layer: int, k: Tensor, v: Tensor, turn):
+        k_hat, v_hat = self.rounded(layer, k, v, turn)
+        return (k_hat, turn(k)), (v_hat, v)
 
 
 def twice(hook) -> dict:
     """A hook with the newest group exact, and with it stored like all others."""
-    stored = hook.rounded if isinstance(hook, NewestExact) else hook
-    return {"exact": NewestExact(stored), "stored": stored}
+    if not isinstance(hook, NewestExact):
+        return {"exact": WithNewest(hook), "stored": hook}
+
+    def stored(layer: int, k: Tensor, v: Tensor, turn):
+        return hook.rounded(layer, turn(k), v)
+
+    return {"exact": hook, "stored": stored}
 
 
 # ------------------------------------------------------------------------------
@@ -104,12 +123,12 @@ def candidates(args, config) -> list:
     """(Name, share of a 16-bit cache, hook), the largest first."""
     d = config.head_dim
     scales = 2 * FULL                               # bits of a scale and a zero
-    turn = torch.linalg.qr(torch.randn(d, d)).Q
+    Q = torch.linalg.qr(torch.randn(d, d)).Q
     rows = []
     for bits in (8, 4, 3, 2):
         share = (bits + scales / d) / FULL
         rows.append((f"int{bits}", share, partial(by_token, bits=bits)))
-        rows.append((f"int{bits} turned", share, partial(by_token, bits=bits, turn=turn)))
+        rows.append((f"int{bits} turned", share, partial(by_token, bits=bits, Q=Q)))
     for bits in (4, 2):                             # half of the scales by channel, half by token
         share = (bits + scales * (1 / GROUP + 1 / d) / 2) / FULL
         rows.append((f"KIVI {bits}", share, partial(by_group, bits=bits)))

@@ -14,14 +14,8 @@ import torch.nn.functional as F
 
 from cache import KVCache
 from model import load
-from projection import (
-    Moments,
-    Projection,
-    output_weights,
-    query_aware,
-    shape_of,
-    uniform_ranks,
-)
+from projection import Projection, shape_of, uniform_ranks
+from search import Windows, find_start
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,10 +65,12 @@ def shape(model) -> tuple[int, int, int]:
     return shape_of(model.config)
 
 
-def random_projection(model) -> Projection:
+def random_projection(model, whole: int = 0, mean: float = 0.0) -> Projection:
+    """`mean`: the size of a mean of the keys; `whole` needs one."""
     L, K, d = shape(model)
     U_k, U_v = torch.linalg.qr(torch.randn(2, L, K, d, d)).Q
-    return Projection(U_k, U_v, torch.randn(L, K, d))
+    mean_k = mean * torch.randn(L, K, d) if mean else None
+    return Projection(U_k, U_v, torch.randn(L, K, d), mean_k, whole)
 
 
 def random_ranks(model, *batch) -> torch.Tensor:
@@ -83,11 +79,10 @@ def random_ranks(model, *batch) -> torch.Tensor:
     return torch.randint(1, 9, (2, L, *batch, K)) * (d // 8)
 
 
-def random_start(model) -> Projection:
-    """The query-aware start over a random text."""
-    moments = Moments(model.config)
-    model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
-    return query_aware(moments, output_weights(model))
+def random_start(model, whole: int = 0) -> Projection:
+    """The start of the sweeps over a random text."""
+    tokens = torch.randint(3, 96, (400,)).numpy()
+    return find_start(model, Windows(tokens, 8, 8, 40, 1, 0), whole)
 
 
 def full_cache(model, batch: int, max_len: int) -> KVCache:

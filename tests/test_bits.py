@@ -1,4 +1,4 @@
-"""bits.train: the path against a scan, what learns, what a step takes, and the script."""
+"""bits.train: its start, the path against a scan, what learns, what a step takes, the script."""
 import dataclasses
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import CKPT, DEMO, call, random_projection, relative, script, shape, small
 from safetensors.torch import load_file
-from test_rounding import random_bits, random_path, random_rounding
+from test_rounding import random_bits, random_path, random_rounding, turn_of
 
 from bits import Bits, load_bits
 from bits.rounding import (
@@ -21,6 +21,7 @@ from bits.rounding import (
     errors_at,
     water_filling,
 )
+from bits.start import Read, kl_of_each, output_weights, pairs_of_columns, query_aware
 from bits.train import (
     TrainedRounding,
     draw_bits,
@@ -31,8 +32,7 @@ from bits.train import (
     step_memory,
 )
 from model import Model, generate, load
-from projection import Moments, output_weights
-from search import pairs_of_columns
+from projection import Projection
 from support.checkpoint import read_config
 from support.data import even_windows
 from support.training import TrainingState
@@ -44,7 +44,7 @@ RECIPE = Recipe(steps=1, batch=3, seq=40, lr=0.1)
 @pytest.fixture
 def known(model):
     """A model, moments of a random text, and a rounding that learns."""
-    moments = Moments(model.config)
+    moments = Read(model.config)
     model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
     return model, moments, TrainedRounding(random_projection(model), moments)
 
@@ -72,6 +72,71 @@ def made_up_costs(known):
 
     return rounding, block, matters, kl_of_each
 
+
+# ------------------------------------------------------------------------------
+# The start
+
+def test_calibration_sums_the_queries_of_a_group(model):
+    L, K, d = shape(model)
+    moments, seen = Read(model.config), [[] for _ in range(L)]
+
+    def observe(layer, q, k, v, turn):
+        moments(layer, q, k, v, turn)
+        seen[layer].append(q.double())
+
+    for tokens in torch.randint(3, 96, (2, 4, 25)):
+        model.hidden(tokens, observe=observe)
+    rows = torch.stack([torch.cat(of_layer) for of_layer in seen])  # (L, B, H, T, d)
+    rows = rows.unflatten(2, (K, -1)).movedim(2, 1).reshape(L, K, -1, d)
+    assert relative(moments.qq, rows.mT @ rows) < 1e-9
+
+
+def test_the_query_aware_start_knows_the_readers(model):
+    """Directions that no query looks in, and those that W_o does not take in, come last."""
+    L, K, d = shape(model)
+    moments = Read(model.config)
+    axes = torch.arange(1, d + 1, dtype=torch.float64)
+    moments.tokens += 100
+    moments.squares += 100 * torch.eye(d)       # keys and values vary alike in all directions
+    moments.qq += 100 * torch.diag(axes)        # queries look more along later axes
+    width = K * moments.G * d
+    taken_in = axes.flip(0).repeat(K * moments.G)                   # W_o reads the first axis most
+    W_o = [torch.linalg.qr(torch.randn(width, width)).Q * taken_in for _ in range(L)]
+    start = query_aware(moments, W_o)
+    expected = torch.eye(d).expand(L, K, d, d)
+    assert relative(start.U_k.abs(), expected.flip(-1)) < 1e-5
+    assert relative(start.U_v.abs(), expected) < 1e-5
+
+
+def test_pairs_of_columns_are_what_is_read_of_what_varies(model):
+    """Against all pairs of a query and a key, and of a value and a row of W_o, one by one."""
+    L, K, d = shape(model)
+    moments, p = Read(model.config), random_projection(model)
+    G = moments.G
+    for layer in range(L):
+        q, k, v = (torch.randn(1, heads, 20, d) for heads in (K * G, K, K))
+        moments(layer, q, k, v, torch.neg)                          # RoPE: a change of all signs
+    W_o = [torch.randn(30, K * G * d) for _ in range(L)]
+    found = pairs_of_columns(moments, p, W_o)[:, -1]
+    read = (q[0].view(K, -1, d), W_o[-1].view(30, K, G, d).transpose(0, 1).reshape(K, -1, d))
+    for side, (U, cached) in enumerate(((p.U_k, -k[0]), (p.U_v, v[0]))):
+        x = (cached - cached.mean(1, keepdim=True)) @ U[-1]         # (K, 20, d)
+        y = read[side] @ U[-1]                                      # (K, …, d)
+        each = x[:, :, None] * y[:, None]                           # (K, 20, …, d): of every pair
+        expected = torch.einsum("kxyi,kxyj->kij", each, each) / 20
+        assert relative(found[side], expected) < 1e-4
+
+
+def test_the_kl_of_each_hook_is_that_over_four_windows(model):
+    tokens = np.random.default_rng(0).integers(3, 96, 900)
+    hooks = [random_rounding(model).at(random_bits(model)) for _ in range(3)]
+    found = kl_of_each(model, hooks, tokens, 3, 40)
+    text = even_windows(tokens, 4, 40)
+    assert found.tolist() == pytest.approx([log_ratio(model, text, hook) for hook in hooks], 1e-4)
+
+
+# ------------------------------------------------------------------------------
+# The path
 
 def test_a_path_always_takes_bits_where_they_are_cheapest(known):
     """Against a scan over all blocks, with weights made up."""
@@ -144,10 +209,10 @@ def test_parts_of_kl_are_its_slopes(known):
     errors = {}
 
     def record(layer, k, v):
-        pairs = rounding.at(plan)(layer, k, v)
-        for side, (x_hat, x) in enumerate(pairs):
+        hats = rounding.at(plan).rounded(layer, k, v)
+        for side, (x_hat, x) in enumerate(zip(hats, (k, v), strict=True)):
             errors[side, layer] = (x_hat - x) @ rounding.U[side][layer]
-        return [x_hat for x_hat, _ in pairs]
+        return hats
 
     def kl(scale):
         def scaled(layer, k, v):
@@ -169,6 +234,7 @@ def test_parts_of_kl_are_its_slopes(known):
         assert parts.view(-1)[place].item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
     same = scaled_errors(rounding, plan, torch.ones(plan.shape))
     x = torch.randn(2, 2, *shape(model)[1:], 9, dtype=torch.float64).transpose(-1, -2)
+    x = *x, turn_of(model, 9, torch.float64)
     for pair, expected in zip(same(0, *x), rounding.at(plan)(0, *x), strict=True):
         for found, other in zip(pair, expected, strict=True):
             assert relative(found, other) < 1e-12
@@ -188,7 +254,7 @@ def test_spreads_follow_the_rotation(known):
     with torch.no_grad():
         trained.rotation.A_k.normal_(std=0.3)
         r = trained()
-        cov, _ = moments.covariances()
+        cov, _ = moments.covariance()
         expected = (r.p.U_k.double().mT @ cov @ r.p.U_k.double()).diagonal(dim1=-2, dim2=-1).sqrt()
         assert relative(r.spread[0], expected) < 1e-4
 
@@ -224,7 +290,7 @@ def kept_for_backward(c, batch: int, seq: int, dtype) -> int:
     The largest buffers are those of the layers, keys and values as stored and as they are.
     """
     model = Model(c).to(dtype).requires_grad_(False)
-    moments = Moments(c)
+    moments = Read(c)
     with torch.no_grad():
         model.hidden(torch.randint(c.vocab_size, (2, 64)), observe=moments)
     trained = TrainedRounding(random_projection(model), moments)
@@ -401,12 +467,15 @@ def test_a_report_says_what_each_plan_takes(made):
         assert share - 0.005 < row["budget"] <= share
         assert row["in_all"] == pytest.approx(row["budget"] + 36 / 60)
         assert set(row) == {"budget", "in_all", "kl", "perplexity", "accuracy", "same", "kl_99.9",
-                            "recall"}
+                            "by_position", "recall"}
 
 
 def test_a_training_goes_to_the_folder_of_the_projections_that_it_starts_from(
         trained, tmp_path, monkeypatch):
-    """They are its start, and no file but its own is written there."""
+    """They are its start, and no file but its own is written there.
+
+    What they have of a mean of the keys, and of whole tokens, is not for bits.
+    """
     (tmp_path / "elsewhere").mkdir()
     folder = tmp_path / "made"
     shutil.copytree(trained / "out", folder)
@@ -421,6 +490,13 @@ def test_a_training_goes_to_the_folder_of_the_projections_that_it_starts_from(
     assert {name: after[name] for name in before} == before
     start, learnt = load_file(proj), load_file(folder / "bits.safetensors")
     assert (start["U_k"] - learnt["U_k"]).abs().max() < 1e-5
+    assert Projection.load(proj).whole == 4
+    model, bits = load(CKPT), load_bits(folder / "bits.json")
+    tokens = torch.randint(3, 96, (2, 54))
+    cache = bits.cache(0.4, batch=2, max_len=54)
+    found = torch.cat([model(part, cache=cache) for part in tokens.split((40, 1, 13), 1)], 1)
+    close = (found - model(tokens, project=bits.at(0.4))).abs().amax(-1) < 1e-3
+    assert close.double().mean() > 0.8
 
 
 def test_wrong_input_is_said_in_one_line(made, trained, tmp_path, refusal):

@@ -4,14 +4,24 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CKPT, GOLDEN, full_cache, random_projection, random_ranks, relative, shape
+from conftest import (
+    CKPT,
+    GOLDEN,
+    full_cache,
+    mean_kl,
+    random_projection,
+    random_ranks,
+    relative,
+    shape,
+)
 
 import cache as cache_module
 from cache import KVCache
 from model import frequencies, load
-from projection import Projection, uniform_ranks
+from projection import Moments, Projection, leading, uniform_ranks
 
 CHUNKS = [6, 1, 1, 9, 4]        # a prompt, single tokens, longer ones that follow
+PIECES = ([21], [1] * 21, [3, 18], [2, 1, 1, 5, 12])        # edges among the first four tokens
 
 
 def through(cache, model, tokens, chunks):
@@ -34,6 +44,8 @@ def plan_called(name, model):
     if name == "one head full":
         ranks[:, :, 0] = d
         ranks[:, :, 1] = d // 2
+    if name == "one side full":                 # of a layer: it is stored unturned
+        ranks[0, 0] = ranks[1, 1] = d
     if name == "apart":         # heads of a rank are no neighbours, of keys and of values others
         ranks[0] = torch.tensor([3, 5, 3, 1]) * d // 8
         ranks[1] = torch.tensor([2, 4, 6, 4]) * d // 8
@@ -148,9 +160,10 @@ def test_large_scores_of_two_bytes_are_not_rounded_before_the_softmax(model, chu
     assert relative(rounded, exact) > 5 * relative(usual, exact)
 
 
-def test_a_long_chunk_in_pieces_is_the_chunk_in_one(model, tokens, monkeypatch):
+@pytest.mark.parametrize("whole, mean", [(0, 0.0), (6, 1.0)])
+def test_a_long_chunk_in_pieces_is_the_chunk_in_one(model, tokens, monkeypatch, whole, mean):
     """17 tokens behind 4: five of them at a time, then two."""
-    p, ranks = random_projection(model), random_ranks(model)
+    p, ranks = random_projection(model, whole, mean), random_ranks(model)
     sizes, plain = [], cache_module.attend_rows
 
     def attend_rows(layout, q, *others):
@@ -167,12 +180,184 @@ def test_a_long_chunk_in_pieces_is_the_chunk_in_one(model, tokens, monkeypatch):
     assert relative(*logits) < 1e-5
 
 
-def test_nothing_beyond_the_length_is_read(model, tokens):
-    p, ranks = random_projection(model), random_ranks(model)
+@pytest.mark.parametrize("whole, mean, chunks", [(0, 0.0, [18, 1, 2]), (4, 1.0, [2, 1, 16, 2])])
+def test_nothing_beyond_the_length_is_read(model, tokens, whole, mean, chunks):
+    p, ranks = random_projection(model, whole, mean), random_ranks(model)
     clean, dirty = (KVCache(p, ranks, batch=3, max_len=50) for _ in range(2))
     dirty.data.fill_(torch.nan)
-    for part in tokens.split([18, 1, 2], dim=1):
+    dirty.first.fill_(torch.nan)
+    for part in tokens.split(chunks, dim=1):
         assert torch.equal(model(part, cache=clean), model(part, cache=dirty))
+
+
+# ------------------------------------------------------------------------------
+# First tokens that stay whole, and a mean that is turned
+
+def exact_projection(model, whole, mean=2.0):
+    """In the model's dtype, and orthogonal to its last digit."""
+    p = random_projection(model, whole, mean).to(None, torch.float64)
+    p.U_k, p.U_v = (torch.linalg.qr(U).Q for U in (p.U_k, p.U_v))
+    return p.to(None, model.dtype)
+
+
+def assert_projected_whole(model, plans):
+    for dtype, bound, pieces in ((torch.float64, 1e-12, PIECES), (torch.float32, 1e-4, PIECES[3:])):
+        model = model.to(dtype)
+        for whole, plan in itertools.product((0, 1, 4), plans):
+            p, ranks = exact_projection(model, whole), plan_called(plan, model)
+            tokens = torch.randint(3, 96, (3, 21))
+            expected = model(tokens, project=p.at(ranks))
+            for chunks in pieces:
+                cache = KVCache(p, ranks, batch=3, max_len=24, dtype=dtype)
+                assert relative(through(cache, model, tokens, chunks), expected) < bound
+
+
+def test_with_whole_tokens_and_a_mean_the_cache_is_the_projected_model(every_model):
+    assert_projected_whole(every_model, ["ragged", "one side full"])
+
+
+@pytest.mark.parametrize("kind, plan", [("mistral_window", "ragged"), ("llama_mha", "apart")])
+def test_so_it_is_with_a_window_and_with_heads_whose_ranks_lie_apart(kind, plan):
+    assert_projected_whole(load(GOLDEN / kind), [plan])
+
+
+def attention_by_hand(model, h, p, ranks):
+    """Layer 0's attention, (B, T, hidden), of normed states h: the equations, head by head."""
+    c, weights = model.config, model.layers[0].self_attn
+    (B, T, _), d = h.shape, c.head_dim
+
+    def heads(projected, norm=None):
+        x = h @ projected.weight.T + (0 if projected.bias is None else projected.bias)
+        x = x.view(B, T, -1, d).transpose(1, 2)
+        if norm is not None:
+            x = x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+        return x
+
+    position = torch.arange(T, dtype=torch.float64)[:, None]
+    turn = torch.polar(torch.ones(T, d // 2, dtype=torch.float64), position * frequencies(c))
+
+    def turned(x):
+        z = torch.complex(*x.chunk(2, dim=-1)) * turn
+        return torch.cat((z.real, z.imag), dim=-1)
+
+    def cut(x, center, U, r):                           # (B, T, d)
+        x_hat = center + (x - center) @ U[:, :r] @ U[:, :r].T
+        return torch.cat((x[:, :p.whole], x_hat[:, p.whole:]), dim=1) if r < d else x
+
+    age = position - position.T
+    unseen = (age < 0) | (age >= (c.sliding_window or T))
+    q, k = heads(weights.q_proj, weights.q_norm), heads(weights.k_proj, weights.k_norm)
+    v, out = heads(weights.v_proj), []
+    G = q.shape[1] // k.shape[1]
+    for h in range(q.shape[1]):
+        j = h // G
+        m = torch.zeros(d).double() if p.mean_k is None else p.mean_k[0, j]
+        k_hat = cut(turned(k[:, j]), turned(m.expand(T, d)), p.U_k[0, j], ranks[0, 0, j])
+        v_hat = cut(v[:, j], p.mean_v[0, j], p.U_v[0, j], ranks[1, 0, j])
+        scores = turned(q[:, h]) @ k_hat.mT / d ** 0.5
+        out.append(scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v_hat)
+    return torch.cat(out, dim=-1) @ weights.o_proj.weight.T
+
+
+@pytest.mark.parametrize("kind", ["llama_mha", "mistral_window", "qwen2", "qwen3"])
+def test_a_layer_attends_as_the_equations_say_with_and_without_the_cache(kind):
+    """Keys turned as complex numbers, one head at a time, in float64."""
+    model = load(GOLDEN / kind, dtype=torch.float64)
+    h = torch.randn(3, 21, model.config.hidden_size, dtype=torch.float64)
+    for whole, mean in ((0, 0.0), (0, 2.0), (1, 2.0), (4, 2.0)):
+        p, ranks = exact_projection(model, whole, mean), random_ranks(model)
+        ranks[0, 0, 1] = ranks[1, 0, 0] = model.config.head_dim
+        ranks[0, 0, 0] = ranks[1, 0, 1] = model.config.head_dim // 2
+        expected = attention_by_hand(model, h, p, ranks)
+        cos_sin = model.rope.rows(0, 21, model.dtype, model.device)
+        assert relative(model.attend(0, h, cos_sin, p.at(ranks), None), expected) < 1e-12
+        for chunks in PIECES:
+            cache, out = KVCache(p, ranks, batch=3, max_len=21, dtype=model.dtype), []
+            for part in h.split(chunks, dim=1):
+                T = part.shape[1]
+                cache.before_pass(model, 3, T)
+                cos_sin = model.rope.rows(cache.length, T, model.dtype, model.device)
+                out.append(model.attend_by_cache(0, part, cos_sin, cache))
+                cache.after_pass(T)
+            assert relative(torch.cat(out, dim=1), expected) < 1e-12
+
+
+def test_a_full_plan_knows_nothing_of_whole_tokens_and_of_a_mean(every_model, tokens):
+    full = uniform_ranks(1.0, every_model.config)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = every_model.to(dtype)
+        expected = through(KVCache(Projection.identity(model.config), full, 3, 21, dtype),
+                           model, tokens, [2, 1, 18])
+        cache = KVCache(random_projection(model, 4, 600.0), full, 3, 21, dtype)
+        assert torch.equal(through(cache, model, tokens, [2, 1, 18]), expected)
+
+
+# ------------------------------------------------------------------------------
+# A mean as large as biases of Qwen2.5 make it
+
+def with_large_biases(size, dtype=torch.float32):
+    """A tiny Qwen2, and its keys' biases (L, K, d): in layer 0 of norm `size`, unless that is 0.
+
+    They lie in the slowest pair: along others scores of hundreds would leave a head one token.
+    """
+    model = load(GOLDEN / "qwen2")
+    _, K, d = shape(model)
+    biases = [layer.self_attn.k_proj.bias for layer in model.layers]
+    if size:
+        large = biases[0].view(K, d)[:, d // 2 - 1::d // 2]
+        large.copy_(torch.nn.functional.normalize(torch.randn(K, 2), dim=-1) * size)
+    return model.to(dtype), torch.stack(biases).view(-1, K, d)
+
+
+def test_biases_of_600_cost_nothing_once_they_are_the_mean():
+    """Not even far behind the positions that the bases were made at. With another they cost a lot.
+    """
+    text, held_out = torch.randint(3, 96, (2, 16, 40))
+    kls = {}
+    for size in (0, 600):
+        model, mean_k = with_large_biases(size)
+        moments = Moments(model.config)
+
+        def observe(layer, _, k, v, turn, mean_k=mean_k, moments=moments):
+            moments.add(0, layer, turn(k - mean_k[layer][:, None]))
+            moments.add(1, layer, v)
+
+        model.hidden(text, observe=observe)
+        U_k, U_v = leading(moments.second()[0]), leading(moments.covariance()[1])
+        for factor in (1, 0):
+            p = Projection(U_k, U_v, moments.mean()[1].float(), factor * mean_k, whole=4)
+            for start, budget in itertools.product((0, 200), (0.75, 0.5)):
+                log_p, log_q = (
+                    model.lm_head(model.norm(model.hidden(held_out, project, start=start)))
+                    for project in (None, p.at(uniform_ranks(budget, model.config))))
+                kl = mean_kl(log_p.log_softmax(-1), log_q.log_softmax(-1))
+                kls.setdefault((size, factor), []).append(kl)
+    usual, large, without = (torch.tensor(kls[key]) for key in ((0, 1), (600, 1), (600, 0)))
+    assert (large < 1.2 * usual).all()
+    assert (without > 5 * usual).all()
+
+
+def test_scores_of_a_mean_of_600_are_not_rounded_to_bfloat16():
+    """Against float64 over the same weights: the cache is off by what states of two bytes are.
+
+    The model is off by ten times that, and so is a prompt in one pass, which attends to keys.
+    """
+    low, mean_k = with_large_biases(600, torch.bfloat16)
+    exact = with_large_biases(600)[0].double()
+    exact.load_state_dict(low.state_dict())
+    p = random_projection(low, 4, 1.0)
+    p = Projection(p.U_k, p.U_v, p.mean_v, mean_k.float(), 4)
+    tokens, ranks = torch.randint(3, 96, (2, 40)), uniform_ranks(0.75, low.config)
+
+    def distance(a, b):
+        return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+    truth = exact(tokens, project=p.to(None, torch.float64).at(ranks))
+    projected = distance(low(tokens, project=p.at(ranks)), truth)
+    for chunks, bound in (([1] * 40, 2e-2), ([1, 39], 2e-2), ([40], 1.5 * projected)):
+        cache = KVCache(p, ranks, batch=2, max_len=40, dtype=torch.bfloat16)
+        assert distance(through(cache, low, tokens, chunks), truth) < bound
+    assert projected > 5e-2
 
 
 # ------------------------------------------------------------------------------
@@ -212,21 +397,23 @@ def test_a_length_that_is_set_is_the_position_of_the_next_key(every_model):
         assert relative(stored, expected) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["mistral_sharded_head_dim", "mistral_window"])
-def test_a_rewound_cache_goes_on_as_one_that_never_went_further(kind):
+@pytest.mark.parametrize("kind, whole, mean", [
+    ("mistral_sharded_head_dim", 0, 0.0), ("mistral_window", 0, 0.0), ("mistral_window", 4, 1.0),
+    ("qwen3", 4, 1.0)])
+def test_a_rewound_cache_goes_on_as_one_that_never_went_further(kind, whole, mean):
     """To the start, to one token, into a chunk and to its end, and to where it is."""
     model = load(GOLDEN / kind)
-    p, ranks = random_projection(model), random_ranks(model)
+    p, ranks = random_projection(model, whole, mean), random_ranks(model)
     tokens, others = torch.randint(3, 96, (2, 2, 21))
     for n, chunks in itertools.product((0, 1, 3, 6, 7, 8, 20, 21), ([9], [1, 1, 7])):
         rewound, fresh = (KVCache(p, ranks, batch=2, max_len=30) for _ in range(2))
         through(rewound, model, tokens, CHUNKS)
         rewound.length = n
-        whole = torch.cat((tokens[:, :n], others[:, :9]), dim=1)
-        expected = through(fresh, model, whole, [n, *chunks] if n else chunks)[:, n:]
+        both = torch.cat((tokens[:, :n], others[:, :9]), dim=1)
+        expected = through(fresh, model, both, [n, *chunks] if n else chunks)[:, n:]
         assert relative(through(rewound, model, others[:, :9], chunks), expected) < 1e-5
         assert rewound.length == fresh.length == n + 9
-        assert relative(expected, model(whole, project=p.at(ranks))[:, n:]) < 1e-4
+        assert relative(expected, model(both, project=p.at(ranks))[:, n:]) < 1e-4
 
 
 def test_a_length_that_the_cache_has_no_room_for_is_refused(model, tokens):
@@ -277,59 +464,146 @@ def test_a_group_is_all_heads_of_a_rank_as_one_view(many_heads):
                 assert torch.equal(torch.cat(blocks), rows)
 
 
+@pytest.mark.parametrize("mean", [0.0, 2.0])
 @pytest.mark.parametrize("chunks", [[21], [1] * 21])
-def test_a_row_is_one_coordinate_of_one_sequence_over_the_tokens(many_heads, tokens, chunks):
-    """Keys U_kᵀ k and values U_vᵀ v, read from the cache, against the model's own hooks."""
+def test_a_row_is_one_coordinate_of_one_sequence_over_the_tokens(many_heads, tokens, chunks, mean):
+    """Keys U_kᵀ R (x − m) and values U_vᵀ v, in the cache, against the model's own hooks."""
     model = many_heads
-    p, ranks = random_projection(model), plan_called("apart", model)
+    p, ranks = random_projection(model, 0, mean), plan_called("apart", model)
     ranks[0, 1] = model.config.head_dim                 # all keys of a layer full: stored unturned
     cache = KVCache(p, ranks, batch=3, max_len=25)
     through(cache, model, tokens, chunks)
-    seen = {}
-    model.hidden(tokens, project=p.at(ranks), observe=lambda i, q, k, v: seen.update({i: (k, v)}))
-    for i, sides in seen.items():
-        for side, (x, U) in enumerate(zip(sides, (p.U_k, p.U_v), strict=True)):
-            d = x.shape[-1]
-            for j, r in enumerate(ranks[side, i].tolist()):
-                basis = torch.eye(d) if (ranks[side, i] == d).all() else U[i, j]
-                stored = cache.block(side, i, j)[..., :21]
-                assert relative(stored, (x[:, j] @ basis[:, :r]).mT) < 1e-4
+    expected = coordinates(model, p, ranks, ranks, tokens)
+    for (side, i, j), r in numbered(ranks):
+        stored = cache.block(side, i, j)[..., :21]
+        assert relative(stored, expected[side, i, j][:, :r]) < 1e-4
+
+
+def numbered(ranks):
+    """((side, layer, head), its rank) of all of a plan's."""
+    return zip(itertools.product(*map(range, ranks.shape)), ranks.flatten().tolist(), strict=True)
+
+
+def coordinates(model, p, ranks, seen_at, tokens):
+    """All coordinates (B, d, T) that a cache at `ranks` knows of, by (side, layer, head).
+
+    Of keys and values as the model has them whose cache is at the plan `seen_at`.
+    """
+    found, d = {}, model.config.head_dim
+
+    def observe(i, _, k, v, turn):
+        is_full = (ranks[:, i] == d).all(-1)
+        mean = 0 if is_full[0] or p.mean_k is None else p.mean_k[i][:, None]
+        for side, (x, U) in enumerate(((turn(k - mean), p.U_k[i]), (v, p.U_v[i]))):
+            x = x if is_full[side] else x @ U
+            for j in range(x.shape[1]):
+                found[side, i, j] = x[:, j].mT
+
+    model.hidden(tokens, project=p.at(seen_at), observe=observe)
+    return found
+
+
+def test_whole_tokens_come_on_top_of_the_budget(model):
+    """And a mean costs no byte."""
+    L, K, d = shape(model)
+    for whole, dtype in itertools.product((0, 1, 4), (torch.float32, torch.bfloat16)):
+        ranks = random_ranks(model)
+        cache = KVCache(random_projection(model, whole, 1.0), ranks, 3, max_len=24, dtype=dtype)
+        for plan in (ranks, torch.full_like(ranks, d // 8)):
+            cache.shrink(plan)
+            assert cache.data.nbytes == 3 * 24 * plan.sum() * dtype.itemsize
+            assert cache.first.nbytes == 3 * whole * 2 * L * K * d * dtype.itemsize
 
 
 # ------------------------------------------------------------------------------
 # Shrinking
 
-def assert_cut_by_hand(model, batch, large, small):
-    p = random_projection(model)
-    small = torch.minimum(small, large)
-    tokens = torch.randint(3, 96, (batch, 21))
-    cache = KVCache(p, large, batch=batch, max_len=24)
-    model(tokens[:, :18], cache=cache)
-    by_hand = KVCache(p, small, batch=batch, max_len=24)
-    for side, i, j in itertools.product(*map(range, large.shape)):
-        block = cache.block(side, i, j)
-        d = model.config.head_dim
-        if (large[side, i] == d).all() and (small[side, i] < d).any():
-            block = (p.U_k, p.U_v)[side][i, j].T @ block
-        by_hand.block(side, i, j)[:] = block[:, :small[side, i, j]]
-    by_hand.length = 18
-    cache.shrink(small)
-    assert cache.data.numel() == batch * 24 * small.sum()
-    for part in tokens[:, 18:].split([1, 2], dim=1):
-        assert relative(model(part, cache=cache), model(part, cache=by_hand)) < 1e-4
+def cut_by_hand(model, p, ranks, seen_at, tokens):
+    """A cache at `ranks` of tokens that went into one at `seen_at`: each number put where it lies.
+
+    Of whole values what the bias adds, μ U beyond the rank, is taken off.
+    """
+    (B, n), w = tokens.shape, min(p.whole, tokens.shape[1])
+    cache = KVCache(p, ranks, batch=B, max_len=24, dtype=model.dtype)
+    found = coordinates(model, p, ranks, seen_at, tokens) if n else {}
+    for (side, i, j), r in numbered(ranks):
+        x = found[side, i, j]
+        cache.block(side, i, j)[..., :n] = x[:, :r]
+        if not (ranks[side, i] == model.config.head_dim).all():
+            x = x[..., :w].clone()
+            if side == 1:
+                x[:, r:] -= (p.mean_v[i, j] @ p.U_v[i, j])[r:, None]
+            place = cache.head_order[0, i].tolist().index(j)
+            cache.first[i, side, place, ..., :w] = x
+    cache.length = n
+    return cache
+
+
+def assert_cut_by_hand(model, *plans, whole=0, mean=0.0, passed=18, n=18):
+    """`passed` tokens in a cache of the first plan, set back to n, which shrinks to the others."""
+    model = model.double()
+    p, d = exact_projection(model, whole, mean), model.config.head_dim
+    tokens = torch.randint(3, 96, (3, 21))
+    cache = KVCache(p, plans[0], batch=3, max_len=24, dtype=model.dtype)
+    model(tokens[:, :passed], cache=cache)
+    cache.length = n
+    for plan in plans[1:]:
+        cache.shrink(plan)
+    by_hand = cut_by_hand(model, p, plans[-1], plans[0], tokens[:, :n])
+    assert cache.data.numel() == 3 * 24 * plans[-1].sum()
+    for (side, i, j), _ in numbered(plans[-1]):
+        mine, expected = (x.block(side, i, j)[..., :n] for x in (cache, by_hand))
+        assert relative(mine, expected) < 1e-12
+    w = min(whole, n)
+    for i, side in itertools.product(range(len(model.layers)), range(2)):
+        if w and not (plans[-1][side, i] == d).all():
+            mine, expected = (x.first[i, side, ..., :w] for x in (cache, by_hand))
+            assert relative(mine, expected) < 1e-12
+    for part in tokens[:, n:n + 3].split([1, 2], dim=1):
+        assert relative(model(part, cache=cache), model(part, cache=by_hand)) < 1e-12
+
+
+PROJECTIONS = [(0, 0.0), (0, 2.0), (4, 2.0)]            # whole, mean
 
 
 @pytest.mark.parametrize("before, after", [("full", "ragged"), ("ragged", "ragged"),
-                                           ("full", "full"), ("one head full", "uniform")])
+                                           ("full", "full"), ("one head full", "uniform"),
+                                           ("one side full", "ragged")])
 def test_a_shrunk_cache_is_one_whose_coordinates_were_cut_by_hand(model, before, after):
     """And what follows has the logits of the smaller plan over the tokens' larger one."""
-    assert_cut_by_hand(model, 3, plan_called(before, model), plan_called(after, model))
+    for whole, mean in PROJECTIONS:
+        large = plan_called(before, model)
+        small = torch.minimum(plan_called(after, model), large)
+        assert_cut_by_hand(model, large, small, whole=whole, mean=mean)
 
 
 def test_heads_that_lie_elsewhere_after_shrinking_keep_their_coordinates(many_heads):
     """Of one rank before, so in another order of blocks than after."""
-    large = uniform_ranks(0.75, many_heads.config)
-    assert_cut_by_hand(many_heads, 2, large, plan_called("apart", many_heads))
+    apart = plan_called("apart", many_heads)
+    for budget, (whole, mean) in itertools.product((0.75, 1.0), PROJECTIONS):
+        large = uniform_ranks(budget, many_heads.config)
+        assert_cut_by_hand(many_heads, large, apart, whole=whole, mean=mean)
+
+
+@pytest.mark.parametrize("before", ["full", "ragged"])
+def test_a_cache_may_shrink_twice_and_when_it_is_shorter_than_its_whole_tokens(model, before):
+    """Two tokens of four; or set back to three, the others' numbers left where they were."""
+    large = plan_called(before, model)
+    middle = torch.minimum(large, uniform_ranks(0.625, model.config))
+    small = torch.minimum(middle, random_ranks(model))
+    for plans in ((large, small), (large, middle, small)):
+        for passed, n in ((18, 18), (2, 2), (18, 3)):
+            assert_cut_by_hand(model, *plans, whole=4, mean=2.0, passed=passed, n=n)
+
+
+def test_a_cache_that_nothing_went_into_may_shrink(model, tokens):
+    p, small = random_projection(model, 4, 1.0), random_ranks(model)
+    for length in (0, 7):                   # set ahead, as benchmarks do
+        cache = KVCache(p, uniform_ranks(1.0, model.config), batch=3, max_len=24)
+        cache.length = length
+        cache.shrink(small)
+        cache.length = 0
+        assert relative(model(tokens, cache=cache), model(tokens, project=p.at(small))) < 1e-4
 
 
 def fold_all(cache, model):
@@ -339,14 +613,15 @@ def fold_all(cache, model):
 def test_a_shrunk_cache_folds_the_models_own_weights_again(every_model):
     """Not what was folded before: the same numbers as in a cache that always had the plan."""
     model = every_model
-    p, large = random_projection(model), random_ranks(model)
+    p, large = random_projection(model, 4, 1.0), random_ranks(model)
     small = torch.minimum(random_ranks(model), large)
     cache, fresh = KVCache(p, large, 1, max_len=24), KVCache(p, small, 1, max_len=24)
     fold_all(cache, model)
     cache.shrink(small)
     for mine, expected in zip(fold_all(cache, model), fold_all(fresh, model), strict=True):
+        mine, expected = ((*x.for_first(), *x[:5]) for x in (mine, expected))
         for a, b in zip(mine, expected, strict=True):
-            assert a is b is None or torch.equal(a, b)
+            assert a is b is None or isinstance(a, tuple) or torch.equal(a, b)
 
 
 def test_shrinking_needs_the_models_weights(model):
@@ -438,7 +713,7 @@ def test_projections_of_another_model_are_refused(model, tokens):
 @pytest.fixture
 def two_caches(model):
     """Two of one plan; the second takes itself for one on a GPU."""
-    p, ranks = random_projection(model), random_ranks(model)
+    p, ranks = random_projection(model, 4, 1.0), random_ranks(model)
     plain, on_gpu = (KVCache(p, ranks, batch=3, max_len=30) for _ in range(2))
     on_gpu.by_kernel = True
     return plain, on_gpu

@@ -1,6 +1,7 @@
 """The baselines that ranks are compared with: what they round, and what they leave alone."""
 from functools import partial
 
+import pytest
 import torch
 from conftest import random_projection, random_ranks, relative
 from test_rounding import random_bits, random_rounding
@@ -27,23 +28,34 @@ def test_what_is_not_kept_stays_zero_and_does_not_widen_the_range():
 
 def test_a_turn_alone_changes_nothing(model, tokens):
     d = model.config.head_dim
-    turn = torch.linalg.qr(torch.randn(d, d)).Q
-    fine = model(tokens, project=partial(by_token, bits=14, turn=turn))
+    Q = torch.linalg.qr(torch.randn(d, d)).Q
+    fine = model(tokens, project=partial(by_token, bits=14, Q=Q))
     assert relative(fine, model(tokens)) < 1e-2
-    coarse = model(tokens, project=partial(by_token, bits=2, turn=turn))
+    coarse = model(tokens, project=partial(by_token, bits=2, Q=Q))
     assert relative(coarse, model(tokens)) > 1e-2
 
 
-def test_ranks_in_many_bits_are_ranks(model, tokens):
-    p, ranks = random_projection(model), random_ranks(model)
+@pytest.mark.parametrize("whole, mean", [(0, 0.0), (0, 0.5), (3, 0.5)])
+def test_ranks_in_many_bits_are_ranks(model, tokens, whole, mean):
+    """With the mean of the keys, and whole first tokens, too."""
+    p, ranks = random_projection(model, whole, mean), random_ranks(model)
     hook = partial(by_rank_and_token, p=p, ranks=ranks, bits=14)
     assert relative(model(tokens, project=hook), model(tokens, project=p.at(ranks))) < 1e-2
 
 
+def test_first_tokens_of_ranks_in_few_bits_stay_whole(model, tokens):
+    p, ranks = random_projection(model, 3, 0.5), random_ranks(model)
+    found = model(tokens, project=partial(by_rank_and_token, p=p, ranks=ranks, bits=2))
+    expected = model(tokens, project=p.at(ranks))
+    assert relative(found[:, :3], expected[:, :3]) < 1e-5
+    assert relative(found[:, 3:], expected[:, 3:]) > 1e-2
+
+
 def test_kivi_rounds_keys_by_channel_and_group_and_values_by_token():
+    """Keys behind RoPE, here a change of all signs."""
     k, v = torch.randn(2, 2, 3, 2 * GROUP + 5, 16)
     k[:, :, :, 3] *= 100                                            # a channel that stands out
-    k_hat, v_hat = by_group(0, k, v, 2)
+    k_hat, v_hat = by_group(0, -k, v, torch.neg, 2)
     for group in (slice(0, GROUP), slice(GROUP, 2 * GROUP), slice(2 * GROUP, None)):
         assert torch.equal(k_hat[:, :, group], rounded(k[:, :, group], 2, 2))
     assert (k_hat - k)[..., 4:].abs().max() < 2                     # the others do not suffer
@@ -60,6 +72,17 @@ def test_the_newest_group_is_exact_and_those_before_are_not(model):
     assert relative(model(tokens, project=hooks["stored"])[:, :GROUP], expected[:, :GROUP]) > 1e-2
 
 
+def test_ranks_are_measured_with_the_newest_group_exact(model):
+    """A token that attends to its own group alone is the model's; one behind it is not."""
+    p, ranks = random_projection(model, 3, 0.5), random_ranks(model)
+    tokens = torch.randint(3, 96, (2, 2 * GROUP))
+    hooks = twice(p.at(ranks))
+    assert torch.equal(model(tokens, project=hooks["stored"]), model(tokens, project=p.at(ranks)))
+    found, expected = model(tokens, project=hooks["exact"]), model(tokens)
+    assert relative(found[:, :GROUP], expected[:, :GROUP]) < 1e-5
+    assert relative(found[:, GROUP:], expected[:, GROUP:]) > 1e-2
+
+
 def test_bits_are_measured_with_the_newest_group_exact_and_without(model):
     """Their own hook has it exact; without it there is nothing but what is stored."""
     r, bits = random_rounding(model), random_bits(model)
@@ -67,8 +90,9 @@ def test_bits_are_measured_with_the_newest_group_exact_and_without(model):
     hooks = twice(r.at(bits))
     assert torch.equal(model(tokens, project=hooks["exact"]), model(tokens, project=r.at(bits)))
 
-    def stored(layer, k, v):
-        return tuple(r.rounded(side, layer, x, bits[side, layer]) for side, x in enumerate((k, v)))
+    def stored(layer, k, v, turn):
+        return tuple(r.rounded(side, layer, x, bits[side, layer])
+                     for side, x in enumerate((turn(k), v)))
 
     assert torch.equal(model(tokens, project=hooks["stored"]), model(tokens, project=stored))
     assert relative(model(tokens, project=stored), model(tokens, project=r.at(bits))) > 1e-2

@@ -1,13 +1,15 @@
 """Projections: orthogonal, nested, harmless at full rank, and free on the value side."""
+import hashlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_projection, random_ranks, relative, shape
+from safetensors import safe_open
 
 from cache import fold_head
-from model import causal_attention
+from model import causal_attention, rotate
 from projection import (
     Moments,
     Projection,
@@ -15,34 +17,42 @@ from projection import (
     check_ranks,
     plan_at,
     projector,
-    query_aware,
     uniform_ranks,
 )
+from support.files import write_tensors
 
 # ------------------------------------------------------------------------------
 # The projection
 
-def test_full_rank_is_the_base_model(model, tokens):
+PLAIN, TURNED = {}, {"whole": 2, "mean": 3.0}       # the paper's; with whole tokens and a mean
+
+
+@pytest.mark.parametrize("kind", [PLAIN, TURNED], ids=["plain", "turned"])
+def test_full_rank_is_the_base_model(model, tokens, kind):
     full = uniform_ranks(1.0, model.config)
-    projected = model(tokens, project=random_projection(model).at(full))
-    assert torch.equal(projected, model(tokens))
+    project = random_projection(model, **kind).at(full)
+    for start in (0, 37, torch.tensor([3, 0, 40])):
+        projected = model.hidden(tokens, project, start=start)
+        assert torch.equal(projected, model.hidden(tokens, start=start))
 
 
-def test_a_head_at_full_rank_passes_through_untouched(model):
+@pytest.mark.parametrize("kind", [PLAIN, TURNED], ids=["plain", "turned"])
+def test_a_head_at_full_rank_passes_through_untouched(model, kind):
     """Also in bfloat16, where k U Uᵀ would be rounded, and beside heads that are projected."""
     L, K, d = shape(model)
     ranks = random_ranks(model)
     ranks[:, :, 1] = d
     ranks[:, :, 0] = d // 2
     k, v = torch.randn(2, 3, K, 7, d).bfloat16()
-    k_hat, v_hat = random_projection(model).at(ranks)(1, k, v)
-    assert torch.equal(k_hat[:, 1], k[:, 1])
+    k_hat, v_hat = random_projection(model, **kind).at(ranks)(1, k, v, torch.flipud)
+    assert torch.equal(k_hat[:, 1], torch.flipud(k)[:, 1])
     assert torch.equal(v_hat[:, 1], v[:, 1])
-    assert not torch.equal(k_hat[:, 0], k[:, 0])
+    assert not torch.equal(k_hat[:, 0], torch.flipud(k)[:, 0])
 
 
-def test_columns_beyond_the_rank_have_no_influence(model, tokens):
-    p, ranks = random_projection(model), random_ranks(model)
+@pytest.mark.parametrize("kind", [PLAIN, TURNED], ids=["plain", "turned"])
+def test_columns_beyond_the_rank_have_no_influence(model, tokens, kind):
+    p, ranks = random_projection(model, **kind), random_ranks(model)
     d = model.config.head_dim
 
     def with_noise(U, ranks):
@@ -50,16 +60,17 @@ def test_columns_beyond_the_rank_have_no_influence(model, tokens):
         beyond &= (ranks < d)[..., None]
         return torch.where(beyond[..., None, :], torch.full_like(U, 7.0), U)
 
-    noisy = Projection(with_noise(p.U_k, ranks[0]), with_noise(p.U_v, ranks[1]), p.mean_v)
+    U = with_noise(p.U_k, ranks[0]), with_noise(p.U_v, ranks[1])
+    noisy = Projection(*U, p.mean_v, p.mean_k, p.whole)
     assert not torch.equal(noisy.U_k, p.U_k)
     assert torch.equal(model(tokens, project=p.at(ranks)), model(tokens, project=noisy.at(ranks)))
 
 
-def test_a_key_mean_would_change_nothing(model, tokens):
-    """softmax does not see a constant added to every key, so no mean of the keys is kept."""
+def test_a_key_mean_after_rope_would_change_nothing(model, tokens):
+    """softmax does not see a constant added to every key, so that one is not kept."""
     _, K, d = shape(model)
     constant = torch.randn(K, 1, d)
-    shifted = model(tokens, project=lambda layer, k, v: (k + constant, v))
+    shifted = model(tokens, project=lambda layer, k, v, turn: (turn(k) + constant, v))
     assert relative(shifted, model(tokens)) < 1e-5
 
 
@@ -68,24 +79,127 @@ def test_what_a_value_loses_is_replaced_by_the_mean(model):
     _, K, d = shape(model)
     p, ranks = random_projection(model), random_ranks(model)
     v = p.mean_v[1][:, None].expand(1, K, 4, d)
-    _, v_hat = p.at(ranks)(1, v, v)
+    _, v_hat = p.at(ranks)(1, v, v, torch.clone)
     assert relative(v_hat, v) < 1e-5
 
 
-def test_every_sequence_may_have_ranks_of_its_own(model, tokens):
-    p, ranks = random_projection(model), random_ranks(model, len(tokens))
+@pytest.mark.parametrize("kind", [PLAIN, TURNED], ids=["plain", "turned"])
+def test_every_sequence_may_have_ranks_of_its_own(model, tokens, kind):
+    p, ranks = random_projection(model, **kind), random_ranks(model, len(tokens))
+    ranks[:, :, 0, 0] = model.config.head_dim
     together = model(tokens, project=p.at(ranks))
     for b in range(len(tokens)):
         alone = model(tokens[b:b + 1], project=p.at(ranks[:, :, b]))
         assert relative(together[b:b + 1], alone) < 1e-5
 
 
-def test_save_and_load_give_the_same(model, tmp_path):
+# ------------------------------------------------------------------------------
+# Whole tokens and the turned mean, by hand: RoPE as a product of complex numbers
+
+def by_hand(config, x, start):
+    """R x of vectors (B, heads, T, d), float64: pair (j, j + d/2) times e^(i · position · θ_j)."""
+    d = config.head_dim
+    pairs = torch.complex(*x.double().chunk(2, -1))
+    speed = torch.tensor([config.rope_theta ** (-2 * j / d) for j in range(d // 2)]).double()
+    positions = torch.as_tensor(start).view(-1, 1, 1) + torch.arange(x.shape[2])    # (B, 1, T)
+    angle = positions[..., None] * speed
+    pairs = pairs * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((pairs.real, pairs.imag), -1)
+
+
+@pytest.mark.parametrize("start", [0, 37, torch.tensor([5, 0, 43])], ids=["0", "37", "each"])
+@pytest.mark.parametrize("whole", [0, 3])
+def test_keys_are_projected_about_their_turned_mean_and_first_tokens_not_at_all(
+        model, tokens, whole, start):
+    """k̂ = R m + (R k − R m) P, with one plan, or one for each sequence."""
+    _, K, d = shape(model)
+    p = random_projection(model, whole, mean=2.0)
+    ranks = random_ranks(model, *[len(tokens)] * isinstance(start, torch.Tensor)) % d
+    ranks[ranks == 0] = d // 8                                      # none is full
+    seen = []
+
+    def spy(layer, k, v, turn):
+        seen.append((k, v, *p.at(ranks)(layer, k, v, turn)))
+        return seen[-1][2:]
+
+    model.hidden(tokens, spy, start=start)
+    for layer, (k, v, k_hat, v_hat) in enumerate(seen):
+        P_k, P_v = ((U[layer].double() * (torch.arange(d) < r[..., None, None]))
+                    @ U[layer].double().mT
+                    for U, r in zip((p.U_k, p.U_v), ranks[:, layer], strict=True))
+        turned = by_hand(model.config, k, start)
+        m = p.mean_k[layer][:, None].expand(K, k.shape[2], d)[None]
+        R_m = by_hand(model.config, m, start)
+        mu = p.mean_v[layer][:, None].double()
+        expected_k = R_m + (turned - R_m) @ P_k
+        expected_v = mu + (v.double() - mu) @ P_v
+        expected_k[:, :, :whole] = turned[:, :, :whole]
+        expected_v[:, :, :whole] = v[:, :, :whole]
+        assert relative(k_hat, expected_k) < 1e-5
+        assert relative(v_hat, expected_v) < 1e-5
+        assert torch.equal(v_hat[:, :, :whole], v[:, :, :whole])
+        assert relative(expected_k[:, :, whole:], turned[:, :, whole:]) > 0.1
+    assert len(seen) == len(model.layers)
+
+
+def test_the_mean_is_subtracted_before_it_is_turned(model):
+    """As large as Qwen's biases make it, 600, and in bfloat16.
+
+    It lies in one pair of coordinates. The others of k̂ hold the residual alone, and P brings them
+    what that pair is wrong by.
+    """
+    _, K, d = shape(model)
+    p = random_projection(model, mean=1.0)
+    p.mean_k = torch.zeros_like(p.mean_k)
+    p.mean_k[..., 0], p.mean_k[..., d // 2] = 480, 360              # numbers of bfloat16
+    m = p.mean_k[0][:, None]
+    k = (m + 4 * torch.randn(2, K, 20, d)).bfloat16()
+    ranks = torch.full(random_ranks(model).shape, d // 2)
+    cos, sin = model.rope.rows(37, 20, torch.bfloat16, "cpu")
+
+    def turn(x):
+        return rotate(x, cos, sin)
+
+    k_hat, _ = p.at(ranks)(0, k, k, turn)
+    m = m.expand(k.shape)
+    P = projector(p.U_k[0].double(), ranks[0, 0])
+    residual = by_hand(model.config, k - m, 37) @ P
+    late = (turn(k) - turn(m.bfloat16())) @ P.bfloat16()            # for comparison
+    others = torch.arange(d) % (d // 2) != 0
+
+    def error(found):
+        return ((found.double() - residual)[..., others].norm() / residual[..., others].norm())
+
+    assert error(k_hat) < 0.01
+    assert error(late) > 0.03
+
+
+def test_whole_tokens_need_a_mean_of_the_keys_and_it_fits(model):
+    p = random_projection(model, mean=1.0)
+    U = p.U_k, p.U_v, p.mean_v
+    for mean_k, whole in ((None, 1), (p.mean_k, -1), (None, -1)):
+        with pytest.raises(ValueError, match=f"whole {whole}"):
+            Projection(*U, mean_k, whole)
+    for mean_k in (p.mean_k[:1], p.mean_k[..., 1:], p.mean_k[0], torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="mean_k of shape"):
+            Projection(*U, mean_k)
+
+
+# ------------------------------------------------------------------------------
+# In files
+
+@pytest.mark.parametrize("kind", [PLAIN, TURNED], ids=["plain", "turned"])
+def test_save_and_load_give_the_same(model, tmp_path, kind):
+    """PCA in the same file has neither whole tokens nor a mean of the keys."""
     path = tmp_path / "p.safetensors"
-    p, pca = random_projection(model), random_projection(model)
+    p, pca = random_projection(model, **kind), random_projection(model)
     p.save(path, pca=pca)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"whole": str(p.whole)}
     for saved, prefix in ((p, ""), (pca, "pca_")):
         loaded = Projection.load(path, prefix)
+        assert loaded.whole == saved.whole
+        assert loaded.tensors().keys() == saved.tensors().keys()
         for name, tensor in saved.tensors().items():
             assert torch.equal(tensor, getattr(loaded, name))
 
@@ -94,6 +208,35 @@ def test_a_file_without_pca_says_so(model, tmp_path):
     random_projection(model).save(tmp_path / "p.safetensors")
     with pytest.raises(ValueError, match="p.safetensors: no tensor .?pca_U_k"):
         Projection.load(tmp_path / "p.safetensors", "pca_")
+
+
+def test_an_older_file_has_no_whole_tokens_and_no_mean(model, tmp_path):
+    p = random_projection(model)
+    write_tensors(tmp_path / "p.safetensors", p.tensors())          # and no metadata
+    loaded = Projection.load(tmp_path / "p.safetensors")
+    assert (loaded.whole, loaded.mean_k) == (0, None)
+    assert loaded.hash() == p.hash()
+
+
+def test_whole_tokens_that_a_file_cannot_mean_are_refused_with_the_file(model, tmp_path):
+    file = tmp_path / "p.safetensors"
+    for whole in ("x", "-1", "", "1.5", "²"):
+        write_tensors(file, random_projection(model, mean=1.0).tensors(), {"whole": whole})
+        with pytest.raises(ValueError, match="p.safetensors: its metadata says whole"):
+            Projection.load(file)
+    write_tensors(file, random_projection(model).tensors(), {"whole": "4"})
+    with pytest.raises(ValueError, match="p.safetensors: whole 4: needs a mean_k"):
+        Projection.load(file)
+
+
+@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
+def test_numbers_that_are_not_finite_are_refused_with_the_file(model, tmp_path, number):
+    for name in ("U_k", "U_v", "mean_v", "mean_k"):
+        p = random_projection(model, **TURNED)
+        getattr(p, name)[-1, -1, -1, ...] = number
+        p.save(tmp_path / "p.safetensors")
+        with pytest.raises(ValueError, match=f"p.safetensors: {name} holds .* not finite"):
+            Projection.load(tmp_path / "p.safetensors")
 
 
 def test_tensors_that_do_not_fit_each_other_are_refused(model):
@@ -120,38 +263,48 @@ def test_projections_of_another_dtype_are_read_as_float32(model, tmp_path, dtype
     assert torch.equal(loaded.mean_v, p.mean_v.float())
 
 
-def test_the_hash_tells_both_matrices_and_nothing_else(model, tmp_path):
-    """To the last digit; a file and another dtype are no change."""
-    p = random_projection(model)
-    assert Projection(p.U_k, p.U_v, p.mean_v + 1).hash() == p.hash()
+def test_the_hash_tells_all_that_keys_hang_on_and_nothing_else(model, tmp_path):
+    """To the last digit; a file, another dtype and other means of values are no change."""
+    p = random_projection(model, whole=2, mean=1.0)
+    assert Projection(p.U_k, p.U_v, p.mean_v + 1, p.mean_k, 2).hash() == p.hash()
     assert p.to("cpu", torch.float64).hash() == p.hash()
     p.save(tmp_path / "p.safetensors")
     assert Projection.load(tmp_path / "p.safetensors").hash() == p.hash()
-    hashes = {p.hash(), Projection(p.U_v, p.U_k, p.mean_v).hash()}
-    for name, place in itertools.product(("U_k", "U_v"), (0, -1)):
+    hashes = {p.hash(), Projection(p.U_v, p.U_k, p.mean_v, p.mean_k, 2).hash()}
+    hashes |= {Projection.of(p.tensors(), whole=whole).hash() for whole in (0, 1, 22)}
+    hashes.add(Projection(p.U_k, p.U_v, p.mean_v).hash())
+    for name, place in itertools.product(("U_k", "U_v", "mean_k"), (0, -1)):
         tensors = {key: x.clone() for key, x in p.tensors().items()}
-        number = tensors[name][place, place, place, place]
-        number.copy_(number.nextafter(torch.tensor(2.0)))           # by its last digit
-        hashes.add(Projection.of(tensors).hash())
-    assert len(hashes) == 6
+        number = tensors[name][(place,) * tensors[name].ndim]
+        number.copy_(number.nextafter(torch.tensor(9.0)))           # by its last digit
+        hashes.add(Projection.of(tensors, whole=2).hash())
+    assert len(hashes) == 12
+
+
+def test_without_a_mean_the_hash_is_that_of_older_files(model):
+    """The sha256 of the bytes of U_k and U_v, which their ranks.json hold."""
+    p = random_projection(model)
+    expected = hashlib.sha256(p.U_k.numpy().tobytes() + p.U_v.numpy().tobytes()).hexdigest()
+    assert p.hash() == expected
 
 
 # ------------------------------------------------------------------------------
 # Folding
 
-def test_folding_values_into_the_weights_changes_nothing(every_model, tokens):
+@pytest.mark.parametrize("whole", [0, 3])
+def test_folding_values_into_the_weights_changes_nothing(every_model, tokens, whole):
     """softmax(q kᵀ) v̂ W_o from the coordinates that a cache would hold, against v̂ itself."""
     model = every_model
-    p, ranks = random_projection(model), random_ranks(model)
+    p, ranks = random_projection(model, whole, mean=1.0), random_ranks(model)
     ranks[0] = model.config.head_dim                                # keys as they are
     G = model.config.num_attention_heads // model.config.num_key_value_heads
     seen = {}
-    model.hidden(tokens, observe=lambda i, q, k, v: seen.update({i: (q, k)}))
+    model.hidden(tokens, observe=lambda i, q, k, v, turn: seen.update({i: (q, turn(k))}))
     for i, (q, k) in seen.items():
         weights = model.layers[i].self_attn
         x = torch.randn(*tokens.shape, model.config.hidden_size)
         v = model.split_heads(weights.v_proj(x))
-        _, v_hat = p.at(ranks)(i, k, v)
+        _, v_hat = p.at(ranks)(i, k, v, torch.clone)
         expected = weights.o_proj(causal_attention(q, k, v_hat, None).transpose(1, 2).flatten(2))
 
         attention = causal_weights(q, k.repeat_interleave(G, 1))
@@ -160,10 +313,14 @@ def test_folding_values_into_the_weights_changes_nothing(every_model, tokens):
         b_v = [None] * K if weights.v_proj.bias is None else weights.v_proj.bias.split(d)
         total = 0
         for j, r in enumerate(ranks[1, i].tolist()):
-            U_r = p.U_v[i, j, :, :r]
-            W, b, W_out, bias = fold_head(W_v[j], b_v[j], W_o[:, j], U_r, p.mean_v[i, j])
-            assert (W.shape[0], W_out.shape[1:]) == (r, (G, r))
+            W, b, W_out, W_rest, b_rest, bias = fold_head(
+                W_v[j], b_v[j], W_o[:, j], p.U_v[i, j], p.mean_v[i, j], r, whole > 0)
+            assert (W.shape[0], W_out.shape[1:]) == (r, (G, d if whole else r))
             coordinates = F.linear(x, W, b)                         # (B, T, r)
+            if whole:                                               # first tokens have the others
+                rest = F.linear(x, W_rest, b_rest)
+                rest[:, whole:] = 0
+                coordinates = torch.cat((coordinates, rest), -1)
             for g in range(G):
                 total = total + attention[:, j * G + g] @ coordinates @ W_out[:, g].T
             total = total + bias
@@ -181,16 +338,33 @@ def causal_weights(q, k):
 # Calibration
 
 def observed(model, sequences):
-    """All queries (L, H, n, d), keys and values (L, K, n, d) of some batches, float64."""
-    kept = []
+    """All keys after RoPE and values of some batches, (2, L, K, n, d) float64."""
+    L, K, d = shape(model)
+    found = []
     for tokens in sequences:
-        model.hidden(tokens, observe=lambda i, *qkv: kept.append((i, qkv)))
-    layers = []
-    for layer in range(model.config.num_hidden_layers):
-        batches = [qkv for i, qkv in kept if i == layer]
-        parts = zip(*batches, strict=True)
-        layers.append([torch.cat(part).transpose(0, 1).flatten(1, 2).double() for part in parts])
-    return [torch.stack(part) for part in zip(*layers, strict=True)]
+        keys_values = torch.zeros(2, L, *tokens.shape, K, d, dtype=torch.float64)
+
+        def observe(layer, q, k, v, turn, found=keys_values):
+            found[0, layer] = by_hand(model.config, k, 0).transpose(1, 2)
+            found[1, layer] = v.transpose(1, 2)
+
+        model.hidden(tokens, observe=observe)
+        found.append(keys_values.flatten(2, 3))
+    return torch.cat(found, 2).transpose(2, 3)
+
+
+def test_moments_are_those_of_keys_after_rope_and_of_values(model):
+    sequences = [torch.randint(3, 96, (B, 25)) for B in (4, 1)]
+    moments = Moments(model.config)
+    for tokens in sequences:
+        model.hidden(tokens, observe=moments)
+    x = observed(model, sequences)
+    n = x.shape[3]
+    assert n == 5 * 25
+    centered = x - x.mean(3, keepdim=True)
+    assert relative(moments.mean(), x.mean(3)) < 1e-5
+    assert relative(moments.second(), x.mT @ x / n) < 1e-5
+    assert relative(moments.covariance(), centered.mT @ centered / n) < 1e-5
 
 
 def test_pca_keeps_the_most_variance_of_all_projections(model):
@@ -199,42 +373,14 @@ def test_pca_keeps_the_most_variance_of_all_projections(model):
     for tokens in sequences:
         model.hidden(tokens, observe=moments)
     pca = moments.pca()
-    _, k, v = observed(model, sequences)
-    assert relative(moments.mean_v(), v.mean(2)) < 1e-6
+    assert (pca.mean_k, pca.whole) == (None, 0)
+    k, v = observed(model, sequences)
+    assert relative(pca.mean_v, v.mean(2)) < 1e-6
     for U, x in ((pca.U_k, k), (pca.U_v, v)):
         centered = x - x.mean(2, keepdim=True)
         most = torch.linalg.svdvals(centered).square()
         kept = (centered @ U.double()).square().sum(2)
         assert relative(kept.cumsum(-1), most.cumsum(-1)) < 1e-5
-
-
-def test_calibration_sums_the_queries_of_a_group(model):
-    L, K, d = shape(model)
-    sequences = [torch.randint(3, 96, (4, 25)) for _ in range(2)]
-    moments = Moments(model.config)
-    for tokens in sequences:
-        model.hidden(tokens, observe=moments)
-    q, _, _ = observed(model, sequences)
-    rows = q.view(L, K, -1, d)
-    assert relative(moments.qq, rows.mT @ rows) < 1e-9
-
-
-def test_the_query_aware_start_knows_the_readers(model):
-    """Directions that no query looks in, and those that W_o does not take in, come last."""
-    L, K, d = shape(model)
-    moments = Moments(model.config)
-    axes = torch.arange(1, d + 1, dtype=torch.float64)
-    moments.tokens += 100
-    moments.kk += 100 * torch.eye(d)            # keys and values vary alike in all directions
-    moments.vv += 100 * torch.eye(d)
-    moments.qq += 100 * torch.diag(axes)        # queries look more along later axes
-    width = K * moments.G * d
-    taken_in = axes.flip(0).repeat(K * moments.G)                   # W_o reads the first axis most
-    W_o = [torch.linalg.qr(torch.randn(width, width)).Q * taken_in for _ in range(L)]
-    start = query_aware(moments, W_o)
-    expected = torch.eye(d).expand(L, K, d, d)
-    assert relative(start.U_k.abs(), expected.flip(-1)) < 1e-5
-    assert relative(start.U_v.abs(), expected) < 1e-5
 
 
 # ------------------------------------------------------------------------------
@@ -249,11 +395,22 @@ def turned(start) -> Rotation:
 
 
 def test_the_rotation_starts_at_its_start(model):
-    start = random_projection(model)
+    start = random_projection(model, **TURNED)
     p = Rotation(start)()
     assert relative(p.U_k, start.U_k) < 1e-6
     assert relative(p.U_v, start.U_v) < 1e-6
     assert torch.equal(p.mean_v, start.mean_v)
+
+
+def test_the_mean_of_keys_and_the_whole_tokens_stay_what_they_were(model):
+    """They are no parameters."""
+    start = random_projection(model, **TURNED)
+    rotation = turned(start)
+    assert {name for name, _ in rotation.named_parameters()} == {"A_k", "A_v", "mean_v"}
+    p = rotation(torch.float64)
+    assert torch.equal(p.mean_k, start.mean_k.double())
+    assert p.whole == start.whole == 2
+    assert p.mean_k.dtype == p.U_k.dtype == torch.float64
 
 
 def test_the_rotation_stays_orthogonal(model):
@@ -306,7 +463,7 @@ def test_an_entry_is_visible_if_a_sequence_keeps_one_of_its_columns_and_cuts_the
 
 def test_an_entry_that_is_not_visible_changes_nothing(model, tokens):
     """And each one that is visible does."""
-    rotation = Rotation(random_projection(model))
+    rotation = Rotation(random_projection(model, **TURNED))
     ranks = random_ranks(model, len(tokens))
     visible = rotation.visible_entries(ranks)
     before = model(tokens, project=rotation().at(ranks))
@@ -323,7 +480,7 @@ def test_an_entry_that_is_not_visible_changes_nothing(model, tokens):
 
 def test_the_hook_of_a_step_has_gradients_for_the_entries_that_its_ranks_see_alone(model, tokens):
     """There they are those of the whole rotation, whose others are rounding noise."""
-    rotation = turned(random_projection(model))
+    rotation = turned(random_projection(model, **TURNED))
     ranks = random_ranks(model, len(tokens))
     A = rotation.A_k, rotation.A_v
 

@@ -21,6 +21,7 @@ from bits.rounding import (
     same_bits,
     to_code,
 )
+from model import rotate
 from projection import Projection
 
 
@@ -32,6 +33,12 @@ def random_rounding(model, dtype=torch.float32) -> Rounding:
     p = Projection.of(tensors)
     spread = 0.2 + torch.rand(2, L, K, d)
     return Rounding(p, torch.randn(L, K, d, dtype=dtype), spread.to(dtype))
+
+
+def turn_of(model, T: int, dtype=torch.float32):
+    """RoPE of T tokens, as hooks are given it."""
+    cos_sin = model.rope.rows(3, T, dtype, model.device)
+    return lambda k: rotate(k, *cos_sin)
 
 
 def random_bits(model, *batch) -> torch.Tensor:
@@ -69,13 +76,14 @@ def test_steps_are_the_best_for_a_normal_distribution():
 
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_the_hook_rounds_number_by_number(model, batch):
-    """Against a loop over coordinates in plain Python."""
+    """Against a loop over coordinates in plain Python; keys are rounded behind RoPE."""
     L, K, d = shape(model)
     r, bits = random_rounding(model, torch.float64), random_bits(model, *batch)
-    x = torch.randn(2, K, EXACT + 2, d, dtype=torch.float64)
-    (k_hat, _), (v_hat, _) = r.at(bits)(L - 1, x, x)
-    for side, (U, mean, found) in enumerate(((r.p.U_k, r.mean[0], k_hat),
-                                             (r.p.U_v, r.p.mean_v, v_hat))):
+    k, v = torch.randn(2, 2, K, EXACT + 2, d, dtype=torch.float64)
+    turn = turn_of(model, EXACT + 2, torch.float64)
+    (k_hat, _), (v_hat, _) = r.at(bits)(L - 1, k, v, turn)
+    for side, (U, mean, x, found) in enumerate(((r.p.U_k, r.mean[0], turn(k), k_hat),
+                                                (r.p.U_v, r.p.mean_v, v, v_hat))):
         b, h, t = 1, K - 1, EXACT + 1
         of_head = bits[side, L - 1][(b,) * len(batch)][h]
         y = (x[b, h, t] - mean[L - 1, h]) @ U[L - 1, h]
@@ -91,9 +99,10 @@ def test_the_hook_rounds_number_by_number(model, batch):
 
 def test_the_first_tokens_are_exact_in_bfloat16_and_the_newest_in_any(model):
     L, K, d = shape(model)
-    x = torch.randn(2, K, 9, d)
-    pairs = random_rounding(model).at(same_bits(0, model.config))(0, x, x)
-    for stored, as_is in pairs:
+    k, v = torch.randn(2, 2, K, 9, d)
+    turn = turn_of(model, 9)
+    pairs = random_rounding(model).at(same_bits(0, model.config))(0, k, v, turn)
+    for (stored, as_is), x in zip(pairs, (turn(k), v), strict=True):
         assert torch.allclose(stored[:, :, :EXACT], x[:, :, :EXACT], atol=0.1)
         assert not torch.equal(stored[:, :, :EXACT], x[:, :, :EXACT])
         assert torch.equal(as_is, x)
@@ -103,7 +112,7 @@ def test_nothing_is_left_of_zero_bits_but_the_mean(model):
     _, K, d = shape(model)
     r = random_rounding(model)
     x = torch.randn(2, K, 9, d)
-    (k_hat, _), (v_hat, _) = r.at(same_bits(0, model.config))(0, x, x)
+    (k_hat, _), (v_hat, _) = r.at(same_bits(0, model.config))(0, x, x, turn_of(model, 9))
     for mean, found in zip(r.mean, (k_hat, v_hat), strict=True):
         expected = mean[0][:, None].expand_as(found)
         assert torch.allclose(found[:, :, EXACT:], expected[:, :, EXACT:])
@@ -124,7 +133,7 @@ def test_at_zero_bits_nothing_but_the_mean_has_a_gradient(model):
     r.spread.requires_grad_()
     r.mean[0].requires_grad_()
     x = 0.1 * torch.randn(2, K, 9, d)
-    (k_hat, _), _ = r.at(same_bits(0, model.config))(0, x, x)
+    (k_hat, _), _ = r.at(same_bits(0, model.config))(0, x, x, turn_of(model, 9))
     k_hat[:, :, EXACT:].square().sum().backward()
     assert r.U[0].grad.abs().max() < 1e-4
     assert r.spread.grad is None or r.spread.grad.abs().max() == 0

@@ -14,8 +14,9 @@ from cache import KVCache
 from evaluate import measure, recall
 from model import generate, load
 from projection import Projection, calibrate, plan_at
+from search import Windows, find_order, find_start
 from support.checkpoint import read_config
-from support.data import even_windows
+from support.data import even_windows, set_apart
 from support.plans import PROJECTIONS, order_of, read_ranks
 from train import draw_along, draw_independent, draw_levels
 
@@ -25,13 +26,13 @@ SCRIPTS = [
 
 
 # ------------------------------------------------------------------------------
-# The chain: train, search, train along the order, search again, evaluate
+# The chain: train, search, train along the order, search again, evaluate; and the start alone
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """A folder with first/ and second/, what the chain left, and the options of all its links."""
+    """A folder with first/, second/, start/, what the chain left, and the options of its links."""
     folder = tmp_path_factory.mktemp("chain")
-    first, second = folder / "first", folder / "second"
+    first, second, start = folder / "first", folder / "second", folder / "start"
     np.save(folder / "tokens.npy", np.random.default_rng(2).integers(3, 96, 2000))
     options = ["--ckpt", CKPT, "--data", folder / "tokens.npy", "--seq", 16, "--batch", 2]
     options += ["--windows", 2]
@@ -42,6 +43,8 @@ def chain(tmp_path_factory):
     call("search", *options, "--proj", second / PROJECTIONS)
     call("search", *options, "--proj", second / PROJECTIONS, "--pca")
     call("evaluate", *options, "--out", second)
+    call("train", *options, "--steps", 0, "--out", start)
+    call("evaluate", *options, "--out", start)
     return folder, options
 
 
@@ -84,36 +87,89 @@ def test_at_the_end_of_the_chain_decoding_follows_the_projected_model(chain):
 def test_each_link_leaves_its_files_beside_those_it_worked_on(chain):
     """And nothing else, the states of trainings among it."""
     folder, _ = chain
-    first = {PROJECTIONS, "train.json", "train.png", "ranks.json", "ranks.png"}
-    second = first | {"ranks_pca.json", "ranks_pca.png", "evaluation.json", "evaluation.png"}
-    assert {file.name for file in (folder / "first").iterdir()} == first
-    assert {file.name for file in (folder / "second").iterdir()} == second
+    evaluated = {"evaluation.json", "evaluation.png"}
+    start = {PROJECTIONS, "train.json", "train.png", "ranks.json"} | evaluated
+    first = start - evaluated | {"ranks.png"}
+    second = first | {"ranks_pca.json", "ranks_pca.png"} | evaluated
+    for name, expected in (("first", first), ("second", second), ("start", start)):
+        assert {file.name for file in (folder / name).iterdir()} == expected
     for name, prefix in (("ranks.json", ""), ("ranks_pca.json", "pca_")):
         p = Projection.load(folder / "second" / PROJECTIONS, prefix)
         assert read(folder / "second" / name)["projections"] == p.hash()
 
 
-def test_what_was_trained_along_an_order_needs_no_search(chain, tmp_path):
+def test_a_search_sweeps_anew_also_for_what_was_trained_along_an_order(chain):
+    """By the gradients of the trained projections; a KL is measured at each eighth alone."""
+    folder, _ = chain
+    model = load(CKPT)
+    tokens = np.load(folder / "tokens.npy")[:1800]
+    windows = Windows(tokens, 32, 2, 16, 64, 0)
+    order = find_order(model, Projection.load(folder / "second" / PROJECTIONS), windows)
+    searched = read(folder / "second" / "ranks.json")
+    assert order_of(searched["path"], model.config).tolist() == order.tolist()
+    assert order.tolist() != read(folder / "second" / "train.json")["order"]
+    measured = [n for n, row in enumerate(searched["path"], 1) if row[3] is not None]
+    assert measured == [8, 16, 24, 32, 40, 48, 56]
+    assert searched["evaluations"] == 7
+
+
+def test_no_steps_leave_the_start_and_the_order_of_the_sweeps(chain):
+    folder, _ = chain
+    model = load(CKPT)
+    tokens, _ = set_apart(np.load(folder / "tokens.npy")[:1800], 8 * 16 + 1)
+    windows = Windows(tokens, 32, 2, 16, 64, 0)
+    expected = find_start(model, windows, whole=4)
+    p = Projection.load(folder / "start" / PROJECTIONS)
+    assert p.whole == 4
+    for name, tensor in p.tensors().items():
+        assert relative(tensor, expected.tensors()[name]) < 1e-6, name
+    report, ranks = (read(folder / "start" / f"{name}.json") for name in ("train", "ranks"))
+    assert report["loss"] == [] and report["step"] == 0
+    assert report["order"] == find_order(model, expected, windows).tolist()
+    assert report["order"] == order_of(ranks["path"], model.config).tolist()
+
+
+@pytest.mark.parametrize("name", ["second", "start"])
+def test_a_training_writes_its_order_as_a_file_of_ranks(chain, tmp_path, name):
+    """With the plan at 37.5%, and no KL: none was measured."""
     folder, options = chain
-    second = folder / "second"
-    config = read_config(CKPT / "config.json")
-    trained_along = read(second / "train.json")["order"]
-    searched = read(second / "ranks.json")
-    assert order_of(searched["path"], config).tolist() == trained_along
-    assert searched["evaluations"] <= len(trained_along) + 1
-    options = [*options, "--proj", second / PROJECTIONS, "--out", tmp_path]
-    call("search", *options, "--lazy")
-    assert order_of(read(tmp_path / "ranks.json")["path"], config).tolist() != trained_along
+    out = folder / name
+    if name == "second":                            # whose file search.py wrote over
+        out = tmp_path
+        along = ["--ranks", folder / "first" / "ranks.json"]
+        call("train", *options, "--steps", 1, *along, "--out", out)
+    said, model = read(out / "ranks.json"), load(CKPT)
+    order = read(out / "train.json")["order"]
+    found = read_ranks(out / "ranks.json", model.config)
+    assert found.order.tolist() == order
+    assert torch.equal(found.ranks, plan_at(torch.tensor(order), model.config, 0.375))
+    assert found.fits(Projection.load(out / PROJECTIONS))
+    assert said["levels"] == 8 and said["budget"] == 0.375
+    assert {said[key] for key in ("kl", "uniform_kl", "evaluations")} == {None}
+    assert {row[3] for row in said["path"]} == {None}
+
+
+def test_an_evaluation_behind_a_training_alone_shows_its_order(chain):
+    """With the very numbers of the training's own report."""
+    folder, _ = chain
+    rows, reported = (read(folder / "start" / f"{name}.json")["budgets"]
+                      for name in ("evaluation", "train"))
+    for row, before in zip(rows, reported, strict=True):
+        assert set(row) == {"budget", "pca", "trained", "searched"}
+        del row["searched"]["recall"]
+        assert row["searched"] == before["trained_ordered"]
+    assert rows[-1]["searched"]["kl"] != reported[-1]["trained"]["kl"]
 
 
 def test_an_order_for_another_model_is_refused(chain, tmp_path, refusal):
-    folder, options = chain
+    folder, _ = chain
     for name in (PROJECTIONS, "train.json"):
         shutil.copy(folder / "second" / name, tmp_path)
+    options = ["--ckpt", CKPT, "--proj", tmp_path / PROJECTIONS, "--budget", 0.5]
+    call("cache", *options)
     said = read(tmp_path / "train.json") | {"order": [0, 8]}
     (tmp_path / "train.json").write_text(json.dumps(said))
-    options = [*options, "--proj", tmp_path / PROJECTIONS, "--out", tmp_path]
-    assert "order for another model" in refusal("search", *options)
+    assert "order for another model" in refusal("cache", *options)
 
 
 def test_a_training_along_an_order_reports_on_the_plans_of_the_order(chain):
@@ -158,6 +214,7 @@ def test_a_searched_curve_is_of_its_own_projections_and_plans(chain, curve, pref
         ranks = ranks_at(second / file, model, row["budget"])
         _, results = measure(model, held_out, {"": p.at(ranks)}, B=2, T=16, limit=2)
         results[""]["recall"] = recall(model, passages, p.at(ranks))
+        assert row[curve].pop("by_position") == results[""].pop("by_position")
         assert row[curve] == pytest.approx(results[""], abs=1e-6)
 
 
@@ -179,7 +236,21 @@ def test_the_papers_recipe_starts_at_pca_and_ours_does_not(chain, tmp_path):
         call("train", *options, "--steps", 1, "--lr", 0, "--recipe", recipe, "--out", out)
         tensors = load_file(out / PROJECTIONS)
         equal[recipe] = torch.allclose(tensors["U_k"], tensors["pca_U_k"], atol=1e-6)
+        assert ("mean_k" in tensors) == (recipe == "ours")
+        assert Projection.load(out / PROJECTIONS).whole == (4 if recipe == "ours" else 0)
+        assert (out / "ranks.json").exists() == (recipe == "ours")
     assert equal == {"paper": True, "ours": False}
+
+
+def test_what_a_training_is_told_of_whole_tokens_and_of_positions_is_what_it_says(chain, tmp_path):
+    _, options = chain
+    told = ["--whole", 2, "--positions", 40, "--sweep-windows", 3, "--uniform", "--steps", 1]
+    call("train", *options, *told, "--out", tmp_path)
+    config = read(tmp_path / "train.json")["config"]
+    assert [config[key] for key in ("whole", "positions", "sweep_windows", "draw")] == [
+        2, 40, 3, "levels"]
+    assert Projection.load(tmp_path / PROJECTIONS).whole == 2
+    assert not (tmp_path / "ranks.json").exists()   # --uniform has no order
 
 
 def test_the_papers_recipe_runs_with_its_rate_and_its_cross_entropy(chain, tmp_path):
@@ -212,12 +283,17 @@ def test_a_recipe_draws_its_ranks_and_takes_the_logarithm_or_not(
 
 
 def test_an_evaluation_is_of_the_text_and_model_that_were_trained_on(chain, tmp_path, refusal):
+    """But its windows may be longer, or shorter."""
     folder, options = chain
     shutil.copy(folder / "tokens.npy", tmp_path / "other.npy")
-    out = ["--out", folder / "second"]
-    for other in (["--seq", 12], ["--data", tmp_path / "other.npy"]):
-        line = refusal("evaluate", *options, *other, *out)
-        assert f"was trained with {other[0]}" in line
+    shutil.copytree(CKPT, tmp_path / "ckpt")
+    out = shutil.copytree(folder / "second", tmp_path / "out")
+    for name, other in (("--data", "other.npy"), ("--ckpt", "ckpt")):
+        line = refusal("evaluate", *options, name, tmp_path / other, "--out", out)
+        assert f"was trained with {name}" in line
+    call("evaluate", *options, "--seq", 40, "--passages", 0, "--out", out)
+    rows, before = (read(of / "evaluation.json")["budgets"] for of in (out, folder / "second"))
+    assert rows[-1]["trained"]["kl"] != before[-1]["trained"]["kl"]
 
 
 def test_after_a_new_training_what_was_searched_before_it_is_left_out(chain, tmp_path, capsys):
@@ -233,7 +309,7 @@ def test_after_a_new_training_what_was_searched_before_it_is_left_out(chain, tmp
         assert set(row) == {"budget", "pca", "trained"}
 
 
-def test_along_a_path_that_was_cut_short_a_search_goes_on_to_an_eighth(chain, tmp_path):
+def test_a_training_along_a_path_that_was_cut_short_knows_no_smaller_plan(chain, tmp_path, refusal):
     """As an interrupted search leaves it, if it came as far as a training needs."""
     folder, options = chain
     whole = read(folder / "first" / "ranks.json")
@@ -241,10 +317,13 @@ def test_along_a_path_that_was_cut_short_a_search_goes_on_to_an_eighth(chain, tm
     cut = whole["path"][:reached]
     (tmp_path / "cut.json").write_text(json.dumps(whole | {"path": cut}))
     call("train", *options, "--steps", 2, "--ranks", tmp_path / "cut.json", "--out", tmp_path)
-    call("search", *options, "--proj", tmp_path / PROJECTIONS)
     path = read(tmp_path / "ranks.json")["path"]
-    assert [row[:3] for row in path[:reached]] == [row[:3] for row in cut]
-    assert len(path) == 56
+    assert [row[:3] for row in path] == [row[:3] for row in cut]
+    plan = ["--ckpt", CKPT, "--proj", tmp_path / PROJECTIONS]
+    call("cache", *plan, "--budget", 0.25)
+    assert "ends at 25.0%" in refusal("cache", *plan, "--budget", 0.125)
+    call("search", *options, "--proj", tmp_path / PROJECTIONS)      # goes to an eighth
+    call("cache", *plan, "--budget", 0.125)
     assert (ranks_at(tmp_path / "ranks.json", load(CKPT), 0.125) == 2).all()
 
 
@@ -336,6 +415,26 @@ def test_generate_takes_the_projections_beside_its_ranks(tmp_path, demo, monkeyp
     assert said.out == tokenizer.decode(ids + list(generate(model, ids, 5, cache=cache))) + "\n"
 
 
+def test_generate_takes_the_order_that_a_training_of_no_steps_leaves(text, tmp_path, demo, capsys):
+    """Its first tokens whole, beside the cache."""
+    model, tokenizer = demo
+    options = ["--data", text, "--seq", 16, "--batch", 1, "--sweep-windows", 1, "--windows", 1]
+    call("train", *options, "--steps", 0, "--out", tmp_path)
+    capsys.readouterr()
+    prompt = ["--prompt", "The json module", "--tokens", 5]
+    call("generate", "--proj", tmp_path / PROJECTIONS, "--budget", 0.25, *prompt)
+    said = capsys.readouterr()
+    assert f"along the order in {tmp_path / 'ranks.json'}" in said.err
+    L, K, d = shape(model)
+    assert f"{4 * 2 * L * K * d * 4:,} bytes for 4 whole first tokens" in said.err
+    p = Projection.load(tmp_path / PROJECTIONS)
+    ranks = ranks_at(tmp_path / "ranks.json", model, 0.25)
+    assert len(ranks.unique()) > 2
+    ids = [tokenizer.bos_id(), *tokenizer.encode("The json module")]
+    cache = KVCache(p, ranks, 1, 40)
+    assert said.out == tokenizer.decode(ids + list(generate(model, ids, 5, cache=cache))) + "\n"
+
+
 def test_evaluate_answers_questions(text, tmp_path, demo):
     model, _ = demo
     pca = random_projection(model)
@@ -411,6 +510,17 @@ def write_projections(folder):
         p.save(folder / name / PROJECTIONS, p)
     (folder / "noted" / "train.json").write_text('{"config": null}')
     random_projection(load(GOLDEN / "llama_mha")).save(folder / "other.safetensors")
+    p = random_projection(load(CKPT), whole=4, mean=1.0)
+    p.save(folder / "mean.safetensors")
+    tensors, m = load_file(folder / "mean.safetensors"), p.mean_k
+    for name, changed, whole in (
+        ("whole_text", tensors, "four"),
+        ("whole_minus", tensors, "-4"),
+        ("whole_alone", {name: x for name, x in tensors.items() if name != "mean_k"}, "4"),
+        ("mean_shape", tensors | {"mean_k": m[..., :3].contiguous()}, "4"),
+        ("mean_nan", tensors | {"mean_k": m.masked_fill(m == m.max(), torch.nan)}, "4"),
+    ):
+        save_file(changed, folder / f"{name}.safetensors", {"whole": whole})
     (folder / "broken.safetensors").write_bytes(b"nothing")
     save_file({"x": torch.zeros(3)}, folder / "unlike.safetensors")
 
@@ -513,7 +623,6 @@ CASES = [       # the script and its options; the words that the line must hold
     ("projection --data short.npy", "--data short.npy too short"),
     ("support.data --data cut50.npy", "--data cut50.npy"),
     # Numbers and names
-    ("train --steps 0", "--steps 0"),
     ("train --steps -3", "--steps -3"),
     ("train --steps many", "--steps many"),
     ("train --batch 0", "--batch 0"),
@@ -525,6 +634,19 @@ CASES = [       # the script and its options; the words that the line must hold
     ("train --dtype int3", "--dtype int3"),
     ("train --amp --dtype bfloat16", "--amp bfloat16"),
     ("train --seq 1000000 --batch 100000", "--batch --seq GB"),
+    ("train --whole 32", "--whole 32 --seq 32"),
+    ("train --whole 40", "--whole 40 --seq 32"),
+    ("train --seq 4", "--whole 4 --seq 4"),
+    ("train --whole -1", "--whole -1"),
+    ("train --positions 65", "--positions 65 64"),
+    ("train --positions 0", "--positions 0"),
+    ("train --sweep-windows 0", "--sweep-windows 0"),
+    ("train --recipe paper --whole 4", "--recipe paper --whole"),
+    ("train --recipe paper --positions 32", "--recipe paper --positions"),
+    ("train --recipe paper --uniform", "--uniform --recipe paper"),
+    ("search --positions 0", "--positions 0"),
+    ("search --proj mean.safetensors --positions 65", "--positions 65 64"),
+    ("search --lazy", "--lazy"),
     ("train --wrong", "--wrong"),
     ("search --budget 0.1", "--budget 0.1"),
     ("search --budget half", "--budget half"),
@@ -548,6 +670,11 @@ CASES = [       # the script and its options; the words that the line must hold
     ("search --proj unlike.safetensors", "--proj unlike.safetensors U_k"),
     ("search --proj other.safetensors", "--proj model has"),
     ("search --proj p.safetensors --pca", "--proj p.safetensors pca_U_k"),
+    ("search --proj whole_text.safetensors", "--proj whole_text.safetensors whole 'four' number"),
+    ("search --proj whole_minus.safetensors", "--proj whole_minus.safetensors whole '-4' number"),
+    ("search --proj whole_alone.safetensors", "--proj whole_alone.safetensors whole 4 mean_k"),
+    ("search --proj mean_shape.safetensors", "--proj mean_shape.safetensors mean_k shape"),
+    ("search --proj mean_nan.safetensors", "--proj mean_nan.safetensors mean_k finite"),
     ("cache --budget 0.5 --proj none.safetensors", "--proj none.safetensors"),
     ("cache --budget 0.5 --proj other.safetensors", "--proj model has"),
     ("generate --budget 0.5 --proj none.safetensors", "--proj none.safetensors"),
@@ -565,6 +692,8 @@ CASES = [       # the script and its options; the words that the line must hold
     ("train --ranks file", "--ranks file JSON"),
     ("train --ranks short.json --recipe paper", "--ranks paper"),
     ("train --ranks short.json --uniform", "--ranks --uniform"),
+    # Chat
+    ("generate --chat", "--chat demo chat_template.jinja tokenizer_config.json"),
     # Questions
     ("evaluate --tasks none.jsonl", "--tasks none.jsonl"),
     ("evaluate --tasks questions.jsonl", "--tasks questions.jsonl line 1"),

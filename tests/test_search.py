@@ -1,42 +1,55 @@
-"""The search: Algorithm 1 decision by decision, a nested path, and what stands in its place."""
+"""The search: Algorithm 1 decision by decision, and the sweeps against derivatives by hand."""
+import dataclasses
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import CKPT, GOLDEN, call, mean_kl, random_projection, shape
+from conftest import (
+    CKPT,
+    GOLDEN,
+    call,
+    mean_kl,
+    random_projection,
+    random_start,
+    relative,
+    shape,
+)
 
-from model import load
-from projection import Moments, Projection, output_weights, plan_at
+from model import Model, load
+from projection import Projection, plan_at, uniform_ranks
 from search import (
+    DRAWS,
     Cost,
-    along,
+    Leaves,
+    Windows,
     cheapest_first,
-    costs_of,
-    errors,
+    drawn_gradients,
     exact,
     find_order,
-    kl_of_each,
-    lazy,
-    rounding_noise,
+    find_start,
 )
-from support.plans import PROJECTIONS, read_ranks
-
-
-def in_double(model):
-    """A model and projections in float64: near ties flip in float32."""
-    p = random_projection(model)
-    return model.double(), p.to(None, torch.float64)
+from support import processes
+from support.data import random_windows
+from support.plans import read_ranks
 
 
 @pytest.fixture
 def double(model):
-    return in_double(model)
+    """A model and projections in float64: near ties flip in float32."""
+    return model.double(), in_double(random_projection(model, whole=2, mean=1.0))
+
+
+def in_double(p):
+    """Float64, and as orthogonal."""
+    p = p.to(None, torch.float64)
+    p.U_k, p.U_v = (torch.linalg.qr(U).Q for U in (p.U_k, p.U_v))
+    return p
 
 
 # ------------------------------------------------------------------------------
 # Algorithm 1
-
 
 def brute_force(model, p, tokens, rounds):
     """Algorithm 1 from whole passes and PyTorch's own KL; yields (KL, candidate) of each round."""
@@ -67,14 +80,13 @@ def test_exact_is_algorithm_1_decision_by_decision(double):
         assert cost.kl == pytest.approx(kl, rel=1e-9)
 
 
-@pytest.mark.parametrize("search", [exact, lazy])
 @torch.no_grad()
-def test_the_path_is_nested_and_ends_at_an_eighth(double, search):
+def test_the_path_is_nested_and_ends_at_an_eighth(double):
     model, p = double
     L, K, d = shape(model)
     cost = Cost(model, p, torch.randint(3, 96, (1, 9)))
     before = torch.full((2, L, K), d)
-    for candidate in search(cost):
+    for candidate in exact(cost):
         lost = before - cost.ranks
         assert lost.sum() == lost[candidate] == d // 8
         before = cost.ranks
@@ -88,7 +100,7 @@ def test_a_partial_pass_gives_the_whole_pass(double):
     tokens = torch.randint(3, 96, (2, 9))
     cost = Cost(model, p, tokens)
     log_p = model(tokens).log_softmax(-1)
-    for _ in lazy(cost):
+    for _ in exact(cost):
         log_q = model(tokens, project=p.at(cost.ranks)).log_softmax(-1)
         assert cost.kl == pytest.approx(mean_kl(log_p, log_q), rel=1e-9)
     assert cost.layer_passes < len(model.layers) * cost.passes
@@ -107,60 +119,6 @@ def test_asking_what_a_lowering_costs_changes_nothing(double):
     assert cost.kl == asked
 
 
-# ------------------------------------------------------------------------------
-# Lazily
-
-@pytest.mark.parametrize("kind", ["mistral_sharded_head_dim", "llama_mha"])
-@torch.no_grad()
-def test_lazy_takes_a_small_share_of_the_passes_and_is_nearly_as_good(kind):
-    """On models of 8 and 16 ranks; the gain grows with their number."""
-    model, p = in_double(load(GOLDEN / kind))
-    tokens = torch.randint(3, 96, (4, 30))
-    passes, curves = [], []
-    for search in (exact, lazy):
-        cost = Cost(model, p, tokens)
-        curves.append([cost.kl for _ in search(cost)])
-        passes.append(cost.passes)
-    assert passes[1] < passes[0] / 3
-    assert sum(curves[1]) < 1.3 * sum(curves[0])
-
-
-class Made(Cost):
-    """A cost that is made up: four ranks of three eighths, `costs` for one, two eighths less."""
-
-    def __init__(self, costs: dict):
-        self.ranks = torch.full((2, 1, 2), 3)
-        self.kl, self.eighth, self.passes = 0.0, 1, 0
-        self.costs = costs
-
-    def measure(self, ranks, first):
-        self.passes += 1
-        assert self.passes < 100
-        return sum(self.costs[tuple(place)][3 - ranks[tuple(place)]]
-                   for place in (ranks < 3).nonzero().tolist()), None
-
-
-PLACES = [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)]
-
-
-@pytest.mark.parametrize("noise", [0.0, 1e-6])
-def test_lazy_ends_where_lowering_reduces_the_kl(monkeypatch, noise):
-    """Rounding makes increases negative in bfloat16."""
-    monkeypatch.setattr("search.rounding_noise", lambda cost: noise)
-    costs = {place: [0, -1e-5 * (1 + 0.05 * sum(place)), -2e-5] for place in PLACES}
-    assert len(list(lazy(Made(costs)))) == 8
-
-
-def test_increases_below_the_noise_are_ordered_by_those_of_a_deeper_cut(monkeypatch):
-    """One eighth costs each rank as good as nothing: −1e-6 … 1e-6 is rounding's, in wrong order."""
-    monkeypatch.setattr("search.rounding_noise", lambda cost: 1e-5)
-    deep = dict(zip(PLACES, (4e-3, 1e-3, 3e-3, 2e-3), strict=True))
-    shallow = dict(zip(PLACES, (-1e-6, 1e-6, 0, 5e-7), strict=True))
-    costs = {place: [0, shallow[place], deep[place]] for place in PLACES}
-    order = list(lazy(Made(costs)))
-    assert order[:4] == sorted(PLACES, key=deep.get)
-
-
 @torch.no_grad()
 def test_states_are_float32_over_bfloat16_weights():
     """The same KLs as with those weights in float32, and so the same order."""
@@ -173,176 +131,218 @@ def test_states_are_float32_over_bfloat16_weights():
         assert by_low.if_lowered(candidate) == pytest.approx(kl, rel=1e-3)
 
 
-@torch.no_grad()
-def test_the_noise_is_that_of_rounding(double):
-    model, p = double
-    tokens = torch.randint(3, 96, (2, 11))
-    cost = Cost(model, p, tokens)
-    kl, ranks, inputs = cost.kl, cost.ranks, list(cost.inputs)
-    assert rounding_noise(cost) < 1e-14
-    assert cost.kl == kl and cost.ranks is ranks                    # asking changes nothing
-    assert all(a is b for a, b in zip(cost.inputs, inputs, strict=True))
-    in_single = Cost(model.float(), p.to(None, torch.float32), tokens)
-    assert 0 < rounding_noise(in_single) < 1e-6
+# ------------------------------------------------------------------------------
+# Windows anywhere
+
+def test_the_states_are_the_same_wherever_a_window_starts(every_model):
+    """Attention is relative. The keys lie elsewhere."""
+    model, tokens = every_model.double(), torch.randint(3, 96, (3, 21))
+    keys = {}
+
+    def states(start):
+        def observe(layer, q, k, v, turn):
+            keys[layer] = turn(k)
+
+        return model.hidden(tokens, observe=observe, start=start)
+
+    at_zero = states(0)
+    keys_at_zero = dict(keys)
+    for start in (37, 5000, torch.tensor([0, 1, 43]), torch.tensor([700, 700, 9])):
+        assert relative(states(start), at_zero) < 1e-9
+        for b, position in enumerate(torch.as_tensor(start).expand(3).tolist()):
+            for layer, there in keys_at_zero.items():
+                moved = relative(keys[layer][b], there[b])
+                assert moved > 0.1 if position else moved < 1e-12
+    for b in range(3):                                  # each sequence at its own place
+        states(torch.tensor([700, 43, 9]))
+        together = [k[b] for k in keys.values()]
+        states([700, 43, 9][b])
+        for a, k in zip(together, keys.values(), strict=True):
+            assert torch.equal(a, k[b])
+
+
+def windows_of(count=6, batch=4, seq=12, positions=64, seed=0) -> Windows:
+    text = np.random.default_rng(seed).integers(3, 96, 400)
+    return Windows(text, count, batch, seq, positions, seed)
+
+
+def test_the_windows_of_a_sweep_lie_anywhere():
+    """As whole windows below `positions`, or at 0 where they do not fit; near 0 more often."""
+    starts = windows_of(count=600, positions=15).starts             # the cubes of random numbers
+    assert starts.bincount().cumsum(0).tolist() == pytest.approx(
+        [600 * (n / 4) ** (1 / 3) for n in (1, 2, 3, 4)], abs=40)
+    for positions in (1, 12):
+        assert not windows_of(count=600, positions=positions).starts.any()
+    batches = list(windows_of())
+    assert [len(text) for text, _ in batches] == [len(starts) for _, starts in batches] == [4, 2]
 
 
 # ------------------------------------------------------------------------------
-# Along an order
+# The sweeps, against derivatives of PyTorch's own log-probabilities
+
+@pytest.fixture
+def next_tokens(monkeypatch):
+    """What is drawn where the sweeps draw next tokens: (windows, T, DRAWS) random ones."""
+    y = torch.randint(3, 96, (6, 12, DRAWS))
+    rows = []
+
+    def multinomial(p, draws, replacement, generator):
+        assert (draws, replacement) == (DRAWS, True)
+        assert (p.sum(-1) - 1).abs().max() < 1e-5
+        if not rows:                                                # another sweep begins
+            rows.extend(y.flatten(0, 1))
+        taken, rows[:] = rows[:len(p)], rows[len(p):]
+        return torch.stack(taken)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    return y
+
+
+def log_p_of(model, windows, y, project):
+    """Σ_t log p(y_t) of every window and draw, (windows, DRAWS)."""
+    states = model.hidden(windows.text, project, start=windows.starts)
+    log_p = model.lm_head(model.norm(states)).log_softmax(-1)
+    return log_p.gather(-1, y).sum(1)
+
+
+def costs_by_hand(model, p, windows, y):
+    """½ mean (Σ_t g_t·δ_t)² / T of every head at every level, (2, L, K, 8); the last is level 0.
+
+    Σ_t g_t·δ_t is the derivative of Σ_t log p(y_t) by ε, at 0, where δ is added ε times.
+    """
+    L, K, d = shape(model)
+    N, T = windows.text.shape
+    epsilon = torch.zeros(2, L, K, 8, N, dtype=torch.float64, requires_grad=True)
+
+    def along(side, layer, x, mean, U):
+        """x plus all δ = −(x − mean)(I − P) of its heads, ε times each."""
+        total = x
+        for j, level in itertools.product(range(K), range(8)):
+            P = U[layer, j, :, :level * d // 8] @ U[layer, j, :, :level * d // 8].T
+            delta = -(x[:, j] - mean[:, j]).detach() @ (torch.eye(d).double() - P)
+            delta[:, :p.whole] = 0
+            shift = torch.zeros_like(x)
+            shift[:, j] = delta
+            total = total + epsilon[side, layer, j, 7 - level][:, None, None, None] * shift
+        return total
+
+    def project(layer, k, v, turn):
+        m = torch.zeros(L, K, d).double() if p.mean_k is None else p.mean_k
+        R_m = turn(m[layer][:, None].expand(k.shape))
+        mu = p.mean_v[layer][:, None].expand(v.shape)
+        return along(0, layer, turn(k), R_m, p.U_k), along(1, layer, v, mu, p.U_v)
+
+    costs = 0
+    for of_draw in log_p_of(model, windows, y, project).T:
+        by_window, = torch.autograd.grad(of_draw.sum(), epsilon, retain_graph=True)
+        costs = costs + 0.5 * by_window.square().mean(-1) / T / DRAWS
+    return costs
+
+
+@pytest.mark.parametrize("kind", [{"whole": 3, "mean": 2.0}, {}], ids=["turned", "plain"])
+def test_the_order_is_that_of_the_second_order_cost_of_every_rank(
+        model, next_tokens, monkeypatch, kind):
+    model = model.double()
+    windows = windows_of(positions=64 if kind else 1)
+    p = in_double(random_projection(model, **kind))
+    asked = []
+
+    def noted(steps):
+        asked.append(steps)
+        return cheapest_first(steps)
+
+    monkeypatch.setattr("search.cheapest_first", noted)
+    order = find_order(model, p, windows)
+    costs = costs_by_hand(model, p, windows, next_tokens).flatten(0, 2)
+    assert relative(asked[0].cumsum(-1), costs[:, :-1]) < 1e-9
+
+    ahead = costs.diff(dim=-1, prepend=torch.zeros(len(costs), 1))[:, :-1].numpy()
+    ahead = [np.maximum.accumulate(row).tolist() for row in ahead]  # a cheap one behind a dear one
+    by_hand = []
+    while any(ahead):
+        place = min((i for i, row in enumerate(ahead) if row), key=lambda i: ahead[i][0])
+        ahead[place].pop(0)
+        by_hand.append(place)
+    assert order.tolist() == by_hand
+
+
+@pytest.mark.parametrize("whole", [0, 3])
+def test_the_start_is_what_varies_and_what_the_answer_hangs_on(model, next_tokens, whole):
+    """Eigenvectors of cov(x) / tr + E[gᵀg] / tr; of keys the second moments about R m."""
+    model = model.double()
+    L, K, d = shape(model)
+    windows = windows_of()
+    p = find_start(model, windows, whole)
+
+    kept, zeros, before_rope = {}, [], {}
+
+    def project(layer, k, v, turn):
+        before_rope[layer], kept[layer] = k.detach(), (k.detach(), v.detach(), turn)
+        zeros.extend(torch.zeros_like(x, requires_grad=True) for x in (k, v))
+        return turn(k) + zeros[-2], v + zeros[-1]
+
+    of_draws = log_p_of(model, windows, next_tokens, project).sum(0)
+    gradients = [torch.autograd.grad(one, zeros, retain_graph=True) for one in of_draws]
+    for layer, (k, v, turn) in kept.items():
+        m = k[:, :, whole:].mean((0, 2))
+        assert relative(p.mean_k[layer], m) < 1e-6
+        assert relative(p.mean_v[layer], v[:, :, whole:].mean((0, 2))) < 1e-6
+        for side, (x, U) in enumerate(((turn(k - m[:, None]), p.U_k), (v, p.U_v))):
+            for j in range(K):
+                rows = x[:, j, whole:].reshape(-1, d).numpy()
+                g = torch.cat([of[2 * layer + side][:, j, whole:] for of in gradients])
+                g = g.reshape(-1, d).numpy()
+                varies = np.cov(rows.T, bias=True) if side else rows.T @ rows / len(rows)
+                both = varies / varies.trace() + g.T @ g / (g * g).sum()
+                _, vectors = np.linalg.eigh(both)
+                same = U[layer, j].double().numpy().T @ vectors[:, ::-1]
+                assert np.abs(np.abs(same) - np.eye(d)).max() < 1e-4
+    assert p.whole == whole
+
+
+def test_what_the_sweeps_add_zeros_to_is_the_model(model, tokens):
+    L, K, d = shape(model)
+    leaves = Leaves(torch.randn(L, K, d), torch.randn(L, K, d), 2)
+    assert torch.equal(model(tokens, project=leaves), model(tokens))
+
+
+def test_the_gradient_of_a_drawn_token_is_that_of_its_log_probability(model, monkeypatch):
+    """(onehot(y) − p) W, also where logits come in chunks; other draws are other tokens."""
+    monkeypatch.setattr("model.CHUNK", 7)                           # the last one is not full
+    model, plain, drawn = model.double(), torch.multinomial, []
+
+    def multinomial(*arguments, **named):
+        drawn.append(plain(*arguments, **named))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    states = torch.randn(24, 32, dtype=torch.float64, requires_grad=True)
+    found = drawn_gradients(model, states, torch.Generator().manual_seed(0))
+    y = torch.cat(drawn)
+    assert y.shape == (24, DRAWS)
+    assert (y[:, 0] != y[:, 1]).any()
+    log_p = model.lm_head(states).log_softmax(-1)
+    for draw in range(DRAWS):
+        of_draw = log_p.gather(1, y[:, draw:draw + 1]).sum()
+        expected, = torch.autograd.grad(of_draw, states, retain_graph=True)
+        assert relative(found[draw], expected) < 1e-12
+
 
 @torch.no_grad()
-def test_a_whole_order_is_followed_by_one_pass_for_each_lowering(double):
-    model, p = double
-    L, K, d = shape(model)
-    tokens = torch.randint(3, 96, (2, 9))
-    order = torch.cat([torch.randperm(2 * L * K) for _ in range(7)])
-    cost = Cost(model, p, tokens)
-    cost.passes = 0
-    log_p = model(tokens).log_softmax(-1)
-    for n, place in enumerate(along(cost, order), 1):
-        assert np.ravel_multi_index(place, (2, L, K)) == order[n - 1]
-        assert torch.equal(cost.ranks, plan_at(order, model.config, 1 - n / (2 * L * K * 8)))
-        if n in (1, 20):
-            log_q = model(tokens, project=p.at(cost.ranks)).log_softmax(-1)
-            assert cost.kl == pytest.approx(mean_kl(log_p, log_q), rel=1e-9)
-    assert cost.passes == n == len(order)
-    assert (cost.ranks == d // 8).all()
-
-
-@pytest.mark.parametrize("length", [0, 3, 55])
-@torch.no_grad()
-def test_an_order_that_was_cut_short_is_followed_and_then_searched_to_an_eighth(double, length):
-    """From where it ends, as the lazy search would go on from there."""
-    model, p = double
-    L, K, d = shape(model)
-    tokens = torch.randint(3, 96, (2, 9))
-    order = torch.cat([torch.randperm(2 * L * K) for _ in range(7)])[:length]
-    cost = Cost(model, p, tokens)
-    path = list(along(cost, order))
-    assert (cost.ranks == d // 8).all()
-    assert len(path) == 2 * L * K * 7
-
-    places = [np.ravel_multi_index(candidate, (2, L, K)) for candidate in path]
-    assert places[:length] == order.tolist()
-    other = Cost(model, p, tokens)
-    for candidate in path[:length]:
-        other.lower(candidate)
-    assert path[length:] == list(lazy(other))
-
-
-# ------------------------------------------------------------------------------
-# The script
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory):
-    """A folder with what the script left for random projections, and its options."""
-    folder = tmp_path_factory.mktemp("searched")
-    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, 3000))
-    random_projection(load(CKPT)).save(folder / "p.safetensors")
-    options = ["--ckpt", CKPT, "--data", folder / "tokens.npy", "--seq", 32]
-    options += ["--proj", folder / "p.safetensors", "--windows", 4]
-    call("search", *options, "--budget", 0.4, "--out", folder / "out")
-    return folder, options
-
-
-def test_the_script_writes_the_plan_and_the_whole_path(searched):
-    folder, _ = searched
-    plan = json.loads((folder / "out" / "ranks.json").read_text())
-    model = load(CKPT)
-    L, K, d = shape(model)
-    assert set(plan) == {
-        "head_dim", "budget", "keys", "values", "kl", "uniform_kl", "evaluations", "path",
-        "projections"}
-    assert plan["head_dim"] == d
-    assert plan["projections"] == Projection.load(folder / "p.safetensors").hash()
-    assert len(plan["path"]) == 2 * L * K * 7
-    assert 0.4 - 1 / (2 * L * K * 8) < plan["budget"] <= 0.4
-    assert (folder / "out" / "ranks.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_plan_spelled_out_is_the_prefix_of_the_path_for_the_budget(searched):
-    folder, _ = searched
-    file, model = folder / "out" / "ranks.json", load(CKPT)
-    plan = json.loads(file.read_text())
-    found = read_ranks(file, model.config)
-    ranks = found.ranks
-    assert torch.equal(ranks, plan_at(found.order, model.config, 0.4))
-    assert ranks.sum() == plan["budget"] * ranks.numel() * model.config.head_dim
-    taken = ranks.numel() * 8 - int(ranks.sum()) * 8 // model.config.head_dim
-    assert plan["kl"] == plan["path"][taken - 1][3]
-
-
-def test_an_interrupted_search_leaves_the_path_so_far(searched, tmp_path, monkeypatch, capsys):
-    """Stopped after ten lowerings: 1 − 10/64 of the cache."""
-    _, options = searched
-
-    def stopped(cost):
-        steps = lazy(cost)
-        for _ in range(10):
-            yield next(steps)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("search.lazy", stopped)
-    with pytest.raises(SystemExit) as left:
-        call("search", *options, "--out", tmp_path)
-    assert left.value.code == 130
-    assert "down to 84.4%" in capsys.readouterr().err.splitlines()[-1]
-    plan = json.loads((tmp_path / "ranks.json").read_text())
-    assert len(plan["path"]) == 10
-    assert plan["budget"] == 1 - 10 / 64
-
-
-def test_the_script_goes_on_where_the_order_of_a_training_was_cut_short(searched, tmp_path):
-    _, options = searched
-    model = load(CKPT)
-    p = random_projection(model)
-    p.save(tmp_path / PROJECTIONS)
-    (tmp_path / "train.json").write_text(json.dumps({"order": [6, 1, 1]}))
-    call("search", *options, "--proj", tmp_path / PROJECTIONS)
-    found = read_ranks(tmp_path / "ranks.json", model.config)
-    assert found.order[:3].tolist() == [6, 1, 1]
-    assert found.order.bincount().tolist() == [7] * 8
-    assert found.fits(p)
-
-
-# ------------------------------------------------------------------------------
-# An order before any training: errors against pairs, steps against a scan
-
-@torch.no_grad()
-def test_errors_are_what_readers_miss_of_the_columns_cut_off(model):
-    """Against all pairs of a query and a key, and of a value and a row of W_o, one by one."""
-    L, K, d = shape(model)
-    moments, p = Moments(model.config), random_projection(model)
-    G = moments.G
-    for layer in range(L):
-        q, k, v = (torch.randn(1, heads, 20, d) for heads in (K * G, K, K))
-        moments(layer, q, k, v)
-    W_o = [torch.randn(30, K * G * d) for _ in range(L)]
-    error = errors(moments, p, W_o)
-    cached = (k - k.mean(2, keepdim=True), v - v.mean(2, keepdim=True))
-    read = (q[0].view(K, -1, d), W_o[-1].view(30, K, G, d).transpose(0, 1).reshape(K, -1, d))
-    for side, U in enumerate((p.U_k, p.U_v)):
-        x, y = cached[side][0] @ U[-1], read[side] @ U[-1]          # (K, 20, d), (K, …, d)
-        for level in range(9):
-            r = level * d // 8
-            missed = x[..., r:] @ y[..., r:].mT
-            expected = missed.square().sum((-1, -2)).double() / 20
-            assert torch.allclose(error[side, -1, :, level], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_costs_are_a_power_of_the_errors_through_two_levels():
-    error = torch.rand(5, 9, dtype=torch.float64).cumsum(1).flip(1)
-    error[:, 8] = 0
-    weight, power = torch.rand(2, 5, 1, dtype=torch.float64)
-    expected = weight * error ** (0.7 + power)
-    costs = costs_of(error, expected[:, (2, 6)])
-    assert torch.allclose(costs, expected)
-    assert (costs[:, 8] == 0).all()
-
-
-def test_costs_are_numbers_where_nothing_is_lost():
-    error = torch.zeros(3, 9, dtype=torch.float64)
-    assert costs_of(error, torch.zeros(3, 2, dtype=torch.float64)).isfinite().all()
+def test_drawn_gradients_are_zero_in_the_mean_and_vary_as_fisher_information(model, monkeypatch):
+    """E[gᵀg] = Wᵀ (diag p − pᵀp) W, within what 4,000 draws can say."""
+    draws = 4000
+    monkeypatch.setattr("search.DRAWS", draws)
+    model = model.double()
+    states = torch.randn(3, 32, dtype=torch.float64)
+    W = model.lm_head.weight
+    g = drawn_gradients(model, states, torch.Generator().manual_seed(0)).transpose(0, 1)
+    for state, of_draws in zip(states, g, strict=True):
+        p = (W @ state).softmax(-1)
+        fisher = W.T @ (p.diag() - p[:, None] * p) @ W
+        errors = of_draws.mean(0) / (fisher.diag() / draws).sqrt()
+        assert errors.abs().max() < 5
+        assert relative(of_draws.T @ of_draws / draws, fisher) < 0.15
 
 
 def test_the_cheapest_next_step_is_taken_first():
@@ -358,44 +358,233 @@ def test_the_cheapest_next_step_is_taken_first():
     assert taken == [7] * 6
 
 
-def start_of_a_search(model):
-    """Random projections, moments of a text, and another text to measure on."""
-    moments = Moments(model.config)
-    model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
-    return random_projection(model), moments, np.random.default_rng(0).integers(3, 96, 300)
+# ------------------------------------------------------------------------------
+# What the sweeps take, and what they are worth
+
+def test_the_passes_of_the_sweeps_do_not_grow_with_the_heads(model, monkeypatch):
+    """A pass for every batch, three times, and a backward pass for every batch and draw, twice."""
+    counted = {"hidden": 0, "grad": 0}
+
+    def counting(name, plain):
+        def counted_call(*arguments, **named):
+            counted[name] += 1
+            return plain(*arguments, **named)
+
+        return counted_call
+
+    monkeypatch.setattr(Model, "hidden", counting("hidden", Model.hidden))
+    monkeypatch.setattr(torch.autograd, "grad", counting("grad", torch.autograd.grad))
+    for L, K in ((1, 1), (3, 4)):
+        counted.update(hidden=0, grad=0)
+        config = dataclasses.replace(model.config, num_hidden_layers=L, num_key_value_heads=K)
+        larger = Model(config).requires_grad_(False)
+        order = find_order(larger, find_start(larger, windows_of(), 2), windows_of())
+        assert len(order) == 2 * L * K * 7
+        assert counted == {"hidden": 3 * 2, "grad": 2 * 2 * DRAWS}
+
+
+class Waits(Exception):
+    """A process, which has its own part of a sum, for those of the others."""
+
+
+def in_processes(monkeypatch, world, run):
+    """What run() gives in each of several processes, whose sums are over all.
+
+    One after the other, again and again: as far as sums are known, and then for one more.
+    """
+    totals = []
+    while True:
+        parts, results = [], []
+        for rank in range(world):
+            try:
+                results.append(in_process(monkeypatch, rank, world, run, iter(totals)))
+            except Waits as waits:
+                parts += waits.args
+        if results:
+            assert len(results) == world
+            return results
+        totals.append(sum(parts))
+
+
+def in_process(monkeypatch, rank, world, run, totals):
+    def sum_over(part):
+        total = next(totals, None)
+        if total is None:
+            raise Waits(part.clone())
+        return part.copy_(total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "WORLD", world)
+        patch.setattr(processes, "RANK", rank)
+        patch.setattr(processes, "sum_over", sum_over)
+        return run()
 
 
 @torch.no_grad()
-def test_what_nobody_reads_is_lowered_first(model):
-    """W_o takes in nothing of one key-value head: neither its keys nor its values count."""
-    L, K, d = shape(model)
+def test_several_processes_find_what_one_finds(model, monkeypatch):
+    """Three, for two batches: one has nothing to do. The draws, their own, are left out."""
+    monkeypatch.setattr("search.drawn_gradients", lambda model, states, _: torch.stack(
+        [torch.roll(states, shift, -1) for shift in range(DRAWS)]))
+    model = model.double()
+    p = in_double(random_projection(model, whole=2, mean=1.0))
+
+    def run():
+        return find_start(model, windows_of(), 2), find_order(model, p, windows_of())
+
+    start, order = run()
+    for other, same_order in in_processes(monkeypatch, 3, run):
+        assert torch.equal(same_order, order)
+        for name, tensor in start.tensors().items():
+            assert relative(other.tensors()[name].abs(), tensor.abs()) < 1e-4
+
+
+@pytest.fixture
+def unequal(model):
+    """A model whose W_o takes in nothing of layer 1's first key-value head."""
+    d = model.config.head_dim
     W_o = model.layers[1].self_attn.o_proj
-    nothing = W_o.weight.clone()
-    nothing[:, :2 * d] = 0                                          # of the G = 2 query heads
-    W_o.weight.data = nothing
-    order = find_order(model, *start_of_a_search(model), batch=2, seq=40)
+    W_o.weight.data = W_o.weight.clone()
+    W_o.weight.data[:, :2 * d] = 0                                  # of the G = 2 query heads
+    return model
+
+
+@torch.no_grad()
+def test_what_nobody_reads_is_lowered_first(unequal):
+    """Neither the keys nor the values of that head count."""
+    L, K, d = shape(unequal)
+    p = random_projection(unequal, whole=2, mean=1.0)
+    order = find_order(unequal, p, windows_of())
     assert order.bincount().tolist() == [7] * (2 * L * K)
     unread = [np.ravel_multi_index((side, 1, 0), (2, L, K)) for side in (0, 1)]
     assert sorted(order[:14].tolist()) == [unread[0]] * 7 + [unread[1]] * 7
 
 
 @torch.no_grad()
-def test_first_eighths_go_in_the_order_of_what_they_cost(model, monkeypatch):
-    """By 4LK KLs, of each rank alone at two levels, and the errors between them."""
-    seen = []
+def test_along_the_order_a_model_of_unequal_heads_loses_less_than_at_uniform_ranks(unequal):
+    p = random_start(unequal, whole=2)
+    order = find_order(unequal, p, windows_of(count=32, batch=8, seq=21, positions=1))
+    tokens = torch.randint(3, 96, (16, 21))
+    log_p = unequal(tokens).log_softmax(-1)
 
-    def noted(*arguments):
-        seen.append(kl_of_each(*arguments))
-        return seen[0]
+    def kl(ranks):
+        return mean_kl(log_p, unequal(tokens, project=p.at(ranks)).log_softmax(-1))
 
-    monkeypatch.setattr("search.kl_of_each", noted)
-    p, moments, tokens = start_of_a_search(model)
-    order = find_order(model, p, moments, tokens, batch=2, seq=40).tolist()
+    for budget in (0.75, 0.5, 0.375):
+        by_order = kl(plan_at(order, unequal.config, budget))
+        assert by_order < 0.9 * kl(uniform_ranks(budget, unequal.config))
+
+
+# ------------------------------------------------------------------------------
+# The script
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A folder with what the script left for random projections, and its options."""
+    folder = tmp_path_factory.mktemp("searched")
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(3, 96, 3000))
+    model = load(CKPT)
+    p, pca = random_projection(model, whole=2, mean=1.0), random_projection(model)
+    p.save(folder / "p.safetensors", pca)
+    options = ["--ckpt", CKPT, "--data", folder / "tokens.npy", "--seq", 32]
+    options += ["--proj", folder / "p.safetensors", "--windows", 4, "--sweep-windows", 8]
+    call("search", *options, "--budget", 0.4, "--out", folder / "out")
+    return folder, options
+
+
+def test_the_script_writes_the_plan_and_the_whole_path(searched):
+    folder, _ = searched
+    plan = json.loads((folder / "out" / "ranks.json").read_text())
+    model = load(CKPT)
     L, K, d = shape(model)
-    kl, = seen
-    assert len(kl) == 4 * L * K
-    error = errors(moments, p, output_weights(model)).flatten(0, 2)
-    costs = costs_of(error, kl.view(-1, 2))
-    firsts = sorted(range(2 * L * K), key=order.index)
-    assert firsts == costs[:, 7].argsort().tolist()
-    assert (kl[::2] > kl[1::2]).all()                               # of level 2, of level 6
+    assert set(plan) == {
+        "head_dim", "levels", "budget", "keys", "values", "kl", "uniform_kl", "evaluations", "path",
+        "projections"}
+    assert (plan["head_dim"], plan["levels"]) == (d, 8)
+    assert plan["projections"] == Projection.load(folder / "p.safetensors").hash()
+    assert len(plan["path"]) == 2 * L * K * 7
+    assert 0.4 - 1 / (2 * L * K * 8) < plan["budget"] <= 0.4
+    assert (folder / "out" / "ranks.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@torch.no_grad()
+def test_the_plan_spelled_out_is_the_prefix_of_the_path_for_the_budget(searched):
+    """And its KL is that of whole passes; along the path one is measured at every eighth."""
+    folder, _ = searched
+    file, model = folder / "out" / "ranks.json", load(CKPT)
+    p = Projection.load(folder / "p.safetensors")
+    plan = json.loads(file.read_text())
+    found = read_ranks(file, model.config)
+    ranks = found.ranks
+    assert torch.equal(ranks, plan_at(found.order, model.config, 0.4))
+    assert ranks.sum() == plan["budget"] * ranks.numel() * model.config.head_dim
+
+    training = np.load(folder / "tokens.npy")[:2700]
+    text = random_windows(training, 4, 32, torch.Generator().manual_seed(0))[:, :-1]
+    log_p = model(text).log_softmax(-1)
+
+    def kl(ranks):
+        return mean_kl(log_p, model(text, project=p.at(ranks)).log_softmax(-1))
+
+    assert plan["kl"] == pytest.approx(kl(ranks), rel=1e-4)
+    assert plan["uniform_kl"] == pytest.approx(kl(uniform_ranks(0.4, model.config)), rel=1e-4)
+    measured = {n: row[3] for n, row in enumerate(plan["path"], 1) if row[3] is not None}
+    assert sorted(measured) == [8, 16, 24, 32, 40, 48, 56]
+    for taken, found_kl in measured.items():
+        plan_there = plan_at(found.order, model.config, 1 - taken / 64)
+        assert found_kl == pytest.approx(kl(plan_there), rel=1e-4)
+
+
+def test_the_order_of_the_script_is_that_of_the_sweep_over_the_training_text(searched):
+    folder, options = searched
+    model = load(CKPT)
+    p = Projection.load(folder / "p.safetensors")
+    training = np.load(folder / "tokens.npy")[:2700]
+    found = read_ranks(folder / "out" / "ranks.json", model.config).order
+    order = find_order(model, p, Windows(training, 8, 4, 32, 64, 0))
+    assert torch.equal(found, order)
+    elsewhere = find_order(model, p, Windows(training, 8, 4, 32, 1, 0))
+    assert not torch.equal(found, elsewhere)
+    call("search", *options, "--positions", 1, "--out", folder / "at_zero")
+    found = read_ranks(folder / "at_zero" / "ranks.json", model.config).order
+    assert torch.equal(found, elsewhere)
+
+
+def test_plain_pca_has_a_search_of_its_own(searched, tmp_path):
+    folder, options = searched
+    call("search", *options, "--pca", "--out", tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ranks_pca.json", "ranks_pca.png"]
+    model = load(CKPT)
+    pca = Projection.load(folder / "p.safetensors", "pca_")
+    found = read_ranks(tmp_path / "ranks_pca.json", model.config)
+    assert found.projections == pca.hash() != Projection.load(folder / "p.safetensors").hash()
+    training = np.load(folder / "tokens.npy")[:2700]                # calibrated at position 0
+    assert torch.equal(found.order, find_order(model, pca, Windows(training, 8, 4, 32, 1, 0)))
+
+
+def test_algorithm_1_has_the_kl_of_every_round_and_an_interrupt_leaves_the_path_so_far(
+        searched, tmp_path, monkeypatch, capsys):
+    """Stopped after ten lowerings: 1 − 10/64 of the cache."""
+    _, options = searched
+
+    def stopped(cost):
+        yield from itertools.islice(exact(cost), 10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("search.exact", stopped)
+    with pytest.raises(SystemExit) as left:
+        call("search", *options, "--exact", "--out", tmp_path)
+    assert left.value.code == 130
+    assert "down to 84.4%" in capsys.readouterr().err.splitlines()[-1]
+    plan = json.loads((tmp_path / "ranks.json").read_text())
+    assert len(plan["path"]) == 10
+    assert plan["budget"] == 1 - 10 / 64
+    kls = [kl for *_, kl in plan["path"]]
+    assert kls == sorted(kls)
+    assert plan["kl"] == kls[-1] > 0
+    assert 8 * 10 <= plan["evaluations"] <= 9 * 10                  # the best one runs once more
+
+
+def test_positions_that_the_model_was_not_made_for_are_refused(searched, tmp_path, refusal):
+    _, options = searched
+    line = refusal("search", *options, "--positions", 65, "--out", tmp_path)
+    assert line == "--positions 65: the model was made for 64"
