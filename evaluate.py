@@ -39,6 +39,7 @@ from support.checkpoint import read_config
 from support.data import even_windows, held_out_passages, text_for
 from support.pictures import CURVES, draw_report, whole_recall
 from support.plans import PROJECTIONS, order_in
+from support.progress import Progress
 from support.tokenizer import load_tokenizer, with_beginning
 
 # ------------------------------------------------------------------------------
@@ -55,7 +56,10 @@ def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit
     text = even_windows(tokens, limit, T)
     base = torch.zeros(4, dtype=torch.float64)
     totals = {name: torch.zeros(4, dtype=torch.float64) for name in hooks}
-    kls = {name: [] for name in hooks}              # of every token: 4 bytes for each hook
+    n = text[:, 1:].numel()
+    kls = {name: torch.empty(n) for name in hooks}  # of every token
+    done = passes = 0
+    progress = Progress(-(-len(text) // B) * (1 + len(hooks)), "measuring")
     for block in text.to(model.device).split(B):
         x, y = block[:, :-1], block[:, 1:].flatten()
         teacher = model.norm(model.hidden(x)).flatten(0, 1)
@@ -63,22 +67,23 @@ def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit
         for rows, log_p in log_probabilities(model, teacher):
             likeliest[rows] = log_p.argmax(-1)
             base += by_token(log_p, log_p, y[rows], likeliest[rows]).sum(1)
+        progress(passes := passes + 1, "", x.numel())
         for name, project in hooks.items():
             student = model.norm(model.hidden(x, project)).flatten(0, 1)
             for rows, log_p, log_q in log_probabilities(model, teacher, student):
                 found = by_token(log_p, log_q, y[rows], likeliest[rows])
                 totals[name] += found.sum(1)
-                kls[name].append(found[0].float())
-    n = text[:, 1:].numel()
+                kls[name][done:][rows] = found[0].float()
+            progress(passes := passes + 1, "", x.numel())
+        done += len(y)
     _, perplexity, accuracy, _ = means(base, n)
     results = {}
     for name, total in totals.items():
         kl, ppl, right, same = means(total, n)
-        of_tokens = torch.cat(kls[name])
-        worst = float(np.quantile(of_tokens.numpy(), 0.999))
+        worst = float(np.quantile(kls[name].numpy(), 0.999))
         results[name] = {"kl": kl, "perplexity": ppl, "accuracy": right}
         results[name] |= {"same": same, "kl_99.9": worst}
-        results[name]["by_position"] = by_position(of_tokens.view(-1, T).mean(0))
+        results[name]["by_position"] = by_position(kls[name].view(-1, T).mean(0))
     return {"perplexity": perplexity, "accuracy": accuracy}, results
 
 

@@ -3,8 +3,9 @@
 First one attention step at the shape of a LLaMA-2-7B layer (32 heads, d = 128), batch 1: this
 project's cache, full and at made-up plans in which all heads differ, and PyTorch's
 scaled_dot_product_attention over the full cache. Then whole steps of the model, projections and
-MLP included, at several lengths of context. All that is compared takes turns in one process;
-ratios are medians over the rounds, the least and the largest in brackets.
+MLP included, at several lengths of context; and what a mean of the keys and 4 whole tokens add to
+such a step at 37.5%. All that is compared takes turns in one process; ratios are medians over the
+rounds, the least and the largest in brackets.
 
     python bench/cache.py                       # the demo; on a GPU the Triton kernel attends
     python bench/cache.py --rounds 1            # a quick look
@@ -27,6 +28,11 @@ from support import cli
 HEADS, D = 32, 128                              # LLaMA-2-7B's
 LENGTHS = (512, 1024, 2048, 4096)
 BUDGETS = (1.0, 0.5, 0.375, 0.25)
+WHOLE = {           # (a mean of the keys, whole tokens): name
+    (False, 0): "neither",
+    (True, 0): "a mean",
+    (True, 4): "a mean and 4 whole",
+}
 
 
 def attention_step(budget: float, tokens: int, both):
@@ -62,12 +68,15 @@ def time_attention(tokens: int, rounds: int, dtype, device) -> None:
         print(f"   {budget:6.1%}    {ratio(seconds, ours[0]):27s}  {ratio(seconds, pytorch)}")
 
 
-def model_step(model: Model, budget: float, length: int):
+def model_step(model: Model, budget: float, length: int, has_mean: bool = False, whole: int = 0):
     """A call that decodes one token behind `length` others."""
-    projection = Projection.identity(model.config)
+    p = Projection.identity(model.config)
+    mean_k = torch.randn_like(p.mean_v) if has_mean else None
+    projection = Projection(p.U_k, p.U_v, p.mean_v, mean_k, whole)
     ranks = ragged_ranks(*shape_of(model.config), budget)
     cache = KVCache(projection, ranks, 1, length + 1, model.dtype, model.device)
     cache.data.normal_()
+    cache.first.normal_()
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
 
     def step() -> None:
@@ -85,6 +94,17 @@ def time_model(model: Model, rounds: int) -> None:
         ratios = "".join(f"{ratio(seconds, full):25s}" for seconds in smaller)
         speed = 1 / statistics.median(full)
         print(f"   {length:7,}   {speed:14,.0f}    {ratios.rstrip()}", flush=True)
+
+
+def time_whole(model: Model, rounds: int) -> None:
+    """At 37.5%, with and without a mean of the keys, and whole tokens, against the full cache."""
+    print("   context" + "".join(f"    {name:25s}" for name in WHOLE.values()).rstrip())
+    for length in (LENGTHS[0], LENGTHS[-1]):
+        steps = [model_step(model, 1.0, length)]
+        steps += [model_step(model, 0.375, length, *kind) for kind in WHOLE]
+        full, *others = timed(steps, rounds, repeats=20)
+        ratios = "".join(f"    {ratio(seconds, full):25s}" for seconds in others)
+        print(f"   {length:7,}{ratios.rstrip()}", flush=True)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -105,6 +125,9 @@ def main():
     time_attention(args.tokens, args.rounds, dtype, device)
     print(f"\nA whole step of {args.ckpt}: tokens/s with the full cache, and time against it\n")
     time_model(model, args.rounds)
+    print("\nAt 37.5% time against the full cache, of projections with a mean of the keys, and with "
+          "whole tokens\n")
+    time_whole(model, args.rounds)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
 For each kind of GPU (no GPU is needed): the registers of a thread and what is spilled from them,
 the shared memory of a program and what a program may have there, and how many bytes a load from the
 cache takes at a time: 16 is the most. Then registers and spills of the kernel that merges. One line
-for each dtype and shape.
+for each dtype and shape, of plain projections; and of those with a mean of the keys and 4 whole
+tokens, as train.py makes them ("+ m").
 
 With a GPU also the time of a whole call, merging the stretches included, over lengths of context at
-the layer of two 7B models, for a full cache and for made-up plans in which all heads differ: bytes
-of the cache per second against what a copy reaches, and the time against PyTorch's
-scaled_dot_product_attention over the full cache.
+the layer of two 7B models, for a full cache and for made-up plans in which all heads differ, and
+again with a mean and 4 whole tokens: bytes of the cache per second against what a copy reaches, and
+the time against PyTorch's scaled_dot_product_attention over the full cache.
 
     python bench/kernel.py                      # all; with a GPU, the timings and kernel.png
     python bench/kernel.py --capability 90      # compile for an H100 or H200 alone
 """
+import itertools
 import os
 import re
 import subprocess
@@ -59,7 +61,11 @@ POINTERS = {                                # those of one dtype whatever the ca
     "stats_out": "fp32",
     "acc_in": "fp32",
     "stats_in": "fp32",
+    "mean": "fp32",
+    "turns": "fp32",
 }
+LIKE_THE_CACHE = ("q", "cache", "out", "raw", "first_keys", "first_values")
+WHOLE = 4                                   # first tokens, where there is a mean
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -78,13 +84,13 @@ def lines_on(capability: int) -> list[str]:
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):                   # a compiler that fails prints the whole program
         os.dup2(silence, stream)
-    return [line_on(capability, *shape) for shape in SHAPES]
+    return [line_on(capability, *shape, has_mean) for shape in SHAPES for has_mean in (False, True)]
 
 
-def line_on(capability: int, dtype: str, d: int, G: int) -> str:
-    what = f"  sm_{capability}  {dtype}  d = {d:<3d}  G = {G}   "
+def line_on(capability: int, dtype: str, d: int, G: int, has_mean: bool) -> str:
+    what = f"  sm_{capability}  {dtype}  d = {d:<3d}  G = {G}  {'+ m' if has_mean else '':3s}   "
     try:
-        decode, merge = (compile_for(capability, each, dtype, d, G)
+        decode, merge = (compile_for(capability, each, dtype, d, G, has_mean)
                          for each in (kernel.decode_kernel, kernel.merge_kernel))
         registers, spills = assemble(decode.asm["ptx"])
         of_merge, spills_of_merge = assemble(merge.asm["ptx"])
@@ -106,13 +112,15 @@ def gist(error: Exception) -> str:
     return " ".join(line.split())
 
 
-def compile_for(capability: int, function, dtype: str, d: int, G: int):
+def compile_for(capability: int, function, dtype: str, d: int, G: int, has_mean: bool):
     """Triton's result for a kernel and 8 key-value heads, of which G query heads read each."""
     names = function.arg_names
-    constants = kernel.shapes(8, G, d, DTYPES[dtype]) | {"SHARES": 16}
+    whole = WHOLE if has_mean else 0
+    constants = kernel.shapes(8, G, d, DTYPES[dtype], has_mean)
+    constants |= {"SHARES": 16, "WHOLE_KEYS": whole, "WHOLE_VALUES": whole}
     constants = {name: value for name, value in constants.items() if name in names}
     pointers = {name: kind for name, kind in POINTERS.items() if name in names}
-    pointers |= {name: dtype for name in ("q", "cache", "out") if name in names}
+    pointers |= {name: dtype for name in LIKE_THE_CACHE if name in names}
     signature = dict.fromkeys(names, "i32")
     signature |= {name: f"*{kind}" for name, kind in pointers.items()}
     signature |= dict.fromkeys(constants, "constexpr")
@@ -120,7 +128,8 @@ def compile_for(capability: int, function, dtype: str, d: int, G: int):
         signature["scale"] = "fp32"
     place = {name: (index,) for index, name in enumerate(names)}
     values = {place[name]: value for name, value in constants.items()}
-    multiples = [*pointers, *(name for name in ("max_len", "q_head", "width") if name in names)]
+    numbers = ("max_len", "q_head", "raw_head", "width")
+    multiples = [*pointers, *(name for name in numbers if name in names)]
     aligned = {place[name]: [["tt.divisibility", 16]] for name in multiples}
     source = ASTSource(function, signature, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
@@ -163,7 +172,7 @@ LAYERS = {                                  # K, G, d
     "LLaMA-2-7B": (32, 1, 128),
     "Mistral-7B-v0.3": (8, 4, 128),
 }
-BUDGETS = (1.0, 0.5, 0.375, 0.25)
+CASES = [(1.0, False), *itertools.product((0.5, 0.375, 0.25), (False, True))]   # budget, a mean
 LENGTHS = [2 ** n for n in range(10, 18)]
 
 
@@ -178,17 +187,24 @@ def copy_speed(device) -> float:
     return 2 * block.nbytes / milliseconds(block.clone)[0] / 1e6
 
 
-def one_layer(q: Tensor, length: int, budget: float) -> tuple:
+def one_layer(q: Tensor, length: int, budget: float, has_mean: bool) -> tuple:
     """Arguments of decode_attention: q and a layer of a cache of random numbers."""
     _, K, G, d = q.shape
     ranks = ragged_ranks(1, K, d, budget)[:, 0]                     # (2, K)
     sizes = ranks.flatten()
     firsts = (sizes.cumsum(0) - sizes).view(2, K)
-    ends = G * ranks[1].cumsum(0)
-    table = torch.cat((firsts, ranks, (ends - G * ranks[1])[None]))
+    counts = torch.full_like(ranks[1], d) if has_mean else ranks[1]
+    ends = G * counts.cumsum(0)
+    table = torch.cat((firsts, ranks, (ends - G * counts)[None], counts[None]))
     rows = q.new_empty(int(sizes.sum()), length).normal_()
     span = torch.tensor([0, length]).to(q.device)
-    return q, rows, table.to(q.device), span, length, int(ends[-1]), d ** -0.5
+    given = q, rows, table.to(q.device), span, length, int(ends[-1]), d ** -0.5
+    if not has_mean:
+        return given
+    mean = torch.randn(K, d, device=q.device)
+    turns = torch.randn(d, length, device=q.device)
+    first_keys, first_values = q.new_empty(2, K, 1, d, WHOLE).normal_()
+    return *given, q, mean, turns, first_keys, first_values
 
 
 def time_pytorch(q: Tensor, length: int) -> float:
@@ -202,20 +218,22 @@ def time_pytorch(q: Tensor, length: int) -> float:
 
 
 def time_layer(name: str, length: int, copy: float, dtype, device) -> dict:
-    """Print a line for every budget. Returns {budget: time / PyTorch's over the full cache}."""
+    """Print a line for every budget. Returns {(budget, has a mean): time / PyTorch's}."""
     K, G, d = LAYERS[name]
     q = torch.randn(1, K, G, d, dtype=dtype, device=device)
     full = time_pytorch(q, length)
     ratios = {}
-    for budget in BUDGETS:
-        inputs = one_layer(q, length, budget)
+    for budget, has_mean in CASES:
+        inputs = one_layer(q, length, budget, has_mean)
         rows = inputs[1]
         times = milliseconds(partial(kernel.decode_attention, *inputs))
         speed = rows.nbytes / times[0] / 1e6
         middle, low, high = (ms / full for ms in times)
-        ratios[budget] = middle
-        print(f"  {name:16s} {length:9,}   {budget:6.1%}   {times[0]:10.3f}  {speed:6,.0f}   "
-              f"{speed / copy:6.0%}     {middle:.3f} [{low:.3f} … {high:.3f}]", flush=True)
+        ratios[budget, has_mean] = middle
+        with_mean = "+ m" if has_mean else ""
+        print(f"  {name:16s} {length:9,}   {budget:6.1%} {with_mean:3s}   {times[0]:10.3f}  "
+              f"{speed:6,.0f}   {speed / copy:6.0%}     {middle:.3f} [{low:.3f} … {high:.3f}]",
+              flush=True)
     return ratios
 
 
@@ -223,7 +241,7 @@ def time_all(dtype, device, path: Path) -> None:
     copy = copy_speed(device)
     print(f"\n{torch.cuda.get_device_name(device)}: a copy reaches {copy:,.0f} GB/s. "
           f"{str(dtype).removeprefix('torch.')}, batch 1, medians [20% … 80% of the calls]\n")
-    print("  layer              context    cache     call, ms    GB/s   of copy     "
+    print("  layer              context    cache         call, ms    GB/s   of copy     "
           "time / scaled_dot_product_attention, full cache")
     ratios = {}
     for name in LAYERS:
@@ -236,9 +254,11 @@ def time_all(dtype, device, path: Path) -> None:
 def draw(ratios: dict, path: Path) -> None:
     with cli.blame("--out"), picture(path, 2, sharey=True) as axes:
         for axis, name in zip(axes, LAYERS, strict=True):
-            for budget in BUDGETS:
-                values = [ratios[name, length][budget] for length in LENGTHS]
-                axis.plot(LENGTHS, values, marker="o", label=f"{budget:.1%} of the cache")
+            for n, (budget, has_mean) in enumerate(CASES):
+                values = [ratios[name, length][budget, has_mean] for length in LENGTHS]
+                label = f"{budget:.1%} of the cache" + (", m and whole tokens" if has_mean else "")
+                axis.plot(LENGTHS, values, ":" if has_mean else "-", marker="o", label=label,
+                          color=f"C{(n + 1) // 2}")
             axis.set(xscale="log", title=name, xlabel="tokens of context",
                      ylabel="time / PyTorch's attention, full cache")
             axis.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS], rotation=45)

@@ -16,6 +16,7 @@ from support.data import (
     jsonl_documents,
     load_data,
     python_documents,
+    random_starts,
     random_windows,
     set_apart,
     text_pieces,
@@ -57,6 +58,21 @@ def test_random_windows_lie_anywhere_and_a_process_gets_its_share_of_the_same():
     block = draw()
     assert set(block[:, 0].tolist()) == set(range(7))
     assert torch.equal(draw(slice(50, 100)), block[50:100])
+
+
+def test_windows_begin_anywhere_below_the_positions_and_near_0_more_often():
+    """By the cube: half of them in the first eighth."""
+    generator = torch.Generator().manual_seed(3)
+    starts = random_starts(300, 5, 12, generator)
+    assert starts.dtype == torch.int64
+    assert set(starts.tolist()) == set(range(8))
+    starts = random_starts(4000, 5, 8004, generator)
+    for share, place in ((0.25, 125), (0.5, 1000), (0.75, 3375)):
+        assert (starts < place).double().mean().item() == pytest.approx(share, abs=0.03)
+    before = generator.get_state()
+    for positions in (1, 5):                # where they do not fit nothing is drawn
+        assert random_starts(4, 5, positions, generator).tolist() == [0] * 4
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_even_windows_are_spread_over_all_of_the_text():

@@ -32,13 +32,29 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(model, c, monkeyp
     assert relative(student.grad, other.grad) < 1e-12
 
 
-def test_the_loss_of_windows_is_the_students_distance_from_the_model(model):
+def log_softmax_of(model, tokens, start, project):
+    """Of windows one by one, from states (n, hidden)."""
+    starts = torch.as_tensor(start).expand(len(tokens)).tolist()
+
+    def projected(b):
+        return None if project is None else lambda layer, k, v, turn: [
+            x[b:b + 1] for x in project(layer, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1),
+                                        turn)]
+
+    states = [model.hidden(tokens[b:b + 1], projected(b), start=start)
+              for b, start in enumerate(starts)]
+    return model.lm_head(model.norm(torch.cat(states))).log_softmax(-1)
+
+
+@pytest.mark.parametrize("start", [0, torch.tensor([41, 0, 7])], ids=["at zero", "anywhere"])
+def test_the_loss_of_windows_is_the_students_distance_from_the_model(model, start):
     """Inputs are all tokens but the last, targets all but the first."""
     model = model.double()
     text = torch.randint(3, 96, (3, 22))
-    project = random_projection(model).at(random_ranks(model, 3))
-    loss, kl = distil(model, text, project, Recipe(1, 3, 21, 0.1, ce=0.25))
-    log_p, log_q = (model(text[:, :-1], project=f).log_softmax(-1) for f in (None, project))
+    p = random_projection(model, whole=2, mean=1.0).to(None, torch.float64)
+    project = p.at(random_ranks(model, 3))
+    loss, kl = distil(model, text, project, Recipe(1, 3, 21, 0.1, ce=0.25), start)
+    log_p, log_q = (log_softmax_of(model, text[:, :-1], start, f) for f in (None, project))
     for i in range(3):
         expected = mean_kl(log_p[i:i + 1], log_q[i:i + 1])
         cross_entropy = F.nll_loss(log_q[i], text[i, 1:]).item()
@@ -51,3 +67,16 @@ def test_a_full_rank_student_has_no_loss(model, tokens):
     project = Rotation(random_start(model)).at(full)
     _, kl = distil(model, tokens, project, Recipe(1, 3, 20, 0.1))
     assert kl.abs().max() < 1e-6
+
+
+def test_the_teacher_is_the_same_and_the_student_another_wherever_windows_start(model):
+    """Keys are projected where they lie, by one basis for all positions."""
+    model = model.double()
+    text = torch.randint(3, 96, (3, 22))
+    p = random_projection(model).to(None, torch.float64)
+    project, recipe = p.at(uniform_ranks(0.5, model.config)), Recipe(1, 3, 21, 0.1)
+    losses = [distil(model, text, project, recipe, start)[0]
+              for start in (0, 37, torch.tensor([37, 0, 37]))]
+    at_zero, at_37, mixed = losses
+    assert (at_zero - at_37).abs().min() > 1e-6
+    assert relative(mixed, torch.stack((at_37[0], at_zero[1], at_37[2]))) < 1e-9

@@ -28,6 +28,7 @@ from conftest import (
 from cache import KVCache
 from evaluate import (
     answer,
+    by_position,
     check_same_run,
     choice_scores,
     curves_in,
@@ -67,6 +68,43 @@ def test_the_report_is_that_of_whole_logits(model, monkeypatch):
         right = (log.argmax(-1) == y).double().mean()
         assert got["perplexity"] == pytest.approx(cross_entropy.exp().item(), rel=1e-4)
         assert got["accuracy"] == pytest.approx(right.item())
+
+
+def test_by_position_a_kl_is_the_mean_over_the_windows_there(model, monkeypatch):
+    monkeypatch.setattr("model.CHUNK", 100)
+    tokens = np.random.default_rng(0).integers(3, 96, 3 * 260 + 1)
+    project = random_projection(model).at(uniform_ranks(0.375, model.config))
+    _, results = measure(model, tokens, {"x": project}, B=2, T=260, limit=3)
+    x = windows(tokens, torch.arange(3) * 260, 260)[:, :-1]
+    log_p, log_q = (model(x, project=f).log_softmax(-1)[:, 64:256] for f in (None, project))
+    assert list(results["x"]["by_position"]) == ["64–256"]
+    kl = results["x"]["by_position"]["64–256"]
+    assert kl == pytest.approx(mean_kl(log_p, log_q), rel=1e-4)
+    assert kl != pytest.approx(results["x"]["kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("T, expected", [
+    (255, {}),
+    (256, {"64–256": 159.5}),
+    (2047, {"64–256": 159.5, "256–1024": 639.5}),
+    (5000, {"64–256": 159.5, "256–1024": 639.5, "1024–2048": 1535.5, "2048–4096": 3071.5}),
+])
+def test_a_window_has_the_stretches_that_it_fills(T, expected):
+    assert by_position(torch.arange(T).double()) == expected
+
+
+def test_kl_by_position_is_printed_where_there_are_two_stretches(capsys):
+    numbers = {"kl": 0.0, "perplexity": 9.0, "accuracy": 0.5, "same": 1.0, "kl_99.9": 0.0}
+    for more in ({}, {"256–1024": 0.7654321}):
+        curve = numbers | {"by_position": {"64–256": 0.1234567} | more}
+        print_table(numbers, [{"budget": budget, "trained": curve} for budget in (1.0, 0.5)])
+        said = [line.split() for line in capsys.readouterr().out.splitlines()]
+        printed = [line for line in said if "0.12346" in line]
+        assert len(printed) == len(more)
+        if more:
+            assert printed[0][0] == "50.0%"
+            assert printed[0][-2:] == ["0.12346", "0.76543"]
+            assert ["64–256", "256–1024"] in [line[-2:] for line in said]
 
 
 @pytest.mark.parametrize("factor", [1e10, math.nan])
@@ -131,10 +169,18 @@ def test_the_report_of_a_training_can_be_made_again(trained, tmp_path):
     call("evaluate", *small(trained), "--windows", 32, "--passages", 0, "--out", out)
     before, again = (json.loads((out / f"{name}.json").read_text())
                      for name in ("train", "evaluation"))
-    kept = ("budget", "pca", "trained")
-    rows = [{name: row[name] for name in kept} for row in before["budgets"]]
+    kept = {"budget": "budget", "pca": "pca", "trained": "trained", "trained_ordered": "searched"}
+    rows = [{name: row[old] for old, name in kept.items()} for row in before["budgets"]]
     assert again == {"base": before["base"], "budgets": rows}
     assert (out / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_report_may_be_on_windows_of_another_length(trained, tmp_path):
+    out = shutil.copytree(trained / "out", tmp_path / "out")
+    call("evaluate", *small(trained), "--seq", 256, "--windows", 1, "--passages", 0, "--out", out)
+    said = json.loads((out / "evaluation.json").read_text())
+    for row in said["budgets"]:
+        assert list(row["trained"]["by_position"]) == ["64–256"]
 
 
 VALUES_FIRST = 9 / 16       # budget where an order that lowers all values first has done so
@@ -218,11 +264,11 @@ def test_a_folder_without_a_pca_has_no_curve_of_one(folder, model):
 
 @pytest.fixture
 def same_run(tmp_path):
-    """`same_run(trained with, asked for)`: of --ckpt, --data and --seq; CKPT, None and 32."""
+    """`same_run(trained with, asked for)`: of --ckpt and --data; CKPT and None."""
     def check(before=None, now=None):
         said = {"ckpt": str(CKPT), "data": "", "seq": 32} | (before or {})
         (tmp_path / "train.json").write_text(json.dumps({"config": said}))
-        asked = {"ckpt": CKPT, "data": None, "seq": 32} | (now or {})
+        asked = {"ckpt": CKPT, "data": None, "seq": 64} | (now or {})
         check_same_run(tmp_path, SimpleNamespace(**asked))
 
     return check
@@ -244,9 +290,8 @@ def test_a_run_is_the_same_from_wherever_its_paths_are_given(same_run, tmp_path,
     ({}, {"data": Path("text.txt")}, "--data"),
     ({"data": "/text.txt"}, {}, "--data"),
     ({"data": "/text.txt"}, {"data": Path("/other.txt")}, "--data"),
-    ({}, {"seq": 16}, "--seq"),
 ])
-def test_a_report_on_another_model_text_or_length_is_refused(same_run, before, now, option):
+def test_a_report_on_another_model_or_text_is_refused(same_run, before, now, option):
     with pytest.raises(ValueError, match=f"was trained with {option}"):
         same_run(before, now)
 
@@ -259,7 +304,7 @@ def test_a_model_that_gains_nothing_has_no_recall_to_keep(capsys):
     assert whole_recall(0.25) == 400
     assert math.isnan(whole_recall(0.0))
     numbers = {"perplexity": 9.0, "accuracy": 0.5, "recall": -0.1}
-    curve = numbers | {"kl": 0.0, "same": 1.0, "kl_99.9": 0.0}
+    curve = numbers | {"kl": 0.0, "same": 1.0, "kl_99.9": 0.0, "by_position": {}}
     print_table(numbers, [{"budget": 0.5, "pca": curve, "trained": curve}])
     assert capsys.readouterr().out.split()[-2:] == ["nan", "nan"]
 
@@ -296,10 +341,11 @@ def by_whole_sequences(model, tokenizer, question, project):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("plan", ["full", "uniform", "ragged"])
-def test_scores_are_those_of_whole_sequences(demo, plan):
+@pytest.mark.parametrize("plan, whole", [("full", 0), ("uniform", 0), ("ragged", 0), ("ragged", 4)])
+def test_scores_are_those_of_whole_sequences(demo, plan, whole):
+    """Also where the prefix that choices share is shorter than what stays whole."""
     model, tokenizer = demo
-    p, ranks = random_projection(model), random_ranks(model)
+    p, ranks = random_projection(model, whole, 1.0 if whole else 0.0), random_ranks(model)
     if plan != "ragged":
         ranks = uniform_ranks({"uniform": 0.5, "full": 1.0}[plan], model.config)
     cache = KVCache(p, ranks, 1, 40)

@@ -60,19 +60,22 @@ def test_with_and_without_a_cache_the_tokens_of_a_seed_are_the_same(endless):
 
 
 def test_a_compressed_cache_continues_as_the_projected_model_does(every_model):
+    """Also where more first tokens stay whole than the prompt has."""
     model = without_end(every_model)
-    p, ranks = random_projection(model), random_ranks(model)
-    cache = KVCache(p, ranks, batch=1, max_len=20)
-    made = list(generate(model, PROMPT, 12, cache=cache))
-    assert made == greedy(model, PROMPT, 12, p.at(ranks))
-    assert cache.length == len(PROMPT) + 11
+    for whole, mean in ((0, 0.0), (6, 1.0)):
+        p, ranks = random_projection(model, whole, mean), random_ranks(model)
+        cache = KVCache(p, ranks, batch=1, max_len=20)
+        made = list(generate(model, PROMPT, 12, cache=cache))
+        assert made == greedy(model, PROMPT, 12, p.at(ranks))
+        assert cache.length == len(PROMPT) + 11
 
 
 def test_a_sliding_window_moves_on_with_the_tokens():
     model = without_end(load(GOLDEN / "mistral_window"))
-    p, ranks = random_projection(model), random_ranks(model)
-    made = list(generate(model, PROMPT, 30, cache=KVCache(p, ranks, batch=1, max_len=40)))
-    assert made == greedy(model, PROMPT, 30, p.at(ranks))
+    for whole, mean in ((0, 0.0), (6, 1.0)):
+        p, ranks = random_projection(model, whole, mean), random_ranks(model)
+        made = list(generate(model, PROMPT, 30, cache=KVCache(p, ranks, batch=1, max_len=40)))
+        assert made == greedy(model, PROMPT, 30, p.at(ranks))
 
 
 def test_the_cache_needs_no_room_for_the_last_token(endless):
@@ -92,6 +95,7 @@ def test_the_end_of_the_sequence_is_not_yielded(endless):
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])            # biases; norms of queries and keys
 def test_folded_weights_replace_those_of_the_values(kind, tokens):
+    """Where first tokens are whole, also of their passes, and their bytes are counted once."""
     model = load(GOLDEN / kind)
     p, ranks = random_projection(model), random_ranks(model)
     expected = model(tokens, project=p.at(ranks))
@@ -102,6 +106,20 @@ def test_folded_weights_replace_those_of_the_values(kind, tokens):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             assert getattr(layer.self_attn, name) is None
     assert relative(model(tokens, cache=cache), expected) < 1e-4
+
+    model, p = load(GOLDEN / kind), random_projection(model, 4, 1.0)
+    ranks[:, :, 0] = model.config.head_dim // 2
+    expected = model(tokens, project=p.at(ranks))
+    cache = KVCache(p, ranks, batch=3, max_len=21)
+    size = fold(model, cache, drop=True)
+    L, K, d = shape(model)
+    hidden, H = model.config.hidden_size, model.config.num_attention_heads
+    numbers = (H + 2 * K) * d * (hidden + 1)                        # W_qkv' and its bias
+    numbers += (H * d + 1) * hidden                                 # W_o' and its bias
+    assert size == 4 * L * numbers
+    parts = tokens.split([2, 1, 18], dim=1)
+    logits = torch.cat([model(part, cache=cache) for part in parts], dim=1)
+    assert relative(logits, expected) < 1e-4
 
 
 def test_weights_that_were_dropped_are_not_there_for_another_plan(model, tokens):
@@ -172,6 +190,57 @@ def test_beside_an_order_a_budget_is_a_prefix_of_it(run, demo, tmp_path):
     assert f"{before:.1%} of the full" in said.err
     assert "after 3 new tokens" in said.err
     assert f"{after:.1%} of the full" in said.err
+
+
+def test_what_whole_tokens_add_is_said_beside_the_cache(run, demo, tmp_path):
+    model, _ = demo
+    random_projection(model, 4, 1.0).save(tmp_path / "p.safetensors")
+    said = run("--proj", tmp_path / "p.safetensors", "--budget", 0.25)
+    L, K, d = shape(model)
+    assert "25.0% of the full" in said.err
+    assert f"; {2 * L * K * d * 4 * 4:,} bytes for 4 whole first tokens; " in said.err
+    random_projection(model, 0, 1.0).save(tmp_path / "p.safetensors")
+    assert "whole" not in run("--proj", tmp_path / "p.safetensors", "--budget", 0.25).err
+
+
+@pytest.fixture
+def with_template(tmp_path):
+    """A folder with the demo's files, its tokenizer.model too, and this chat template."""
+    def folder(template):
+        for file in DEMO.iterdir():
+            link = tmp_path / file.name
+            if not link.exists():
+                link.symlink_to(file)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+            {"bos_token": "<s>", "chat_template": template}))
+        return tmp_path
+
+    return folder
+
+
+QUESTION = "Question: {{ messages[0]['content'] }}\nAnswer:"
+
+
+def test_a_turn_of_a_chat_is_put_as_the_template_says(run, with_template, demo):
+    model, tokenizer = demo
+    prompt = [tokenizer.bos_id(), *tokenizer.encode("Question: The json module\nAnswer:")]
+    said = run("--ckpt", with_template(QUESTION), "--chat")
+    assert said.out == tokenizer.decode(prompt + greedy(model, prompt, 6)) + "\n"
+
+
+def test_a_beginning_that_a_template_spells_is_the_beginning_and_no_letters(run, with_template):
+    """Also where SentencePiece would read it as letters: LLaMA-2's and Mistral's templates."""
+    plain = run("--ckpt", with_template(QUESTION), "--chat")
+    spelled = run("--ckpt", with_template("{{ bos_token }}" + QUESTION), "--chat")
+    assert spelled.out == plain.out
+
+
+def test_without_a_template_there_is_no_chat(refusal, with_template):
+    assert refusal("generate", *OPTIONS, "--chat").startswith(f"--chat: {DEMO}: neither ")
+    failing = with_template("{{ raise_exception('turns must alternate') }}")
+    line = refusal("generate", *OPTIONS, "--ckpt", failing, "--chat")
+    assert line.startswith("--chat: ")
+    assert "turns must alternate" in line
 
 
 def test_a_cache_does_not_shrink_to_more_than_it_has(demo, tmp_path, capsys):

@@ -87,6 +87,56 @@ def test_the_parts_make_the_whole(model, tokens):
     assert torch.equal(linear(model.norm(x), model.lm_head), model(tokens))
 
 
+def test_hooks_are_shown_keys_before_rope_and_what_turns_them(every_model, tokens):
+    """Turned as complex numbers; a hook that does no more leaves the logits as they are."""
+    model, keys = every_model, []
+
+    def observe(i, q, k, v, turn):
+        h = model.layers[i].input_layernorm(states[i])
+        weights = model.layers[i].self_attn
+        before = model.split_heads(linear(h, weights.k_proj))
+        if weights.k_norm is not None:
+            before = weights.k_norm(before)
+        assert relative(k, before) < 1e-5
+        assert relative(v, model.split_heads(linear(h, weights.v_proj))) < 1e-5
+        for x, turned in ((k, turn(k)), (before[:, :, :1].expand_as(k), turn(before[:, :, :1]))):
+            z = torch.complex(*x.double().chunk(2, dim=-1))
+            angle = torch.arange(21)[:, None] * frequencies(model.config)
+            z = z * torch.polar(torch.ones_like(angle), angle)
+            assert relative(turned, torch.cat((z.real, z.imag), dim=-1)) < 1e-5
+        keys.append(turn(k))
+
+    def project(i, k, v, turn):
+        assert torch.equal(turn(k), keys[i])
+        return turn(k), v
+
+    x, states = model.embed_tokens(tokens), []
+    cos_sin = model.rope.rows(0, 21, x.dtype, x.device)
+    for i in range(model.config.num_hidden_layers):
+        states.append(x)
+        x = model.layer(i, x, cos_sin)
+    assert torch.equal(model(tokens, project=project, observe=observe), model(tokens))
+    assert len(keys) == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa_tied_llama3", "mistral_window", "qwen3"])
+def test_states_are_the_same_wherever_a_sequence_begins_and_its_keys_lie_there(kind, tokens):
+    """All sequences from one start, or each from its own; also beyond the first table's end."""
+    model = load(GOLDEN / kind, dtype=torch.float64)
+    expected, found = model.hidden(tokens), {}
+
+    def observe(i, q, k, v, turn):
+        found[i] = k, turn(k)
+
+    for start in (7, 600, torch.tensor([3, 0, 1500]), torch.tensor([0, 0, 0])):
+        assert relative(model.hidden(tokens, observe=observe, start=start), expected) < 1e-12
+        angle = torch.as_tensor(start).expand(3)[:, None, None, None] + torch.arange(21)[:, None]
+        angle = angle * frequencies(model.config)
+        for k, turned in found.values():
+            z = torch.complex(*k.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+            assert relative(turned, torch.cat((z.real, z.imag), dim=-1)) < 1e-12
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])            # biases; norms of queries and keys
 def test_states_wider_than_the_weights_are_those_of_widened_weights(kind):
     """And the weights stay as they are."""

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import random_projection, shape
 
-from projection import SIDES, plan_at, uniform_ranks
+from projection import SIDES, Projection, plan_at, uniform_ranks
 from support.plans import PROJECTIONS, order_of, plans_for, read_ranks, trained_order
 
-PATH = [["keys", 0, 1, 0.1], ["values", 1, 0, 0.2], ["values", 1, 0, 0.3]]
+PATH = [["keys", 0, 1, None], ["values", 1, 0, 0.2], ["values", 1, 0, 0.3]]     # one unmeasured
 OTHER = [["values", 0, 0, 0.1], ["keys", 1, 1, 0.2], ["keys", 1, 0, 0.3]]
 TRAINED = [4, 3, 2]             # the same as a train.json has it: places in the flat (2, 2, 2)
 
@@ -67,6 +67,7 @@ def test_a_file_has_the_plan_spelled_out_and_the_order_of_its_path(model, write_
 
 @pytest.mark.parametrize("broken", [
     {"head_dim": 24},
+    {"levels": 4},
     {"path": [["keys", 99, 0, 0]]},
     {"path": [["keys", 0, -1, 0]]},
     {"path": [["neither", 0, 0, 0]]},
@@ -93,6 +94,18 @@ def test_a_file_fits_the_projections_whose_hash_it_holds_or_says_nothing(model, 
     older = read_ranks(write_plan(), model.config)
     assert older.projections is None
     assert older.fits(mine) and older.fits(other)
+
+
+def test_a_file_fits_no_projections_with_another_mean_or_other_whole_tokens(model, write_plan):
+    """Which cost what they cost about that mean, and behind those tokens."""
+    p = random_projection(model, whole=4, mean=1.0)
+    found = read_ranks(write_plan(projections=p.hash(), levels=8), model.config)
+    assert found.fits(p)
+    U = p.U_k, p.U_v, p.mean_v
+    for mean_k, whole in ((p.mean_k, 3), (2 * p.mean_k, 4), (None, 0)):
+        assert not found.fits(Projection(*U, mean_k, whole))
+    without = read_ranks(write_plan(projections=Projection(*U).hash()), model.config)
+    assert not without.fits(p)
 
 
 def test_the_order_of_a_training_may_be_whole_or_cut_short_or_missing(model, tmp_path):

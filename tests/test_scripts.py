@@ -415,6 +415,7 @@ def test_generate_takes_the_projections_beside_its_ranks(tmp_path, demo, monkeyp
     assert said.out == tokenizer.decode(ids + list(generate(model, ids, 5, cache=cache))) + "\n"
 
 
+@pytest.mark.slow
 def test_generate_takes_the_order_that_a_training_of_no_steps_leaves(text, tmp_path, demo, capsys):
     """Its first tokens whole, beside the cache."""
     model, tokenizer = demo

@@ -266,6 +266,13 @@ def test_the_order_is_that_of_the_second_order_cost_of_every_rank(
     assert order.tolist() == by_hand
 
 
+def test_projections_in_float32_serve_a_model_in_float64(model):
+    """As files hold them: `--dtype float64`."""
+    p, model = random_projection(model, whole=2, mean=1.0), model.double()
+    exact = find_order(model, p.to(None, torch.float64), windows_of())
+    assert torch.equal(find_order(model, p, windows_of()), exact)
+
+
 @pytest.mark.parametrize("whole", [0, 3])
 def test_the_start_is_what_varies_and_what_the_answer_hangs_on(model, next_tokens, whole):
     """Eigenvectors of cov(x) / tr + E[gᵀg] / tr; of keys the second moments about R m."""

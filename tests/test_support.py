@@ -15,7 +15,7 @@ def forecast(monkeypatch, capsys):
     """`forecast(seconds of each step, **options)`: what is said on stderr."""
     def said(seconds, before=0, left=None, **options):
         defaults = {"steps": 400, "windows": 64, "batch": 8, "check_every": 100, "accumulate": 1,
-                    "uniform": True}
+                    "draw": "levels"}
         now = [1000.0]
         monkeypatch.setattr("time.time", lambda: now[0])
         monkeypatch.setattr("support.training.BEGAN", now[0] - before)
@@ -58,9 +58,10 @@ def test_where_no_step_fits_the_report_is_said_to_be_long(forecast):
 
 def test_more_curves_more_windows_and_smaller_steps_take_longer_to_report(forecast):
     _, two = minutes(forecast([1] * 4))
-    _, four = minutes(forecast([1] * 4, uniform=False))
+    _, four = minutes(forecast([1] * 4, draw="along"))
     _, wide = minutes(forecast([1] * 4, windows=128))
     _, split = minutes(forecast([1] * 4, accumulate=4))
+    assert minutes(forecast([1] * 4, draw="independent"))[1] == two
     assert four > 1.6 * two
     assert wide > 1.6 * two
     assert split == pytest.approx(two / 4, abs=0.06)

@@ -1,4 +1,4 @@
-"""tokenizer.json: the ids of transformers, one beginning, and text that streams whole."""
+"""tokenizer.json: the ids of transformers, one beginning, text that streams whole, chats."""
 import json
 import shutil
 import sys
@@ -10,7 +10,7 @@ from conftest import CKPT, DEMO, ROOT, call
 from safetensors.torch import load_file, save_file
 
 from support.data import encode, load_data, text_pieces
-from support.tokenizer import encode_prompt, load_tokenizer, show, with_beginning
+from support.tokenizer import chat_prompt, encode_prompt, load_tokenizer, show, with_beginning
 
 FOLDERS = sorted((ROOT / "tests" / "tokenizers").iterdir())         # llama3, qwen2, unigram
 
@@ -160,6 +160,75 @@ def test_an_unfinished_character_is_printed_at_the_end(capsys):
     ids = tokenizer.encode("a👍")[:-1]
     show(tokenizer, ids[:1], ids[1:])
     assert capsys.readouterr().out == "a\ufffd\n"
+
+
+# ------------------------------------------------------------------------------
+# Chats
+
+CHATML = """\
+{% for message in messages %}
+    {% if loop.first and messages[0]['role'] != 'system' %}
+{{ bos_token }}<|im_start|>system
+Be brief.<|im_end|>
+    {% endif %}
+<|im_start|>{{ message['role'] }}
+{{ message['content'] }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}"""
+PUT = """\
+<s><|im_start|>system
+Be brief.<|im_end|>
+<|im_start|>user
+What is {a} <list>?</s>
+<|im_start|>assistant
+"""
+OTHER = "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize("said, jinja", [
+    ({"chat_template": CHATML, "bos_token": "<s>", "eos_token": "</s>"}, None),
+    ({"chat_template": CHATML, "bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}},
+     None),
+    ({"chat_template": [{"name": "tool_use", "template": OTHER}, "nonsense",
+                        {"name": "default", "template": CHATML}],
+      "bos_token": "<s>", "eos_token": "</s>"}, None),
+    ({"chat_template": OTHER, "bos_token": "<s>", "eos_token": "</s>"}, CHATML),
+])
+def test_a_turn_is_put_as_the_folders_template_says(tmp_path, said, jinja):
+    """Wherever it stands; blocks leave no lines or spaces, as with transformers."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    if jinja is not None:
+        (tmp_path / "chat_template.jinja").write_text(jinja)
+    assert chat_prompt(tmp_path, "What is {a} <list>?") == PUT
+
+
+def test_tokens_that_a_folder_does_not_name_are_put_as_nothing(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("[{{ bos_token }}" + OTHER + "{{ eos_token }}]")
+    for said in (None, {"bos_token": None}, {"eos_token": None}):
+        if said is not None:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+        assert chat_prompt(tmp_path, "hello") == "[hello]"
+
+
+@pytest.mark.parametrize("said, words", [
+    (None, "neither chat_template.jinja nor"),
+    ({}, "neither chat_template.jinja nor"),
+    ({"chat_template": 3}, "neither chat_template.jinja nor"),
+    ({"chat_template": [{"name": "tool_use", "template": OTHER}]}, "neither"),
+    ({"chat_template": "{{ raise_exception('no such turn') }}"}, "no such turn"),
+    ({"chat_template": "{% if %}"}, "its chat template fails"),
+    ({"chat_template": "{{ messages[0].content.nothing.more }}"}, "its chat template fails"),
+    ({"chat_template": "{{ ''.__class__.__mro__ }}"}, "its chat template fails"),
+    ({"chat_template": "{{ bos_token + 3 }}"}, "its chat template fails"),
+])
+def test_a_template_that_is_missing_or_fails_is_said_to(tmp_path, said, words):
+    if said is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=words) as refused:
+        chat_prompt(tmp_path, "hello")
+    assert str(tmp_path) in str(refused.value)
 
 
 # ------------------------------------------------------------------------------

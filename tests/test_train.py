@@ -15,13 +15,15 @@ import torch
 from conftest import CKPT, DEMO, ROOT, call, random_start, relative, script, shape, small
 from safetensors.torch import load_file
 
-from model import generate
+from model import generate, load
 from projection import Projection, Rotation, plan_at, uniform_ranks
+from search import Windows, find_order, find_start
 from support import processes
 from support.checkpoint import read_config
 from support.data import windows
+from support.plans import read_ranks
 from support.training import TrainingState, named, peak_memory, read_state, settings_of
-from train import Recipe, distil, draw_along, draw_independent, draw_levels, train
+from train import Recipe, distil, draw_along, draw_independent, draw_levels, start_of, train
 
 
 def seeded() -> torch.Generator:
@@ -111,28 +113,45 @@ def test_recomputed_layers_give_the_same_gradients(model, tokens):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_accumulated_batches_are_one_large_batch(model, tmp_path, monkeypatch):
-    """Three steps of two batches of 4 against 8 at once, of the same sequences with the same ranks.
+@pytest.mark.parametrize("draw", ["levels", "along", "independent"])
+def test_accumulated_batches_are_one_large_batch(model, tmp_path, monkeypatch, draw):
+    """Three steps of two batches of 4 against 8 at once: the same sequences, in the same places,
+    with the same ranks.
 
     From the second step on A is not zero, and an entry that one batch does not see moves what the
     other one does.
     """
-    model, start = model.double(), random_start(model).to(None, torch.float64)
-    texts = torch.randint(3, 96, (24, 33))
-    plans = draw_levels(24, model.config, seeded())
+    L, K, _ = shape(model)
+    draw = {"levels": draw_levels, "independent": draw_independent,
+            "along": partial(draw_along, order=torch.arange(2 * L * K).repeat(7))}[draw]
+    model, start = model.double(), random_start(model, whole=2).to(None, torch.float64)
+    tokens = np.random.default_rng(1).integers(3, 96, 4000)
+    seen = []
+
+    def noted(model, text, project, recipe, start):
+        seen.append((text, start))
+        return distil(model, text, project, recipe, start)
+
+    monkeypatch.setattr("train.distil", noted)
 
     def end_of(batch, accumulate):
-        rows = [iter(torch.arange(24).split(batch)) for _ in range(2)]
-        monkeypatch.setattr("train.random_windows", lambda *_: texts[next(rows[0])])
         rotation = Rotation(start)
         state = TrainingState(tmp_path / "state.safetensors", rotation, {}, {})
-        recipe = dataclasses.replace(RECIPE, steps=3, batch=batch, accumulate=accumulate)
-        train(model, state, None, lambda *_: plans[:, :, next(rows[1])], recipe, lambda _: None)
-        return rotation
+        recipe = dataclasses.replace(
+            RECIPE, steps=3, batch=batch, accumulate=accumulate, positions=64)
+        train(model, state, tokens, draw, recipe, lambda _: None)
+        texts, starts = (torch.cat(part) for part in zip(*seen, strict=True))
+        seen.clear()
+        return list(rotation.parameters()), texts, starts
 
-    one, two = end_of(8, 1), end_of(4, 2)
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+    (one, *of_one), (two, *of_two) = end_of(8, 1), end_of(4, 2)
+    assert all(torch.equal(a, b) for a, b in zip(of_one, of_two, strict=True))
+    texts, starts = of_one
+    assert len({tuple(text) for text in texts.tolist()}) == 24
+    assert starts.unique().numel() > 5
+    for a, b in zip(one, two, strict=True):
         assert relative(b, a) < 1e-6
+        assert a.isfinite().all() and a.any()
 
 
 def test_text_can_be_generated_before_training(model, tokens):
@@ -206,35 +225,97 @@ def test_one_side_may_be_full_for_a_step(rotation_after, side):
 
 def test_a_run_leaves_the_projections_that_others_rely_on(trained):
     L, K, d = 2, 2, 16
-    tensors = load_file(trained / "out" / "projections.safetensors")
+    file = trained / "out" / "projections.safetensors"
+    tensors = load_file(file)
     shapes = {"U_k": (L, K, d, d), "U_v": (L, K, d, d), "mean_v": (L, K, d)}
-    shapes |= {f"pca_{name}": size for name, size in shapes.items()}
+    shapes |= {f"pca_{name}": size for name, size in shapes.items()} | {"mean_k": (L, K, d)}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     for name in ("U_k", "U_v", "pca_U_k", "pca_U_v"):
         U = tensors[name].double()
         assert (U.mT @ U - torch.eye(d)).abs().max() < 1e-5
+    assert Projection.load(file).whole == 4
 
 
 def test_a_run_leaves_a_report_at_seven_budgets(trained):
     report = json.loads((trained / "out" / "train.json").read_text())
     assert len(report["loss"]) == report["config"]["steps"] == 150
+    assert (report["config"]["whole"], report["config"]["positions"]) == (4, 64)
     assert np.bincount(report["order"]).tolist() == [7] * 8         # down to an eighth
     budgets = [row["budget"] for row in report["budgets"]]
     assert budgets == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25]
     assert set(report["base"]) == {"perplexity", "accuracy"}
     for row in report["budgets"]:
         assert set(row) == {"budget", "pca", "trained", "pca_ordered", "trained_ordered"}
-        measured = {"kl", "perplexity", "accuracy", "same", "kl_99.9"}
+        measured = {"kl", "perplexity", "accuracy", "same", "kl_99.9", "by_position"}
         assert set(row["pca"]) == set(row["trained"]) == measured
     assert report["budgets"][0]["trained"]["kl"] < 1e-6
     assert report["budgets"][0]["pca"]["perplexity"] == report["base"]["perplexity"]
 
 
-def test_a_run_leaves_its_three_files_and_no_other(trained):
+def test_a_run_leaves_the_ranks_along_its_order_for_its_projections(trained):
+    config = read_config(CKPT / "config.json")
+    found = read_ranks(trained / "out" / "ranks.json", config)
+    report = json.loads((trained / "out" / "train.json").read_text())
+    assert found.order.tolist() == report["order"]
+    trained_ones = Projection.load(trained / "out" / "projections.safetensors")
+    assert found.projections == trained_ones.hash()
+    assert torch.equal(found.ranks, plan_at(found.order, config, 0.375))
+    said = json.loads((trained / "out" / "ranks.json").read_text())
+    assert said["budget"] == 0.375
+    assert {said["kl"], *(kl for *_, kl in said["path"])} == {None}         # not measured
+
+
+def test_a_run_leaves_its_four_files_and_no_other(trained):
     names = sorted(path.name for path in (trained / "out").iterdir())
-    assert names == ["projections.safetensors", "train.json", "train.png"]
+    assert names == ["projections.safetensors", "ranks.json", "train.json", "train.png"]
     assert (trained / "out" / "train.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def windows_of(trained, positions) -> Windows:
+    """Those of a run's sweeps; its validation text, 8 windows, is no part of them."""
+    training = np.load(trained / "tokens.npy")[:3600 - (8 * 32 + 1)]
+    return Windows(training, 32, 8, 32, positions, 0)
+
+
+@pytest.mark.parametrize("options, whole, positions", [
+    ((), 4, 64),
+    (("--whole", 0, "--positions", 40), 0, 40),
+])
+def test_a_run_of_no_steps_leaves_the_start_and_the_order(
+        trained, tmp_path, options, whole, positions):
+    call("train", *small(trained), "--steps", 0, *options, "--out", tmp_path)
+    model, windows = load(CKPT), windows_of(trained, positions)
+    start = find_start(model, windows, whole)
+    p = Projection.load(tmp_path / "projections.safetensors")
+    assert p.whole == whole
+    for name, tensor in start.tensors().items():
+        assert relative(getattr(p, name), tensor) < 1e-6
+    found = read_ranks(tmp_path / "ranks.json", model.config)
+    assert found.fits(p)
+    assert torch.equal(found.order, find_order(model, start, windows))
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert report["loss"] == []
+    assert report["order"] == found.order.tolist()
+    assert [report["config"][name] for name in ("steps", "whole", "positions")] == [
+        0, whole, positions]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["projections.safetensors", "ranks.json", "train.json", "train.png"]
+
+
+def test_the_recipe_of_the_paper_starts_from_pca_with_neither_whole_tokens_nor_an_order(
+        trained, tmp_path):
+    call("train", *small(trained), "--recipe", "paper", "--steps", 0, "--out", tmp_path)
+    file = tmp_path / "projections.safetensors"
+    p, pca = Projection.load(file), Projection.load(file, "pca_")
+    assert (p.whole, p.mean_k) == (0, None)
+    for name, tensor in pca.tensors().items():
+        assert relative(getattr(p, name), tensor) < 1e-6
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["projections.safetensors", "train.json", "train.png"]
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert "order" not in report
+    assert (report["config"]["whole"], report["config"]["positions"]) == (0, 1)
 
 
 def test_training_beats_pca_at_every_budget(trained):
@@ -314,9 +395,19 @@ def test_saving_takes_at_most_two_percent_of_the_time(state, monkeypatch, second
 
 
 @pytest.mark.slow
-def test_two_bytes_train_as_four_do(trained, tmp_path):
-    """States, products and gradients in two bytes; loss, rotation and Adam in four."""
-    ends = {}
+def test_two_bytes_train_as_four_do(trained, tmp_path, monkeypatch):
+    """States, products and gradients in two bytes; loss, rotation and Adam in four.
+
+    From one start, since rounding changes which next tokens the sweeps draw.
+    """
+    ends, starts = {}, []
+
+    def one_start(*arguments):
+        if not starts:
+            starts.append(start_of(*arguments))
+        return dict(starts[0])
+
+    monkeypatch.setattr("train.start_of", one_start)
     for name in ("float32", "float16", "bfloat16"):
         options = [*small(trained), "--steps", 60, "--dtype", name, "--lr", 0.05]
         call("train", *options, "--out", tmp_path / name)
@@ -418,23 +509,25 @@ def test_a_full_disk_costs_nothing_that_was_saved(trained, tmp_path, monkeypatch
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_costs_nothing(
-        trained, tmp_path, monkeypatch, refusal):
+        trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "projections.safetensors").write_bytes(b"of an earlier run")
 
     def not_a_number(student, *_):
         return student.sum((1, 2)) * torch.nan, student.sum((1, 2))
 
     monkeypatch.setattr("train.Distill.apply", not_a_number)
-    line = refusal("train", *small(trained), "--out", tmp_path)
-    assert "not a number" in line
+    with pytest.raises(SystemExit) as left:
+        call("train", *small(trained), "--out", tmp_path)
+    assert left.value.code == 2
+    assert "not a number" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "projections.safetensors").read_bytes() == b"of an earlier run"
 
 
 # ------------------------------------------------------------------------------
 # The state and its settings
 
-SETTINGS = {"lr": 0.1, "uniform": False, "ckpt": "/x", "data": "", "train_tokens": 4000,
-            "processes": 1}
+SETTINGS = {"lr": 0.1, "amp": False, "draw": "along", "ckpt": "/x", "data": "",
+            "train_tokens": 4000, "processes": 1}
 
 
 @pytest.fixture
@@ -470,7 +563,9 @@ def test_a_state_is_read_as_it_was_saved(state):
 @pytest.mark.parametrize("name, value, words", [
     ("train_tokens", 3000, "4000 tokens of training text (--data), not 3000 tokens of training"),
     ("processes", 2, "1 processes (torchrun), not 2 processes (torchrun)"),
-    ("uniform", True, "no --uniform, not --uniform"),
+    ("amp", True, "no --amp, not --amp"),
+    ("draw", "levels", "an order of ranks, not --uniform"),
+    ("draw", "independent", "an order of ranks, not --recipe paper"),
     ("lr", 0.5, "--lr 0.1, not --lr 0.5"),
     ("ckpt", "/y", "--ckpt /x, not --ckpt /y"),
 ])
@@ -514,6 +609,46 @@ def test_a_file_that_is_no_state_is_refused(tmp_path, model):
         read_state(tmp_path / "p.safetensors", {})
 
 
+@pytest.mark.parametrize("other, words", [
+    (("--whole", 2), "--whole 4, not --whole 2"),
+    (("--positions", 40), "--positions 64, not --positions 40"),
+    (("--sweep-windows", 9), "--sweep-windows 32, not --sweep-windows 9"),
+    (("--uniform",), "an order of ranks, not --uniform"),
+])
+def test_a_run_that_is_resumed_with_other_settings_names_the_option(
+        begun, refusal, other, words):
+    line = refusal("train", *begun, "--resume", *other)
+    assert line.startswith("--resume: ")
+    assert line.endswith(f"was made with {words}")
+
+
+@pytest.fixture(scope="module")
+def begun(trained, tmp_path_factory):
+    """The options of a run that was stopped, and left its state."""
+    options = [*small(trained), "--steps", 6, "--out", tmp_path_factory.mktemp("begun")]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop(patch, saved_at=2, stopped_at=3)
+        call("train", *options, "--save-every", 0)
+    return options
+
+
+@pytest.mark.parametrize("wrong, line", [
+    (("--recipe", "paper", "--whole", 4), "--recipe paper: has neither --whole nor --positions"),
+    (("--recipe", "paper", "--positions", 64),
+     "--recipe paper: has neither --whole nor --positions"),
+    (("--recipe", "paper", "--uniform"),
+     "--uniform: goes not with --recipe paper, whose ranks are independent"),
+    (("--whole", 32), "--whole 32: leaves nothing of windows of --seq 32"),
+    (("--whole", 5, "--seq", 4), "--whole 5: leaves nothing of windows of --seq 4"),
+    (("--positions", 65), "--positions 65: the model was made for 64"),
+    (("--positions", 0), "argument --positions: 0 is not between 1 and 100000000"),
+])
+def test_options_that_do_not_go_together_are_refused_in_one_line(
+        trained, tmp_path, refusal, wrong, line):
+    assert refusal("train", *small(trained), *wrong, "--out", tmp_path) == line
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_resumed_run_on_another_text_names_the_text(trained, tmp_path, monkeypatch, refusal):
     """The file has grown since: the path alone would not tell."""
     file, ids = tmp_path / "tokens.npy", np.load(trained / "tokens.npy")
@@ -532,16 +667,19 @@ def test_a_resumed_run_on_another_text_names_the_text(trained, tmp_path, monkeyp
 # Processes and memory
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path):
+@pytest.mark.parametrize("recipe", ["paper", "ours"])
+def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path, recipe):
+    """As one batch; or as two of a step, where sweeps, too, have batches as large as theirs."""
     options = ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--seq", 32]
-    options += ["--steps", 10, "--dtype", "float64"]
+    options += ["--steps", 10, "--dtype", "float64", "--recipe", recipe]
     one, two = tmp_path / "one", tmp_path / "two"
-    call("train", *options, "--batch", 8, "--out", one)
+    twice = ["--batch", 8] if recipe == "paper" else ["--batch", 4, "--accumulate", 2]
+    call("train", *options, *twice, "--out", one)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     done = script(*torchrun, *options, "--batch", 4, "--out", two)
     assert done.returncode == 0, done.stderr
     a, b = projections(one), projections(two)
-    for name in ("U_k", "U_v", "pca_U_k"):
+    for name in ("U_k", "U_v") + ("pca_U_k",) * (recipe == "paper"):
         for r in range(2, 16, 2):
             P, Q = (x[name][..., :r].double() @ x[name][..., :r].double().mT for x in (a, b))
             assert (P - Q).abs().max() < 1e-8
