@@ -324,7 +324,7 @@ class KVCache:
             r, r_before = new.shape[1], old.shape[1]
             first = before.first[i, side, place_before]             # (B, d, whole)
             if due:
-                if side == 0 and p.mean_k is not None and n:
+                if side == 0 and self.turns is not None:        # None: no model ever wrote here
                     old = old - turned_mean(p.mean_k[i, j:j + 1], self.turns[:, :n])[0].T.to(old)
                 old = U[j].T.to(old) @ old
                 first = torch.zeros_like(first)
@@ -419,7 +419,7 @@ def attend_rows(layout: Layout, q: Tensor, added: Tensor | None, begin: int, end
     if added is None:
         scores = q.new_empty(K * B, G * T, end - begin, dtype=wide(dtype))
     else:
-        scores = added.view(K * B, G * T, -1)
+        scores = added.reshape(K * B, G * T, -1)
     beta = 0 if added is None else scale
     f = begin                                           # the first token that is not whole
     if layout.first_keys is not None:

@@ -73,7 +73,7 @@ def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit
             for rows, log_p, log_q in log_probabilities(model, teacher, student):
                 found = by_token(log_p, log_q, y[rows], likeliest[rows])
                 totals[name] += found.sum(1)
-                kls[name][done:][rows] = found[0].float()
+                kls[name][done:done + len(y)][rows] = found[0].float()
             progress(passes := passes + 1, "", x.numel())
         done += len(y)
     _, perplexity, accuracy, _ = means(base, n)

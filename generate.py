@@ -89,7 +89,7 @@ def main():
         model = load(args.ckpt, device, dtype)
         tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)
     with cli.blame("--chat"):
-        text = chat_prompt(args.ckpt, args.prompt) if args.chat else args.prompt
+        text = chat_prompt(args.ckpt, args.prompt, tokenizer) if args.chat else args.prompt
     with cli.blame("--prompt"):
         prompt = encode_prompt(tokenizer, text)
     room = len(prompt) + args.tokens

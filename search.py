@@ -13,9 +13,9 @@ a prefix of it; a file's "path" is the order with its KLs.
 
     python search.py --exact                # Algorithm 1 as it is: `exact`
 
-That is 11,000 passes for a model of 6 layers, and tens of millions for one of 7B. Not in the paper:
-an order from two sweeps of backward passes, whose number does not grow with the model's heads,
-`find_order`; and the start that train.py trains from, `find_start`.
+That is 13,523 passes for the demo, 6 layers of 4 heads, and tens of millions for a model of 7B. Not
+in the paper: an order from a sweep of backward passes, whose number does not grow with the model's
+heads, `find_order`; and from another the start that train.py trains from, `find_start`.
 
     python search.py                        # out/projections.safetensors -> out/ranks.json, .png
     python search.py --pca                  # for plain PCA -> out/ranks_pca.json, .png
@@ -161,15 +161,16 @@ class Leaves:
 class Windows:
     """The windows of the sweeps: `count` random ones, each anywhere in `positions`.
 
-    amp: the model's products in bfloat16 over float32 weights.
+    amp: the model's products in bfloat16 over float32 weights. recompute: layers again in the
+    backward pass, so that a sweep takes no more memory than a training step does.
     """
 
     def __init__(self, tokens, count: int, batch: int, seq: int, positions: int, seed: int,
-                 amp: bool = False):
+                 amp: bool = False, recompute: bool = False):
         generator = torch.Generator().manual_seed(seed)
         self.text = random_windows(tokens, count, seq, generator)[:, :-1]
         self.starts = random_starts(count, seq, positions, generator)
-        self.batch, self.seed, self.amp = batch, seed, amp
+        self.batch, self.seed, self.amp, self.recompute = batch, seed, amp, recompute
 
     def __iter__(self):
         """Batches, (B, T) tokens and (B,) starts; of several processes each takes some."""
@@ -205,7 +206,8 @@ def sweep(model: Model, windows: Windows, mean_k, mean_v, whole: int, what: str)
     for number, (text, starts) in enumerate(windows, 1):
         leaves = Leaves(mean_k, mean_v, whole)
         with torch.enable_grad():
-            states = windows.states(model, text, starts, project=leaves)
+            states = windows.states(model, text, starts, project=leaves,
+                                    recompute=windows.recompute)
         by_state = drawn_gradients(model, states.detach().flatten(0, 1), generator)
         zeros = [z for layer in sorted(leaves.zeros) for z in leaves.zeros[layer]]
         for draw, gradient in enumerate(by_state):
@@ -228,6 +230,8 @@ def drawn_gradients(model: Model, states: Tensor, generator) -> Tensor:
     gradients = states.new_empty(DRAWS, *states.shape)
     for rows, log_p in log_probabilities(model, states):
         p = log_p.exp()
+        if not p.isfinite().all():
+            raise ValueError("the model's probabilities are not numbers: are the weights whole?")
         drawn = torch.multinomial(p, DRAWS, replacement=True, generator=generator)
         for gradient, y in zip(gradients, drawn.T, strict=True):
             by_logits = -p
@@ -298,7 +302,8 @@ def find_order(model: Model, p: Projection, windows: Windows) -> Tensor:
     for _, side, layer, g, x in sweep(model, windows, p.mean_k, p.mean_v, p.whole, "order"):
         if side == 0 and p.mean_k is None:              # softmax does not see a mean of the keys
             x = x - x.mean((0, 2), keepdim=True)
-        A = ((g @ U[side][layer]) * (x @ U[side][layer])).sum(2)            # (B, K, d)
+        U_l = U[side][layer].to(g)
+        A = ((g @ U_l) * (x.to(g) @ U_l)).sum(2)                    # (B, K, d)
         by_eighth = A.unflatten(-1, (LEVELS, -1)).sum(-1).double()
         tails = by_eighth.flip(-1).cumsum(-1)
         costs[side, layer] += (tails ** 2).sum(0).cpu()

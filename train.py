@@ -305,7 +305,7 @@ def start_of(args, model: Model, tokens, order) -> dict[str, Tensor]:
     start = pca = calibrate(model, tokens, args.batch, args.seq, args.seed).pca()
     if args.recipe == "ours":
         windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, args.positions,
-                          args.seed, args.amp)
+                          args.seed, args.amp, args.checkpoint)
         start = find_start(model, windows, args.whole).to(model.device)
         if order is None and args.draw == "along":
             order = find_order(model, start, windows)

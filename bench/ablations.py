@@ -75,14 +75,18 @@ def permutation(energy: Tensor) -> Tensor:
 # Trainings that lack something
 
 class Free(nn.Module):
-    """In place of Rotation: U and the means themselves learn, and U_r U_rᵀ is no projection."""
+    """In place of Rotation: U itself learns, and U_r U_rᵀ is no projection; and the means μ."""
 
     def __init__(self, start: Projection):
         super().__init__()
-        self.learnt = nn.ParameterDict(start.tensors())
+        self.start = start
+        self.U_k, self.U_v, self.mean_v = (
+            nn.Parameter(x.clone()) for x in (start.U_k, start.U_v, start.mean_v))
 
     def forward(self, dtype: torch.dtype | None = None) -> Projection:
-        return Projection.of(self.learnt).to(None, dtype)
+        start = self.start
+        p = Projection(self.U_k, self.U_v, self.mean_v, start.mean_k, start.whole)
+        return p.to(None, dtype)
 
     def at(self, ranks: Tensor, of_step: Tensor | None = None):
         return self().at(ranks)

@@ -125,8 +125,8 @@ def main():
     time_attention(args.tokens, args.rounds, dtype, device)
     print(f"\nA whole step of {args.ckpt}: tokens/s with the full cache, and time against it\n")
     time_model(model, args.rounds)
-    print("\nAt 37.5% time against the full cache, of projections with a mean of the keys, and with "
-          "whole tokens\n")
+    print("\nTime at 37.5% against the full cache, of projections with neither a mean of the keys "
+          "nor whole\ntokens, with one, and with both\n")
     time_whole(model, args.rounds)
 
 

@@ -23,8 +23,8 @@ from support import cli
 
 # Added to a command, by its script or module; where an option is given twice, the last one counts.
 SMALL = {
-    "train.py": "--steps 3 --batch 2 --seq 64 --windows 2",
-    "search.py": "--batch 1 --seq 16 --windows 2",
+    "train.py": "--steps 3 --batch 2 --seq 64 --windows 2 --sweep-windows 2",
+    "search.py": "--batch 1 --seq 16 --windows 2 --sweep-windows 2",
     "evaluate.py": "--batch 2 --seq 64 --windows 2 --passages 2",
     "bits.train": "--steps 3 --batch 2 --seq 64 --windows 2 --passages 2",
     "bench/ablations.py": "--steps 3 --batch 2 --seq 64 --windows 2",
@@ -34,6 +34,7 @@ SMALL = {
     "bench/generate.py": "--rounds 1",
     "bench/kernel.py": "--capability 80",
     "bench/laptop.py": "--steps 8 --batch 4 --seq 16",
+    "bench/precision.py": "--batch 2 --seq 64 --windows 2 --sweep-windows 2",
     "bench/recall.py": "--passages 2",
     "bench/resident_memory.py": "--tokens 4096",
     "bench/rounding.py": "--seq 256 --windows 2 --runs 1",
@@ -41,7 +42,8 @@ SMALL = {
 QUESTIONS = 8           # that are left of demo/questions.jsonl
 
 PLACEHOLDERS = r"/path/to/|\$|[ =][A-Z]{2,}\b"            # a model, a file, the name of one
-ELSEWHERE = r"-m (venv|pip|pytest)|--resume|--exact|make_demo|make_questions|check_readme"
+ELSEWHERE = (r"-m (venv|pip|pytest)|--resume|--exact|make_demo|make_questions|check_readme|"
+             r"smollm2|bench/real\.py")
 
 
 def commands_in(page: Path) -> list[str]:
@@ -70,12 +72,15 @@ def is_run(command: str) -> bool:
     script = script_of(command)
     if script == "bench/memory.py":
         return "--table" in command
-    return script != "bench/generate.py" or importlib.util.find_spec("transformers") is not None
+    needs = script in ("bench/generate.py", "bench/tokenizer.py")
+    return not needs or importlib.util.find_spec("transformers") is not None
 
 
 def run(command: str, folder: Path) -> bool:
     """Run it with small settings and say how it went."""
     small = SMALL.get(script_of(command), "")
+    if "--steps 0" in command:                          # smaller than small
+        small = small.replace("--steps 3 ", "")
     line = command.replace("python", f'"{sys.executable}"', 1)
     began = time.time()
     done = subprocess.run(f"{line} {small}", shell=True, cwd=folder, capture_output=True, text=True)

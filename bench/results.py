@@ -1,11 +1,11 @@
 """Draws figures/results.png: how far the model with the small cache is from the model, at a glance.
 
 Reads the evaluation.json of three folders, each what `python evaluate.py --out FOLDER` writes after
-train.py and search.py:
+train.py:
 
     --order     python train.py                       trained along an order of lowerings
     --uniform   python train.py --uniform             trained for the same rank everywhere
-    --start     python train.py --lr 0 --steps 1      not trained
+    --start     python train.py --steps 0             not trained
 
 The searched ranks of plain PCA are those of `python search.py --pca` in the first of the folders
 that has them.
@@ -28,7 +28,7 @@ CURVES = (              # folder, name in its file, label, colour, marker, line
     ("uniform", "pca", "PCA: no training, same rank everywhere", "C1", "s", "--"),
     ("uniform", "trained", "trained for equal ranks, same rank everywhere", "C0", "o", "--"),
     (None, "pca_searched", "PCA: no training, searched ranks", "C3", "v", "-"),
-    ("start", "searched", "query-aware start: no training, searched ranks", "C4", "D", "-"),
+    ("start", "searched", "the sweeps' start: no training, ranks along its order", "C4", "D", "-"),
     ("order", "searched", "trained along an order, ranks along it", "C2", "^", "-"),
 )
 
@@ -47,7 +47,7 @@ def find_curve(reports: dict, folder: str | None, name: str):
         kl = kl_in(reports[key], name)
         if kl:
             return kl
-    raise ValueError(f"no {name!r} in its evaluation.json; search.py writes the ranks, and "
+    raise ValueError(f"no {name!r} in its evaluation.json; train.py and search.py write ranks, and "
                      "evaluate.py then reports on them")
 
 
@@ -87,7 +87,7 @@ def main():
     curves = read_curves({key: getattr(args, key) for key in FOLDERS})
     draw(curves, args.out)
     for (_, _, label, *_), kl in curves:
-        print(f"{label:48s}" + "".join(f"{value:9.4f}" for value in kl.values()))
+        print(f"{label:54s}" + "".join(f"{value:9.4f}" for value in kl.values()))
     print(f"Saved {args.out}")
 
 

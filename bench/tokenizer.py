@@ -110,7 +110,10 @@ def make_tokenizer(kind: str, folder: Path, vocab_size: int) -> None:
 
 def ids_of_transformers(folder: Path, lines: list[str]) -> list[list[int]]:
     """Where a line spells the beginning, transformers has it twice; here it is then once."""
-    from transformers import AutoTokenizer  # nothing else here needs it
+    try:
+        from transformers import AutoTokenizer  # nothing else here needs it
+    except ImportError:
+        cli.fail("bench/tokenizer.py: transformers is not installed; pip install transformers")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = [tokenizer(line)["input_ids"] for line in lines]
     twice = [tokenizer.bos_token_id] * 2

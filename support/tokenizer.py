@@ -104,10 +104,11 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return ids
 
 
-def chat_prompt(folder: Path, text: str) -> str:
+def chat_prompt(folder: Path, text: str, tokenizer=None) -> str:
     """A user's turn as the folder's chat template writes it, the answer to follow.
 
-    The template is in chat_template.jinja or tokenizer_config.json. ValueError without one.
+    The template is in chat_template.jinja or tokenizer_config.json. ValueError without one. With a
+    tokenizer that has a beginning of sequence it is left out: `encode_prompt` puts its id there.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -132,10 +133,12 @@ def chat_prompt(folder: Path, text: str) -> str:
     jinja.globals["raise_exception"] = refuse
     turns = [{"role": "user", "content": text}]
     try:
-        return jinja.from_string(template).render(
+        written = jinja.from_string(template).render(
             messages=turns, add_generation_prompt=True, **tokens)
-    except TemplateError as error:
+    except Exception as error:                          # a template may raise what Python does
         raise ValueError(f"{folder}: its chat template fails ({error})") from None
+    has_beginning = tokenizer is not None and tokenizer.bos_id() >= 0
+    return written.removeprefix(tokens["bos_token"]) if has_beginning else written
 
 
 def show(tokenizer, prompt: list[int], new_tokens) -> list[int]:

@@ -1,4 +1,5 @@
 """The cache: the projected model's logits to rounding, from exactly the bytes that ranks say."""
+import dataclasses
 import itertools
 from unittest.mock import Mock
 
@@ -17,7 +18,7 @@ from conftest import (
 
 import cache as cache_module
 from cache import KVCache
-from model import frequencies, load
+from model import Model, frequencies, load
 from projection import Moments, Projection, leading, uniform_ranks
 
 CHUNKS = [6, 1, 1, 9, 4]        # a prompt, single tokens, longer ones that follow
@@ -180,14 +181,14 @@ def test_a_long_chunk_in_pieces_is_the_chunk_in_one(model, tokens, monkeypatch, 
     assert relative(*logits) < 1e-5
 
 
-@pytest.mark.parametrize("whole, mean, chunks", [(0, 0.0, [18, 1, 2]), (4, 1.0, [2, 1, 16, 2])])
-def test_nothing_beyond_the_length_is_read(model, tokens, whole, mean, chunks):
-    p, ranks = random_projection(model, whole, mean), random_ranks(model)
-    clean, dirty = (KVCache(p, ranks, batch=3, max_len=50) for _ in range(2))
-    dirty.data.fill_(torch.nan)
-    dirty.first.fill_(torch.nan)
-    for part in tokens.split(chunks, dim=1):
-        assert torch.equal(model(part, cache=clean), model(part, cache=dirty))
+def test_nothing_beyond_the_length_is_read(model, tokens):
+    for whole, mean, chunks in ((0, 0.0, [18, 1, 2]), (4, 1.0, [2, 1, 16, 2])):
+        p, ranks = random_projection(model, whole, mean), random_ranks(model)
+        clean, dirty = (KVCache(p, ranks, batch=3, max_len=50) for _ in range(2))
+        dirty.data.fill_(torch.nan)
+        dirty.first.fill_(torch.nan)
+        for part in tokens.split(chunks, dim=1):
+            assert torch.equal(model(part, cache=clean), model(part, cache=dirty))
 
 
 # ------------------------------------------------------------------------------
@@ -216,9 +217,15 @@ def test_with_whole_tokens_and_a_mean_the_cache_is_the_projected_model(every_mod
     assert_projected_whole(every_model, ["ragged", "one side full"])
 
 
-@pytest.mark.parametrize("kind, plan", [("mistral_window", "ragged"), ("llama_mha", "apart")])
-def test_so_it_is_with_a_window_and_with_heads_whose_ranks_lie_apart(kind, plan):
-    assert_projected_whole(load(GOLDEN / kind), [plan])
+@pytest.mark.parametrize("kind", ["mistral_window", "llama_mha", "qwen2", "qwen3"])
+def test_so_it_is_with_a_window_and_with_heads_whose_ranks_lie_apart(kind):
+    """Apart are those of four heads: of a model of the kind that has as many."""
+    model = load(GOLDEN / kind)
+    if kind.startswith("qwen"):
+        model = Model(dataclasses.replace(model.config, num_key_value_heads=4))
+        for parameter in model.requires_grad_(False).parameters():
+            parameter.normal_(float(parameter.ndim == 1), 0.2)
+    assert_projected_whole(model, ["ragged" if kind == "mistral_window" else "apart"])
 
 
 def attention_by_hand(model, h, p, ranks):
@@ -282,10 +289,11 @@ def test_a_layer_attends_as_the_equations_say_with_and_without_the_cache(kind):
             assert relative(torch.cat(out, dim=1), expected) < 1e-12
 
 
-def test_a_full_plan_knows_nothing_of_whole_tokens_and_of_a_mean(every_model, tokens):
-    full = uniform_ranks(1.0, every_model.config)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])            # biases; norms of queries and keys
+def test_a_full_plan_knows_nothing_of_whole_tokens_and_of_a_mean(kind, tokens):
     for dtype in (torch.float32, torch.bfloat16):
-        model = every_model.to(dtype)
+        model = load(GOLDEN / kind, dtype=dtype)
+        full = uniform_ranks(1.0, model.config)
         expected = through(KVCache(Projection.identity(model.config), full, 3, 21, dtype),
                            model, tokens, [2, 1, 18])
         cache = KVCache(random_projection(model, 4, 600.0), full, 3, 21, dtype)
@@ -464,19 +472,19 @@ def test_a_group_is_all_heads_of_a_rank_as_one_view(many_heads):
                 assert torch.equal(torch.cat(blocks), rows)
 
 
-@pytest.mark.parametrize("mean", [0.0, 2.0])
 @pytest.mark.parametrize("chunks", [[21], [1] * 21])
-def test_a_row_is_one_coordinate_of_one_sequence_over_the_tokens(many_heads, tokens, chunks, mean):
+def test_a_row_is_one_coordinate_of_one_sequence_over_the_tokens(many_heads, tokens, chunks):
     """Keys U_kᵀ R (x − m) and values U_vᵀ v, in the cache, against the model's own hooks."""
     model = many_heads
-    p, ranks = random_projection(model, 0, mean), plan_called("apart", model)
-    ranks[0, 1] = model.config.head_dim                 # all keys of a layer full: stored unturned
-    cache = KVCache(p, ranks, batch=3, max_len=25)
-    through(cache, model, tokens, chunks)
-    expected = coordinates(model, p, ranks, ranks, tokens)
-    for (side, i, j), r in numbered(ranks):
-        stored = cache.block(side, i, j)[..., :21]
-        assert relative(stored, expected[side, i, j][:, :r]) < 1e-4
+    for mean in (0.0, 2.0):
+        p, ranks = random_projection(model, 0, mean), plan_called("apart", model)
+        ranks[0, 1] = model.config.head_dim             # all keys of a layer full: stored unturned
+        cache = KVCache(p, ranks, batch=3, max_len=25)
+        through(cache, model, tokens, chunks)
+        expected = coordinates(model, p, ranks, ranks, tokens)
+        for (side, i, j), r in numbered(ranks):
+            stored = cache.block(side, i, j)[..., :21]
+            assert relative(stored, expected[side, i, j][:, :r]) < 1e-4
 
 
 def numbered(ranks):

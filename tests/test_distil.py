@@ -32,34 +32,21 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(model, c, monkeyp
     assert relative(student.grad, other.grad) < 1e-12
 
 
-def log_softmax_of(model, tokens, start, project):
-    """Of windows one by one, from states (n, hidden)."""
-    starts = torch.as_tensor(start).expand(len(tokens)).tolist()
-
-    def projected(b):
-        return None if project is None else lambda layer, k, v, turn: [
-            x[b:b + 1] for x in project(layer, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1),
-                                        turn)]
-
-    states = [model.hidden(tokens[b:b + 1], projected(b), start=start)
-              for b, start in enumerate(starts)]
-    return model.lm_head(model.norm(torch.cat(states))).log_softmax(-1)
-
-
 @pytest.mark.parametrize("start", [0, torch.tensor([41, 0, 7])], ids=["at zero", "anywhere"])
 def test_the_loss_of_windows_is_the_students_distance_from_the_model(model, start):
     """Inputs are all tokens but the last, targets all but the first."""
     model = model.double()
-    text = torch.randint(3, 96, (3, 22))
+    text, ranks = torch.randint(3, 96, (3, 22)), random_ranks(model, 3)
     p = random_projection(model, whole=2, mean=1.0).to(None, torch.float64)
-    project = p.at(random_ranks(model, 3))
-    loss, kl = distil(model, text, project, Recipe(1, 3, 21, 0.1, ce=0.25), start)
-    log_p, log_q = (log_softmax_of(model, text[:, :-1], start, f) for f in (None, project))
-    for i in range(3):
-        expected = mean_kl(log_p[i:i + 1], log_q[i:i + 1])
-        cross_entropy = F.nll_loss(log_q[i], text[i, 1:]).item()
-        assert kl[i].item() == pytest.approx(expected, rel=1e-9)
-        assert loss[i].item() == pytest.approx(0.75 * expected + 0.25 * cross_entropy, rel=1e-9)
+    loss, kl = distil(model, text, p.at(ranks), Recipe(1, 3, 21, 0.1, ce=0.25), start)
+    for b, position in enumerate(torch.as_tensor(start).expand(3).tolist()):
+        log_p, log_q = (
+            model.lm_head(model.norm(model.hidden(text[b:b + 1, :-1], project, start=position)))
+            .log_softmax(-1) for project in (None, p.at(ranks[:, :, b])))
+        expected = mean_kl(log_p, log_q)
+        cross_entropy = F.nll_loss(log_q[0], text[b, 1:]).item()
+        assert kl[b].item() == pytest.approx(expected, rel=1e-9)
+        assert loss[b].item() == pytest.approx(0.75 * expected + 0.25 * cross_entropy, rel=1e-9)
 
 
 def test_a_full_rank_student_has_no_loss(model, tokens):

@@ -83,14 +83,11 @@ def test_by_position_a_kl_is_the_mean_over_the_windows_there(model, monkeypatch)
     assert kl != pytest.approx(results["x"]["kl"], rel=1e-3)
 
 
-@pytest.mark.parametrize("T, expected", [
-    (255, {}),
-    (256, {"64–256": 159.5}),
-    (2047, {"64–256": 159.5, "256–1024": 639.5}),
-    (5000, {"64–256": 159.5, "256–1024": 639.5, "1024–2048": 1535.5, "2048–4096": 3071.5}),
-])
-def test_a_window_has_the_stretches_that_it_fills(T, expected):
-    assert by_position(torch.arange(T).double()) == expected
+def test_a_window_has_the_stretches_that_it_fills():
+    means = {"64–256": 159.5, "256–1024": 639.5, "1024–2048": 1535.5, "2048–4096": 3071.5}
+    for T, count in ((63, 0), (255, 0), (256, 1), (2047, 2), (5000, 4)):
+        found = by_position(torch.arange(T).double())
+        assert list(found.items()) == list(means.items())[:count]
 
 
 def test_kl_by_position_is_printed_where_there_are_two_stretches(capsys):

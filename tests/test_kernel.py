@@ -53,19 +53,18 @@ WHOLE = [       # whole, B, K, G, d, begin, end, stretches: begin or end among t
     (16, 1, 2, 1, 128, 0, 40, 5),
     (16, 1, 2, 2, 64, 171, 300, 2),
 ]
-WHOLE_CASES = [(torch.float32, *case) for case in WHOLE]
-WHOLE_CASES += [(dtype, *case) for dtype in (torch.float16, torch.bfloat16) for case in WHOLE[2:5]]
 
 
-@pytest.mark.parametrize("dtype, whole, B, K, G, d, begin, end, stretches", WHOLE_CASES)
-def test_with_whole_tokens_and_a_mean_they_are_too(dtype, whole, B, K, G, d, begin, end, stretches):
+@pytest.mark.parametrize("whole, B, K, G, d, begin, end, stretches", WHOLE)
+def test_with_whole_tokens_and_a_mean_they_are_too(whole, B, K, G, d, begin, end, stretches):
     """Of whole tokens too nothing is seen beyond the end and before the first."""
-    inputs = example(B, K, G, d, end + 7, begin, end, dtype, whole=whole)
-    for first in inputs[-2:]:
-        first[..., :begin], first[..., end:] = torch.nan, torch.nan
-    out = decode_attention(*inputs, stretches=stretches)
-    assert out.dtype == dtype
-    assert relative(out, reference(*inputs)) < BOUNDS[dtype]
+    for dtype in BOUNDS if (whole, G) in ((4, 2), (16, 8)) else (torch.float32,):
+        inputs = example(B, K, G, d, end + 7, begin, end, dtype, whole=whole)
+        for first in inputs[-2:]:
+            first[..., :begin], first[..., end:] = torch.nan, torch.nan
+        out = decode_attention(*inputs, stretches=stretches)
+        assert out.dtype == dtype
+        assert relative(out, reference(*inputs)) < BOUNDS[dtype]
 
 
 def test_a_mean_and_whole_keys_and_whole_values_may_each_be_absent():

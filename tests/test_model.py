@@ -87,9 +87,10 @@ def test_the_parts_make_the_whole(model, tokens):
     assert torch.equal(linear(model.norm(x), model.lm_head), model(tokens))
 
 
-def test_hooks_are_shown_keys_before_rope_and_what_turns_them(every_model, tokens):
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])            # biases; norms of queries and keys
+def test_hooks_are_shown_keys_before_rope_and_what_turns_them(kind, tokens):
     """Turned as complex numbers; a hook that does no more leaves the logits as they are."""
-    model, keys = every_model, []
+    model, keys = load(GOLDEN / kind), []
 
     def observe(i, q, k, v, turn):
         h = model.layers[i].input_layernorm(states[i])

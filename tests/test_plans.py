@@ -65,25 +65,24 @@ def test_a_file_has_the_plan_spelled_out_and_the_order_of_its_path(model, write_
     assert found.projections == "a hash"
 
 
-@pytest.mark.parametrize("broken", [
-    {"head_dim": 24},
-    {"levels": 4},
-    {"path": [["keys", 99, 0, 0]]},
-    {"path": [["keys", 0, -1, 0]]},
-    {"path": [["neither", 0, 0, 0]]},
-    {"path": [["keys", 0, 0]]},
-    {"path": [["keys", 0, 0, 0]] * 8},
-    {"path": None},
-])
-def test_a_path_that_is_not_this_models_is_refused(model, write_plan, broken):
-    with pytest.raises(ValueError, match="ranks.json"):
-        read_ranks(write_plan(**broken), model.config)
+def test_a_path_that_is_not_this_models_is_refused(model, write_plan):
+    for broken in (
+            {"head_dim": 24},
+            {"levels": 4},
+            {"path": [["keys", 99, 0, 0]]},
+            {"path": [["keys", 0, -1, 0]]},
+            {"path": [["neither", 0, 0, 0]]},
+            {"path": [["keys", 0, 0]]},
+            {"path": [["keys", 0, 0, 0]] * 8},
+            {"path": None}):
+        with pytest.raises(ValueError, match="ranks.json"):
+            read_ranks(write_plan(**broken), model.config)
 
 
-@pytest.mark.parametrize("keys", [[[16]], 3, "all", [["16", "16"]] * 2, [[16.5] * 2] * 2, {}])
-def test_a_plan_that_is_not_this_models_is_refused(model, write_plan, keys):
-    with pytest.raises(ValueError, match="ranks.json"):
-        read_ranks(write_plan(keys=keys), model.config)
+def test_a_plan_that_is_not_this_models_is_refused(model, write_plan):
+    for keys in ([[16]], 3, "all", [["16", "16"]] * 2, [[16.5] * 2] * 2, {}):
+        with pytest.raises(ValueError, match="ranks.json"):
+            read_ranks(write_plan(keys=keys), model.config)
 
 
 def test_a_file_fits_the_projections_whose_hash_it_holds_or_says_nothing(model, write_plan):
@@ -121,11 +120,11 @@ def test_the_order_of_a_training_may_be_whole_or_cut_short_or_missing(model, tmp
     assert trained_order(proj, model.config).dtype == torch.int64
 
 
-@pytest.mark.parametrize("order", [[8], [-1], [0] * 8, [True], [1.0], "16", {"1": 1}])
-def test_an_order_that_is_not_this_models_is_refused(model, tmp_path, order):
-    (tmp_path / "train.json").write_text(json.dumps({"order": order}))
-    with pytest.raises(ValueError, match="train.json"):
-        trained_order(tmp_path / PROJECTIONS, model.config)
+def test_an_order_that_is_not_this_models_is_refused(model, tmp_path):
+    for order in ([8], [-1], [0] * 8, [True], [1.0], "16", {"1": 1}):
+        (tmp_path / "train.json").write_text(json.dumps({"order": order}))
+        with pytest.raises(ValueError, match="train.json"):
+            trained_order(tmp_path / PROJECTIONS, model.config)
 
 
 # ------------------------------------------------------------------------------

@@ -27,27 +27,27 @@ from support.files import write_tensors
 PLAIN, TURNED = {}, {"whole": 2, "mean": 3.0}       # the paper's; with whole tokens and a mean
 
 
-@pytest.mark.parametrize("kind", [PLAIN, TURNED], ids=["plain", "turned"])
-def test_full_rank_is_the_base_model(model, tokens, kind):
+def test_full_rank_is_the_base_model(model, tokens):
     full = uniform_ranks(1.0, model.config)
-    project = random_projection(model, **kind).at(full)
-    for start in (0, 37, torch.tensor([3, 0, 40])):
+    for kind, start in itertools.product((PLAIN, TURNED), (0, 37, torch.tensor([3, 0, 40]))):
+        project = random_projection(model, **kind).at(full)
         projected = model.hidden(tokens, project, start=start)
         assert torch.equal(projected, model.hidden(tokens, start=start))
 
 
 @pytest.mark.parametrize("kind", [PLAIN, TURNED], ids=["plain", "turned"])
 def test_a_head_at_full_rank_passes_through_untouched(model, kind):
-    """Also in bfloat16, where k U Uᵀ would be rounded, and beside heads that are projected."""
+    """Where k U Uᵀ would be rounded; beside heads that are projected."""
     L, K, d = shape(model)
     ranks = random_ranks(model)
     ranks[:, :, 1] = d
     ranks[:, :, 0] = d // 2
-    k, v = torch.randn(2, 3, K, 7, d).bfloat16()
-    k_hat, v_hat = random_projection(model, **kind).at(ranks)(1, k, v, torch.flipud)
-    assert torch.equal(k_hat[:, 1], torch.flipud(k)[:, 1])
-    assert torch.equal(v_hat[:, 1], v[:, 1])
-    assert not torch.equal(k_hat[:, 0], torch.flipud(k)[:, 0])
+    for dtype in (torch.float32, torch.bfloat16):
+        k, v = torch.randn(2, 3, K, 7, d).to(dtype)
+        k_hat, v_hat = random_projection(model, **kind).at(ranks)(1, k, v, torch.flipud)
+        assert torch.equal(k_hat[:, 1], torch.flipud(k)[:, 1])
+        assert torch.equal(v_hat[:, 1], v[:, 1])
+        assert not torch.equal(k_hat[:, 0], torch.flipud(k)[:, 0])
 
 
 @pytest.mark.parametrize("kind", [PLAIN, TURNED], ids=["plain", "turned"])
@@ -107,8 +107,9 @@ def by_hand(config, x, start):
     return torch.cat((pairs.real, pairs.imag), -1)
 
 
-@pytest.mark.parametrize("start", [0, 37, torch.tensor([5, 0, 43])], ids=["0", "37", "each"])
-@pytest.mark.parametrize("whole", [0, 3])
+@pytest.mark.parametrize("whole, start", [
+    (0, 37), (3, 0), (3, 37), (3, torch.tensor([5, 0, 43]))],
+    ids=["0 at 37", "3 at 0", "3 at 37", "3 anywhere"])
 def test_keys_are_projected_about_their_turned_mean_and_first_tokens_not_at_all(
         model, tokens, whole, start):
     """k̂ = R m + (R k − R m) P, with one plan, or one for each sequence."""
@@ -188,14 +189,13 @@ def test_whole_tokens_need_a_mean_of_the_keys_and_it_fits(model):
 # ------------------------------------------------------------------------------
 # In files
 
-@pytest.mark.parametrize("kind", [PLAIN, TURNED], ids=["plain", "turned"])
-def test_save_and_load_give_the_same(model, tmp_path, kind):
+def test_save_and_load_give_the_same(model, tmp_path):
     """PCA in the same file has neither whole tokens nor a mean of the keys."""
     path = tmp_path / "p.safetensors"
-    p, pca = random_projection(model, **kind), random_projection(model)
+    p, pca = random_projection(model, **TURNED), random_projection(model)
     p.save(path, pca=pca)
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"whole": str(p.whole)}
+        assert file.metadata() == {"whole": "2"}
     for saved, prefix in ((p, ""), (pca, "pca_")):
         loaded = Projection.load(path, prefix)
         assert loaded.whole == saved.whole
@@ -229,9 +229,9 @@ def test_whole_tokens_that_a_file_cannot_mean_are_refused_with_the_file(model, t
         Projection.load(file)
 
 
-@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
-def test_numbers_that_are_not_finite_are_refused_with_the_file(model, tmp_path, number):
-    for name in ("U_k", "U_v", "mean_v", "mean_k"):
+def test_numbers_that_are_not_finite_are_refused_with_the_file(model, tmp_path):
+    for name, number in zip(("U_k", "U_v", "mean_v", "mean_k"), (torch.nan, -torch.inf) * 2,
+                            strict=True):
         p = random_projection(model, **TURNED)
         getattr(p, name)[-1, -1, -1, ...] = number
         p.save(tmp_path / "p.safetensors")
@@ -252,15 +252,15 @@ def test_tensors_that_do_not_fit_each_other_are_refused(model):
             Projection(U_k, U_v, mean_v)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_projections_of_another_dtype_are_read_as_float32(model, tmp_path, dtype):
+def test_projections_of_another_dtype_are_read_as_float32(model, tmp_path):
     """In a file that another script wrote; half of one dtype would fail in the midst of a pass."""
-    p = random_projection(model)
-    p.mean_v = p.mean_v.to(dtype)
+    p = random_projection(model, mean=1.0)
+    p.mean_v, p.mean_k = p.mean_v.double(), p.mean_k.bfloat16()
     p.save(tmp_path / "p.safetensors")
     loaded = Projection.load(tmp_path / "p.safetensors")
     assert {x.dtype for x in loaded.tensors().values()} == {torch.float32}
     assert torch.equal(loaded.mean_v, p.mean_v.float())
+    assert torch.equal(loaded.mean_k, p.mean_k.float())
 
 
 def test_the_hash_tells_all_that_keys_hang_on_and_nothing_else(model, tmp_path):
@@ -291,24 +291,21 @@ def test_without_a_mean_the_hash_is_that_of_older_files(model):
 # ------------------------------------------------------------------------------
 # Folding
 
-@pytest.mark.parametrize("whole", [0, 3])
-def test_folding_values_into_the_weights_changes_nothing(every_model, tokens, whole):
+def test_folding_values_into_the_weights_changes_nothing(every_model, tokens):
     """softmax(q kᵀ) v̂ W_o from the coordinates that a cache would hold, against v̂ itself."""
-    model = every_model
-    p, ranks = random_projection(model, whole, mean=1.0), random_ranks(model)
-    ranks[0] = model.config.head_dim                                # keys as they are
-    G = model.config.num_attention_heads // model.config.num_key_value_heads
+    model, ranks = every_model, random_ranks(every_model)
     seen = {}
     model.hidden(tokens, observe=lambda i, q, k, v, turn: seen.update({i: (q, turn(k))}))
-    for i, (q, k) in seen.items():
-        weights = model.layers[i].self_attn
+    for whole, (i, (q, k)) in itertools.product((0, 3), seen.items()):
+        p, weights = random_projection(model, whole, mean=1.0), model.layers[i].self_attn
+        _, K, d = shape(model)
+        G = model.config.num_attention_heads // K
         x = torch.randn(*tokens.shape, model.config.hidden_size)
         v = model.split_heads(weights.v_proj(x))
         _, v_hat = p.at(ranks)(i, k, v, torch.clone)
         expected = weights.o_proj(causal_attention(q, k, v_hat, None).transpose(1, 2).flatten(2))
 
         attention = causal_weights(q, k.repeat_interleave(G, 1))
-        K, d = k.shape[1], k.shape[3]
         W_v, W_o = weights.v_proj.weight.split(d), weights.o_proj.weight.unflatten(1, (K, G, d))
         b_v = [None] * K if weights.v_proj.bias is None else weights.v_proj.bias.split(d)
         total = 0

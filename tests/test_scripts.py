@@ -757,11 +757,20 @@ def broken(tmp_path):
     return copy
 
 
+def last_line_of_error(capsys, name: str, *arguments) -> str:
+    """That with which a script leaves, code 2, behind the lines of its progress."""
+    with pytest.raises(SystemExit) as left:
+        call(name, *arguments)
+    assert left.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("tensor, factor", BROKEN[::3])
 def test_an_evaluation_names_weights_that_make_no_sense(
-        wrong, broken, monkeypatch, refusal, tensor, factor):
+        wrong, broken, monkeypatch, capsys, tensor, factor):
     monkeypatch.chdir(wrong)
-    line = refusal("evaluate", *BASE["evaluate"], "--ckpt", broken(tensor, factor))
+    ckpt = broken(tensor, factor)
+    line = last_line_of_error(capsys, "evaluate", *BASE["evaluate"], "--ckpt", ckpt)
     assert "--ckpt" in line
     assert "weights" in line
 
@@ -774,10 +783,7 @@ def test_a_training_ends_with_a_line_about_weights_that_make_no_sense(
     out = shutil.copytree("done", tmp_path / "out")
     before = (out / PROJECTIONS).read_bytes()
     options = ["--ckpt", broken(tensor, factor), "--batch", 2, "--steps", 2, "--out", out]
-    with pytest.raises(SystemExit) as left:
-        call("train", *BASE["train"], *options)
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert left.value.code == 2
+    last = last_line_of_error(capsys, "train", *BASE["train"], *options)
     assert "weights" in last or "not a number" in last
     assert (out / PROJECTIONS).read_bytes() == before
 

@@ -187,20 +187,17 @@ What is {a} <list>?</s>
 OTHER = "{{ messages[0]['content'] }}"
 
 
-@pytest.mark.parametrize("said, jinja", [
-    ({"chat_template": CHATML, "bos_token": "<s>", "eos_token": "</s>"}, None),
-    ({"chat_template": CHATML, "bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}},
-     None),
-    ({"chat_template": [{"name": "tool_use", "template": OTHER}, "nonsense",
-                        {"name": "default", "template": CHATML}],
-      "bos_token": "<s>", "eos_token": "</s>"}, None),
-    ({"chat_template": OTHER, "bos_token": "<s>", "eos_token": "</s>"}, CHATML),
-])
-def test_a_turn_is_put_as_the_folders_template_says(tmp_path, said, jinja):
+def test_a_turn_is_put_as_the_folders_template_says(tmp_path):
     """Wherever it stands; blocks leave no lines or spaces, as with transformers."""
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-    if jinja is not None:
-        (tmp_path / "chat_template.jinja").write_text(jinja)
+    several = [{"name": "tool_use", "template": OTHER}, 3, {"name": "default", "template": CHATML}]
+    bos, eos = "<s>", "</s>"
+    for template, bos_token, eos_token in (
+            (CHATML, bos, eos), (CHATML, {"content": bos}, {"content": eos}), (several, bos, eos)):
+        said = {"chat_template": template, "bos_token": bos_token, "eos_token": eos_token}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+        assert chat_prompt(tmp_path, "What is {a} <list>?") == PUT
+    edit(tmp_path / "tokenizer_config.json", chat_template=OTHER)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
     assert chat_prompt(tmp_path, "What is {a} <list>?") == PUT
 
 
@@ -212,23 +209,25 @@ def test_tokens_that_a_folder_does_not_name_are_put_as_nothing(tmp_path):
         assert chat_prompt(tmp_path, "hello") == "[hello]"
 
 
-@pytest.mark.parametrize("said, words", [
-    (None, "neither chat_template.jinja nor"),
-    ({}, "neither chat_template.jinja nor"),
-    ({"chat_template": 3}, "neither chat_template.jinja nor"),
-    ({"chat_template": [{"name": "tool_use", "template": OTHER}]}, "neither"),
-    ({"chat_template": "{{ raise_exception('no such turn') }}"}, "no such turn"),
-    ({"chat_template": "{% if %}"}, "its chat template fails"),
-    ({"chat_template": "{{ messages[0].content.nothing.more }}"}, "its chat template fails"),
-    ({"chat_template": "{{ ''.__class__.__mro__ }}"}, "its chat template fails"),
-    ({"chat_template": "{{ bos_token + 3 }}"}, "its chat template fails"),
+def test_a_folder_without_a_template_is_named(tmp_path):
+    for said in (None, {}, {"chat_template": 3},
+                 {"chat_template": [{"name": "tool_use", "template": OTHER}]}):
+        if said is not None:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+        with pytest.raises(ValueError, match=f"{tmp_path}: neither chat_template.jinja nor"):
+            chat_prompt(tmp_path, "hello")
+
+
+@pytest.mark.parametrize("template, words", [
+    ("{{ raise_exception('no such turn') }}", "no such turn"),
+    ("{% if %}", "Expected an expression"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ("{{ bos_token + 3 }}", "str"),
 ])
-def test_a_template_that_is_missing_or_fails_is_said_to(tmp_path, said, words):
-    if said is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-    with pytest.raises(ValueError, match=words) as refused:
+def test_a_template_that_fails_is_named_with_its_reason(tmp_path, template, words):
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"{tmp_path}: its chat template fails .*{words}"):
         chat_prompt(tmp_path, "hello")
-    assert str(tmp_path) in str(refused.value)
 
 
 # ------------------------------------------------------------------------------
