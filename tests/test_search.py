@@ -311,6 +311,36 @@ def test_what_the_sweeps_add_zeros_to_is_the_model(model, tokens):
     assert torch.equal(model(tokens, project=leaves), model(tokens))
 
 
+def test_recomputed_layers_give_the_same_start_and_order(model, monkeypatch):
+    """`--checkpoint`; layers are run once more for every draw, and no state is kept within one."""
+    layers, plain = [], Model.layer
+
+    def counted(self, i, *arguments):
+        layers.append(i)
+        return plain(self, i, *arguments)
+
+    monkeypatch.setattr(Model, "layer", counted)
+    found = []
+    for recompute in (False, True):
+        windows = windows_of()
+        windows.recompute = recompute
+        layers.clear()
+        start = find_start(model, windows, 2)
+        found.append((find_order(model, start, windows), start.tensors(), len(layers)))
+    (order, tensors, once), (same_order, same, again) = found
+    assert torch.equal(order, same_order)
+    assert all(torch.equal(tensors[name], same[name]) for name in tensors)
+    L, batches = len(model.layers), 2
+    assert (once, again - once) == (3 * batches * L, 2 * batches * DRAWS * L)
+
+
+def test_probabilities_that_are_not_numbers_are_said_to_be(model):
+    states = torch.randn(5, 32)
+    states[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="not numbers"):
+        drawn_gradients(model, states, None)
+
+
 def test_the_gradient_of_a_drawn_token_is_that_of_its_log_probability(model, monkeypatch):
     """(onehot(y) − p) W, also where logits come in chunks; other draws are other tokens."""
     monkeypatch.setattr("model.CHUNK", 7)                           # the last one is not full
