@@ -614,8 +614,7 @@ def test_algorithm_1_has_the_kl_of_every_round_and_an_interrupt_leaves_the_path_
     assert len(plan["path"]) == 10
     assert plan["budget"] == 1 - 10 / 64
     kls = [kl for *_, kl in plan["path"]]
-    assert kls == sorted(kls)
-    assert plan["kl"] == kls[-1] > 0
+    assert plan["kl"] == kls[-1] > kls[0]
     assert 8 * 10 <= plan["evaluations"] <= 9 * 10                  # the best one runs once more
 
 
