@@ -130,7 +130,8 @@ def exact(cost: Cost):
 
 # ------------------------------------------------------------------------------
 # Not in the paper: two sweeps of backward passes say which directions and which heads matter. Their
-# number does not grow with the model's heads. NUMBERS
+# number does not grow with the model's heads. Untrained, on SmolLM2-135M over windows of 2,048,
+# start and order have a KL of .461 at 50%, where plain PCA has 1.911 (docs/results.md).
 
 DRAWS = 2               # of the next token, at every position of a window
 
