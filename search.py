@@ -174,17 +174,18 @@ class Windows:
         self.batch, self.seed, self.amp, self.recompute = batch, seed, amp, recompute
 
     def __iter__(self):
-        """Batches, (B, T) tokens and (B,) starts; of several processes each takes some."""
-        batches = zip(self.text.split(self.batch), self.starts.split(self.batch), strict=True)
+        """Batches, as the numbers (B,) of windows; of several processes each takes some."""
+        batches = torch.arange(len(self.text)).split(self.batch)
         return itertools.islice(batches, processes.RANK, None, processes.WORLD)
 
     def __len__(self) -> int:
         return math.ceil(len(self.text) / self.batch)
 
-    def states(self, model: Model, text: Tensor, starts: Tensor, **hook) -> Tensor:
-        """The model's states (B, T, hidden) behind its last norm."""
+    def states(self, model: Model, batch: Tensor, **hook) -> Tensor:
+        """The model's states (B, T, hidden) after its last norm."""
+        text = self.text[batch].to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.amp):
-            states = model.hidden(text.to(model.device), start=starts, **hook)
+            states = model.hidden(text, start=self.starts[batch], **hook)
         return model.norm(states)
 
 
@@ -203,22 +204,24 @@ def sweep(model: Model, windows: Windows, mean_k, mean_v, whole: int, what: str)
     g = ∂ Σ_t log p(y_t) / ∂x at every cached key and value x, (B, K, T, d) both.
     """
     progress = Progress(len(windows), what)
-    generator = torch.Generator(model.device).manual_seed(windows.seed)
-    for number, (text, starts) in enumerate(windows, 1):
+    for number, batch in enumerate(windows, 1):
         leaves = Leaves(mean_k, mean_v, whole)
         with torch.enable_grad():
-            states = windows.states(model, text, starts, project=leaves,
-                                    recompute=windows.recompute)
-        by_state = drawn_gradients(model, states.detach().flatten(0, 1), generator)
+            states = windows.states(model, batch, project=leaves, recompute=windows.recompute)
+        by_window = []
+        for window, of_window in zip(batch.tolist(), states.detach(), strict=True):
+            # What is drawn follows from the seed and the window, however many processes there are.
+            generator = torch.Generator(model.device).manual_seed(windows.seed * 1_000_003 + window)
+            by_window.append(drawn_gradients(model, of_window, generator))
+        by_state = torch.stack(by_window, dim=1)                    # (DRAWS, B, T, hidden)
         zeros = [z for layer in sorted(leaves.zeros) for z in leaves.zeros[layer]]
         for draw, gradient in enumerate(by_state):
-            found = torch.autograd.grad(states, zeros, gradient.view_as(states),
-                                        retain_graph=draw < DRAWS - 1)
+            found = torch.autograd.grad(states, zeros, gradient, retain_graph=draw < DRAWS - 1)
             for place, g in enumerate(found):
                 layer, side = divmod(place, 2)
                 g, x = g[:, :, whole:], leaves.x[layer][side]
                 yield draw, side, layer, g.to(wide(g.dtype)), x.to(wide(x.dtype))
-        progress(number, f"{DRAWS} draws", text.numel())
+        progress(number, f"{DRAWS} draws", windows.text[batch].numel())
 
 
 @torch.no_grad()
@@ -257,9 +260,9 @@ def find_start(model: Model, windows: Windows, whole: int) -> Projection:
         count.add_(k[:, 0, whole:, 0].numel() / L)
 
     progress = Progress(len(windows), "mean of keys")
-    for number, (text, starts) in enumerate(windows, 1):
-        windows.states(model, text, starts, observe=observe)
-        progress(number, "", text.numel())
+    for number, batch in enumerate(windows, 1):
+        windows.states(model, batch, observe=observe)
+        progress(number, "", windows.text[batch].numel())
     mean_k = processes.sum_over(mean_k) / processes.sum_over(count).to(model.device)
     mean_k = mean_k.float()
 
