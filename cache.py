@@ -325,7 +325,8 @@ class KVCache:
             first = before.first[i, side, place_before]             # (B, d, whole)
             if due:
                 if side == 0 and self.turns is not None:        # None: no model ever wrote here
-                    old = old - turned_mean(p.mean_k[i, j:j + 1], self.turns[:, :n])[0].T.to(old)
+                    mean = p.mean_k[i, j:j + 1].to(self.turns)
+                    old = old - turned_mean(mean, self.turns[:, :n])[0].T.to(old)
                 old = U[j].T.to(old) @ old
                 first = torch.zeros_like(first)
                 w = min(p.whole, n)

@@ -345,10 +345,48 @@ def test_biases_of_600_cost_nothing_once_they_are_the_mean():
     assert (without > 1.5 * usual).all()
 
 
-def test_scores_of_a_mean_of_600_are_not_rounded_to_bfloat16():
-    """Against float64 over the same weights: the cache is off by what states of two bytes are.
+@pytest.mark.parametrize("chunks", [[1] * 40, [1, 39]])
+def test_what_a_mean_of_600_adds_to_scores_is_not_rounded_to_bfloat16(chunks):
+    """Against float64, from the same bfloat16 q, k and v: as near as from float64 scores."""
+    model = load(CKPT, dtype=torch.bfloat16)
+    _, K, d = shape(model)
+    G, r = model.config.num_attention_heads // K, d // 2
+    unturned = Projection.identity(model.config)
+    m = 600 * torch.nn.functional.normalize(torch.randn_like(unturned.mean_v), dim=-1)
+    p = Projection(unturned.U_k, unturned.U_v, unturned.mean_v, m)
+    qk = torch.randn(2, K, G + 1, 40, d)
+    qk[:, :, :-1] *= 0.05                                       # scores of a few
+    qk, v = qk.bfloat16(), torch.randn(2, 40, K * r).bfloat16()
+    cache, out = KVCache(p, uniform_ranks(0.5, model.config), 2, 40, torch.bfloat16), []
+    for tokens in torch.arange(40).split(chunks):
+        cache.before_pass(model, 2, len(tokens))
+        out.append(cache.attend(0, qk[:, :, :, tokens], v[:, tokens]))
+        cache.after_pass(len(tokens))
 
-    The model is off by ten times that, and so is a prompt in one pass, which attends to keys.
+    angle = torch.arange(40)[:, None] * frequencies(model.config)
+    turned = torch.complex(*m[0].double().chunk(2, dim=-1))[:, None] * torch.polar(
+        torch.ones_like(angle), angle)
+    turned = torch.cat((turned.real, turned.imag), dim=-1)[:, None]     # (K, 1, 40, d)
+    q, k = qk[:, :, :-1].double(), qk[:, :, -1:].double()
+    scores = (q[..., :r] @ k[..., :r].mT + q @ turned.mT) * d ** -0.5
+    future = torch.ones(40, 40).triu(1).bool()
+
+    def computed(scores_in, weights_in):
+        seen = scores.to(scores_in).to(torch.float64).masked_fill(future, -torch.inf)
+        weights = seen.softmax(-1).to(weights_in)
+        values = v.view(2, 40, K, 1, r).permute(0, 2, 3, 1, 4).to(weights_in)
+        return (weights @ values).permute(0, 3, 1, 2, 4).flatten(2)     # (B, T, K·G·r)
+
+    exact, usual = (computed(torch.float64, dtype) for dtype in (torch.float64, torch.bfloat16))
+    rounded = computed(torch.bfloat16, torch.bfloat16)
+    assert relative(torch.cat(out, dim=1), exact) < 1.2 * relative(usual, exact)
+    assert relative(rounded, exact) > 2 * relative(usual, exact)
+
+
+def test_with_biases_of_600_a_cache_of_two_bytes_is_nearer_than_the_model_of_two_bytes():
+    """To float64 over the same weights: keys of that size lose what the cache never adds to them.
+
+    But a prompt in one pass attends to such keys.
     """
     low, mean_k = with_large_biases(600, torch.bfloat16)
     exact = with_large_biases(600)[0].double()
@@ -612,6 +650,16 @@ def test_a_cache_that_nothing_went_into_may_shrink(model, tokens):
         cache.shrink(small)
         cache.length = 0
         assert relative(model(tokens, cache=cache), model(tokens, project=p.at(small))) < 1e-4
+
+
+def test_projections_may_lie_on_another_device_than_the_cache_that_shrinks(model):
+    """As a GPU's cache does beside projections just loaded; "meta" has no numbers, but rules."""
+    p = random_projection(model, 4, 1.0)
+    cache = KVCache(p, uniform_ranks(1.0, model.config), batch=3, max_len=24, device="meta")
+    cache.turns = torch.empty(model.config.head_dim, 24, device="meta")
+    cache.length = 18
+    cache.shrink(random_ranks(model))
+    assert cache.data.device == cache.first.device == torch.device("meta")
 
 
 def fold_all(cache, model):
