@@ -119,14 +119,16 @@ def plans_for(args, model: Model, *budgets: float | None):
     if args.ranks is None and args.budget is None:
         return Projection.identity(config).to(model.device), *[uniform_ranks(1.0, config)
                                                                for _ in budgets]
+    if args.ranks is not None:
+        with blame("--ranks"):
+            found = read_ranks(args.ranks, config)
     proj = args.proj or (args.ranks or Path("out", PROJECTIONS)).parent / PROJECTIONS
     with blame("--proj"):
         projection = Projection.load(proj)
         projection.check_fits(config)
     said, own = "", None                                # own: the plan without a budget
     if args.ranks is not None:
-        with blame("--ranks"):
-            where, found = args.ranks, read_ranks(args.ranks, config)
+        where = args.ranks
         if not found.fits(projection):
             fail(f"--ranks: {where}: was searched for other projections than {proj}")
         order, own = found.order, found.ranks
