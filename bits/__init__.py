@@ -2,6 +2,7 @@
 
     rounding.py     a coordinate of the cache in a few bits, in place of all or none
     packed.py       a cache of those codes, and nothing else of the past
+    start.py        where training starts
     train.py        train through the rounding, and share the bits out
 
     from bits import load_bits
