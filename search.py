@@ -72,7 +72,6 @@ class Cost:
         chunks = [log_p for _, log_p in log_probabilities(model, teacher)]
         self.teacher = torch.cat(chunks)                            # (B·T, vocab)
         self.kl, self.inputs = self.measure(self.ranks, 0)
-        self.full_kl = self.kl
         self.tried = None               # the last candidate, its plan, KL and layers' inputs
 
     def candidates(self) -> list[tuple[int, int, int]]:
