@@ -116,7 +116,7 @@ def test_folded_weights_replace_those_of_the_values(kind, tokens):
     hidden, H = model.config.hidden_size, model.config.num_attention_heads
     numbers = (H + 2 * K) * d * (hidden + 1)                        # W_qkv' and its bias
     numbers += (H * d + 1) * hidden                                 # W_o' and its bias
-    assert size == 4 * L * numbers
+    assert size == sum(layer.nbytes for layer in cache.folded) == 4 * L * numbers
     parts = tokens.split([2, 1, 18], dim=1)
     logits = torch.cat([model(part, cache=cache) for part in parts], dim=1)
     assert relative(logits, expected) < 1e-4
