@@ -93,7 +93,7 @@ class Projection:
                 P = projector(self.U_k[layer], r_k).to(k)
                 if self.mean_k is None:
                     k_hat = turned @ P
-                else:           # subtracted before it is turned: in bfloat16 R m is not near enough
+                else:           # subtracted before it is turned, as the cache stores it
                     m = self.mean_k[layer][:, None].to(k)           # (K, 1, d)
                     k_hat = turn(k - m) @ P + turn(m.expand(k.shape[1:]))
                     is_full = (r_k == d)[..., None, None].to(k.device)

@@ -457,17 +457,25 @@ def in_process(monkeypatch, rank, world, run, totals):
 
 @torch.no_grad()
 def test_several_processes_find_what_one_finds(model, monkeypatch):
-    """Three, for two batches: one has nothing to do. The draws, their own, are left out."""
-    monkeypatch.setattr("search.drawn_gradients", lambda model, states, _: torch.stack(
-        [torch.roll(states, shift, -1) for shift in range(DRAWS)]))
-    model = model.double()
+    """Three, for two batches: one has nothing to do. What is drawn follows from the window."""
+    model, tokens_run = model.double(), []
     p = in_double(random_projection(model, whole=2, mean=1.0))
 
-    def run():
-        return find_start(model, windows_of(), 2), find_order(model, p, windows_of())
+    def gradients(model, states, generator):
+        tokens_run.append(len(states))
+        return drawn_gradients(model, states, generator)
 
-    start, order = run()
-    for other, same_order in in_processes(monkeypatch, 3, run):
+    monkeypatch.setattr("search.drawn_gradients", gradients)
+
+    def run(batch=4):
+        tokens_run.clear()
+        windows = windows_of(batch=batch)
+        return find_start(model, windows, 2), find_order(model, p, windows), sum(tokens_run)
+
+    start, order, all_tokens = run()
+    found = in_processes(monkeypatch, 3, run)
+    assert [tokens for *_, tokens in found] == [all_tokens * 4 // 6, all_tokens * 2 // 6, 0]
+    for other, same_order, _ in (*found, run(batch=1)):
         assert torch.equal(same_order, order)
         for name, tensor in start.tensors().items():
             assert relative(other.tensors()[name].abs(), tensor.abs()) < 1e-4
