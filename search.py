@@ -404,6 +404,13 @@ def main():
         projection = Projection.load(args.proj, "pca_" if args.pca else "")
         projection.check_fits(config)
         projection = projection.to(device)
+    if args.positions and projection.mean_k is None:
+        cli.fail(f"--positions: {args.proj} has no mean_k{' for --pca' if args.pca else ''}, and "
+                 "such projections are made at position 0")
+    positions = 1 if projection.mean_k is None else positions_of(args, config)
+    if args.seq <= projection.whole:
+        cli.fail(f"--seq {args.seq}: the first {projection.whole} tokens stay whole (--proj), and "
+                 "windows must be longer")
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
 
@@ -422,7 +429,6 @@ def main():
               "tokens", flush=True)
         path = path_by_algorithm_1(cost)
     else:
-        positions = 1 if projection.mean_k is None else positions_of(args, config)
         windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, positions, args.seed)
         path = path_by_sweep(model, projection, windows, cost)
     passes = cost.passes

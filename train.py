@@ -360,11 +360,11 @@ def main():
     with cli.blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
         check_ranks(uniform_ranks(1.0, config), *shape_of(config))      # head_dim in eighths
+    args.positions = 1 if args.recipe == "paper" else positions_of(args, config)
     need = partial(peak_memory, config, args.batch, args.seq)
     device, dtype = prepare_training(args, config, need)
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
-    args.positions = 1 if args.recipe == "paper" else positions_of(args, config)
     order = None
     if args.ranks and not args.resume:
         with cli.blame("--ranks"):

@@ -647,6 +647,8 @@ CASES = [       # the script and its options; the words that the line must hold
     ("train --recipe paper --uniform", "--uniform --recipe paper"),
     ("search --positions 0", "--positions 0"),
     ("search --proj mean.safetensors --positions 65", "--positions 65 64"),
+    ("search --positions 32", "--positions p.safetensors mean_k"),
+    ("search --proj mean.safetensors --seq 2", "--seq 2 --proj"),
     ("search --lazy", "--lazy"),
     ("train --wrong", "--wrong"),
     ("search --budget 0.1", "--budget 0.1"),
