@@ -2,10 +2,10 @@
 
     python bench/mixed_text.py ../text      # writes mixed.jsonl and news.jsonl there
 
-mixed.jsonl takes turns between Python's own documentation (its training part, support/data.py) and
-articles of the English Wikipedia (CC BY-SA 3.0), as many characters of both; its last tenth is held
-out. news.jsonl are 300 reports of the Australian Broadcasting Corporation, the Lee corpus. Wikipedia
-and news are test data of the package gensim, fetched with pip; their hashes are checked.
+mixed.jsonl takes turns between Python's own documentation (its training part, support/data.py)
+and articles of the English Wikipedia (CC BY-SA 3.0), as many characters of both; its last tenth is
+held out. news.jsonl are 300 reports of the Australian Broadcasting Corporation, the Lee corpus.
+Wikipedia and news are test data of the package gensim, fetched with pip; hashes are checked.
 """
 import bz2
 import hashlib
