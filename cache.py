@@ -10,7 +10,7 @@ matrix of the head, one for keys and one for values. All lie end to end in one p
 The context costs batch · max_len · Σ r numbers: no padding to the widest head, no list that grows
 by concatenation. Attention happens in the small space, for the G query heads of a group at once:
 
-    scores = (q U_r)(k U_r)ᵀ / sqrt(d)      queries are turned once, stored keys read as they are
+    scores = (q U_r)(k U_r)ᵀ / sqrt(d)      q U_r is made once, stored keys are read as they are
     output = softmax(scores) (v U_r)        r numbers per query head
 
 Values have no RoPE between their weights and the cache, so U_r and U_rᵀ vanish into the weights
@@ -21,7 +21,7 @@ before and after them, the paper's "new linear layer" (MatryoshkaKV, arXiv 2410.
     bias = Σ_h μ (I − P) W_o[h]         what cut-off means add: attention weights sum to one
 
 These weights belong to the plan, the ranks of all heads, so the cache holds them. A side of a layer
-all of whose heads are at rank d is stored unturned: the full plan gives the base model's cache.
+all of whose heads are at rank d is stored without U: the full plan gives the base model's cache.
 
 Not in the paper: heads of the same rank are made neighbours, so that one product serves them all;
 and as a smaller rank is the first rows of a larger, `shrink` takes a cache in use to a smaller plan
@@ -32,9 +32,9 @@ and runs no layer again. Keys lie as products take them, as kᵀ. And where the 
                 Scores get q · R_n m back, a product with one table for all heads, `turns`: the sum
                 over pairs (a, b) of  cos(nθ)(q_a m_a + q_b m_b) + sin(nθ)(q_b m_a − q_a m_b)
     whole       `first` holds all d coordinates of the first tokens, keys and values, beside `data`.
-                The bias stays as it is if a value there is v U less what the bias adds, μ U beyond
-                r. W_v' then has rows, and W_o' columns, for all d; rows beyond r serve the first
-                tokens alone.
+                The bias gives these tokens μ (I − P) too, so their values are v U with μ U
+                subtracted beyond r: W_o' and the bias together give v. W_v' then has rows, and W_o'
+                columns, for all d; rows beyond r serve the first tokens alone.
 
     python cache.py                                 # the full cache: its layout and its bytes
     python cache.py --ranks out/ranks.json --budget 0.25
@@ -59,11 +59,12 @@ class KVCache:
     """Keys and values of `batch` sequences of equal length, up to `max_len` tokens, at a plan.
 
     `data` is the one flat tensor, `length` the number of tokens in it, which may be set back;
-    `first` (L, 2, K, batch, d, whole), in the order of keys, what the first tokens keep.
+    `first` (L, 2, K, batch, d, whole), what the first tokens keep, both sides in the order of keys.
     `offsets` (2, L, K): where each block begins; `head_order` (2, L, K): a layer's heads as their
-    blocks lie. dtype and device are the model's, whose folded weights it holds: one cache serves
-    one model. A forward pass calls `before_pass`; for every layer `fold` and `attend`; then
-    `after_pass`. ValueError for ranks or sizes that make no sense, and when it is full.
+    blocks lie, and `places`, its inverse: where each head's block stands. dtype and device are the
+    model's, whose folded weights it holds: one cache serves one model. A forward pass calls
+    `before_pass`; for every layer `fold` and `attend`; then `after_pass`. ValueError for ranks or
+    sizes that make no sense, and when it is full.
     """
 
     def __init__(self, projection: Projection, ranks: Tensor, batch: int, max_len: int,
@@ -101,14 +102,14 @@ class KVCache:
         self.ranks = ranks.cpu().long()
         by_rank = [heads_by_rank(of_layer) for of_layer in self.ranks.flatten(0, 1).tolist()]
         self.head_order = torch.tensor(by_rank).view(2, L, K)
+        self.places = self.head_order.argsort(2)
 
         rows = self.ranks.gather(2, self.head_order) * self.batch        # of blocks, in their order
         by_layer = rows.transpose(0, 1)                             # (L, 2, K), as the blocks lie
         ends = by_layer.flatten().cumsum(0).view_as(by_layer)
-        starts = (ends - by_layer).transpose(0, 1)
-        self.first_rows = torch.empty_like(starts)                  # the same, by head
-        self.first_rows.scatter_(2, self.head_order, starts)
-        self.offsets = self.first_rows * self.max_len
+        begins = (ends - by_layer).transpose(0, 1)
+        self.begins = begins.gather(2, self.places)                 # at which row, by head
+        self.offsets = self.begins * self.max_len
 
         total = int(rows.sum())
         self.data = torch.empty(total * self.max_len, dtype=self.dtype, device=self.device)
@@ -130,9 +131,9 @@ class KVCache:
     def find_layout(self, i: int, G: int) -> "Layout":
         B, d = self.batch, self.head_dim
         by_key, by_value = self.head_order[:, i]
-        ranks, first_rows = self.ranks[:, i], self.first_rows[:, i]
+        ranks, begins = self.ranks[:, i], self.begins[:, i]
         K = len(by_key)
-        begin = int(first_rows.min())
+        begin = int(begins.min())
         rows = self.rows[begin:begin + B * int(ranks.sum())]
 
         p, basis, mean, kept = self.projection, None, None, None
@@ -144,51 +145,51 @@ class KVCache:
                 mean = p.mean_k[i].cpu()[by_key].to(self.device, wide(self.dtype))
         to_value_order = None
         if (by_key != by_value).any():
-            to_value_order = by_key.argsort()[by_value].to(self.device)
+            to_value_order = self.places[0, i, by_value].to(self.device)
 
         first_keys = self.first[i, 0] if p.whole and basis is not None else None
-        first_values, widths = None, G * ranks[1, by_value]         # of each head's output
+        first_values, counts = None, ranks[1]                       # numbers of a query's output
         if p.whole and not self.is_full(1, i):
-            first_values, widths = self.first[i, 1], torch.full_like(widths, G * d)
+            first_values, counts = self.first[i, 1], torch.full_like(counts, d)
+        widths = G * counts[by_value]
         ends = widths.cumsum(0)
-        columns = torch.empty_like(ends).scatter_(0, by_value, ends - widths)       # by head
-        counts = ranks[1] if first_values is None else torch.full_like(ranks[1], d)
-        table = torch.cat((first_rows, ranks, columns[None], counts[None]))[:, by_key]
-        table = table.to(self.device)
+        columns = (ends - widths)[self.places[1, i]]                # by head
+        table = torch.cat((begins, ranks, columns[None], counts[None]))[:, by_key]
 
-        # Which numbers of a token's queries, keys and values go to which row: their places, written
-        # as they are.
-        places = torch.arange(B * (K * (G + 1) * d + int(ranks[1].sum())))
-        qk, v = places.tensor_split((B * K * (G + 1) * d,))
-        written = torch.empty(len(rows), 1, dtype=torch.long)
+        # A decode step writes by one index_select. Which of a token's numbers, q and k and then v
+        # end to end, goes to which row? Write each number's own index, and see what the rows got.
+        n = B * K * (G + 1) * d
+        qk, v = torch.arange(n + B * int(ranks[1].sum())).tensor_split((n,))
+        source = torch.empty(len(rows), 1, dtype=torch.long)
         k = qk.view(K, B, G + 1, 1, d)[:, :, -1]
-        write(self.groups(i, written), k, v.view(B, 1, -1), slice(0, 1))
+        write(self.groups(i, source), k, v.view(B, 1, -1), slice(0, 1))
         return Layout(*self.groups(i, rows), rows, basis, kept, mean, first_keys, first_values,
-                      to_value_order, written[:, 0].to(self.device), table, int(ends[-1]))
+                      to_value_order, source=source[:, 0].to(self.device),
+                      table=table.to(self.device), width=int(ends[-1]))
 
     def groups(self, i: int, rows: Tensor) -> tuple[list["Group"], list["Group"]]:
         """The groups of keys and of values in the rows of layer i, (n, any width)."""
         sides, row = [], 0
         for side in (0, 1):
-            groups, first = [], 0
+            groups, matrix = [], 0
             ranks = self.ranks[side, i, self.head_order[side, i]].tolist()
             for r, alike in itertools.groupby(ranks):
                 count = self.batch * len(list(alike))               # of matrices (r, max_len)
                 blocks = rows[row:row + count * r].view(count, r, -1)
-                groups.append(Group(slice(first, first + count), blocks))
+                groups.append(Group(slice(matrix, matrix + count), blocks))
                 row += count * r
-                first += count
+                matrix += count
             sides.append(groups)
         return sides[0], sides[1]
 
     def is_full(self, side: int, i: int) -> bool:
-        """Whether all heads of a side of layer i are at rank d: they are then stored unturned."""
+        """Whether all heads of a side of layer i are at rank d: they are then stored without U."""
         return bool((self.ranks[side, i] == self.head_dim).all())
 
     def block(self, side: int, i: int, j: int) -> Tensor:
         """The rows of one head: (batch, r, max_len)."""
-        r, first = int(self.ranks[side, i, j]), int(self.first_rows[side, i, j])
-        return self.rows[first:first + self.batch * r].view(self.batch, r, self.max_len)
+        r, begin = int(self.ranks[side, i, j]), int(self.begins[side, i, j])
+        return self.rows[begin:begin + self.batch * r].view(self.batch, r, self.max_len)
 
     # --------------------------------------------------------------------------
     # What a pass calls
@@ -235,14 +236,13 @@ class KVCache:
             qk = torch.bmm(qk.flatten(1, 3), layout.basis).view(qk.shape)
         q, k = qk[:, :, :-1], qk[:, :, -1]
         end = self.length + T
-        covers_first = self.length < self.projection.whole
-        if covers_first:
+        if self.length < self.projection.whole:
             v = self.keep_first(layout, i, k, v)
-        if T > 1 or covers_first:
+        if T > 1:
             write((layout.keys, layout.values), k, v, slice(self.length, end))
         else:                                   # three operations, whatever the ranks
             numbers = torch.cat((qk.flatten(), v.flatten()))
-            layout.rows[:, self.length:end] = numbers.index_select(0, layout.written)[:, None]
+            layout.rows[:, self.length:end] = numbers.index_select(0, layout.source)[:, None]
         if T > 1 and self.length == 0:
             return attend_first(layout, raw, k, self.turns, window)
         if T == 1 and self.by_kernel:
@@ -263,24 +263,22 @@ class KVCache:
         return join(outputs, 1)
 
     def keep_first(self, layout: "Layout", i: int, k: Tensor, v: Tensor) -> Tensor:
-        """Keep all coordinates of first tokens among T more; returns values without the rest.
+        """Store all d coordinates of those new tokens that are first ones; returns v (B, T, Σ r).
 
         k (K, B, T, d); v (B, T, Σ r + Σ (d − r)): W_v' made those beyond each rank too.
         """
-        now = slice(self.length, min(self.projection.whole, self.length + k.shape[2]))
-        T = now.stop - now.start
+        w = min(self.projection.whole - self.length, k.shape[2])    # so many of the new ones
+        now = slice(self.length, self.length + w)
         if layout.first_keys is not None:
-            layout.first_keys[..., now] = k[:, :, :T].mT
+            layout.first_keys[..., now] = k[:, :, :w].mT
         if layout.first_values is None:
             return v
-        by_key, by_value = self.head_order[:, i]
+        by_value = self.head_order[1, i]
         ranks = self.ranks[1, i, by_value].tolist()
-        d = self.head_dim
-        kept = v.split(ranks + [d - r for r in ranks], dim=-1)
-        place = by_key.argsort()[by_value].tolist()
-        for j, head in enumerate(place):
-            whole = torch.cat((kept[j][:, :T], kept[len(ranks) + j][:, :T]), dim=-1)
-            layout.first_values[head, :, :, now] = whole.mT
+        parts = v[:, :w].split(ranks + [self.head_dim - r for r in ranks], dim=-1)
+        places = self.places[0, i, by_value].tolist()
+        for place, *halves in zip(places, parts[:len(ranks)], parts[len(ranks):], strict=True):
+            layout.first_values[place, ..., now] = torch.cat(halves, dim=-1).mT
         return v[..., :sum(ranks)]
 
     def attend_on_gpu(self, raw: Tensor, q: Tensor, window, layout: "Layout") -> Tensor:
@@ -299,7 +297,7 @@ class KVCache:
         """Take a cache in use to a plan at or below its own; no layer runs again.
 
         A smaller rank is the first rows of a block. Where all heads of a side of a layer were at
-        rank d, rows are unturned, and are turned now. What is cut off is given back; for a moment
+        rank d, rows are without U, and take it now. What is cut off is given back; for a moment
         both tensors are there. The next pass folds the model's weights anew. ValueError for a rank
         above today's.
         """
@@ -312,29 +310,25 @@ class KVCache:
             self.keep(before, side, i)
 
     def keep(self, before: "KVCache", side: int, i: int) -> None:
-        """Copy a side of layer i, turned if it is due now."""
+        """Copy a side of layer i, times U if that is due now."""
         p, n = self.projection, self.length
         due = before.is_full(side, i) and not self.is_full(side, i)
         U, mean_v = (p.U_k, p.U_v)[side][i], p.mean_v[i]
-        places, places_before = (cache.head_order[0, i].argsort().tolist()
-                                 for cache in (self, before))
+        places, places_before = (cache.places[0, i].tolist() for cache in (self, before))
         for j, (place, place_before) in enumerate(zip(places, places_before, strict=True)):
             new = self.block(side, i, j)[..., :n]
             old = before.block(side, i, j)[..., :n]
             r, r_before = new.shape[1], old.shape[1]
-            first = before.first[i, side, place_before]             # (B, d, whole)
+            first = before.first[i, side, place_before].clone()     # (B, d, whole)
             if due:
                 if side == 0 and self.turns is not None:        # None: no model ever wrote here
                     mean = p.mean_k[i, j:j + 1].to(self.turns)
                     old = old - turned_mean(mean, self.turns[:, :n])[0].T.to(old)
                 old = U[j].T.to(old) @ old
-                first = torch.zeros_like(first)
-                w = min(p.whole, n)
-                first[..., :w] = old[..., :w]
+                first[..., :n] = old[..., :p.whole]
             new.copy_(old[:, :r])
-            if side == 1 and p.whole and not self.is_full(side, i):
-                cut = slice(r, None if due else r_before)           # what the bias now adds
-                first = first.clone()
+            if side == 1 and p.whole and not self.is_full(side, i):     # the bias now adds it
+                cut = slice(r, self.head_dim if due else r_before)
                 first[:, cut] -= (mean_v[j] @ U[j])[cut, None].to(first)
             self.first[i, side, place] = first
 
@@ -362,17 +356,17 @@ class Group(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where things of a layer lie; heads in the order of the keys' blocks, if nothing is said."""
+    """Where things of a layer lie; heads are in key order, as the blocks of keys are."""
     keys: list[Group]
-    values: list[Group]
+    values: list[Group]                 # in value order
     rows: Tensor                        # (n, max_len): of all its blocks
-    basis: Tensor | None                # U of the keys (K, d, d); None: they are unturned
+    basis: Tensor | None                # U of the keys (K, d, d); None: they are stored without
     kept: Tensor | None                 # (K, 1, d) which coordinates are kept, of keys
     mean: Tensor | None                 # (K, d): m
     first_keys: Tensor | None           # (K, B, d, whole), of the first tokens
     first_values: Tensor | None
-    to_value_order: Tensor | None       # (K,) places by key of heads by value; None: alike
-    written: Tensor                     # (n,): a token's rows, among its q, k and v end to end
+    to_value_order: Tensor | None       # (K,) places in key order, by value; None: orders are alike
+    source: Tensor                      # (n,): where a token's rows are in its q, k, v end to end
     table: Tensor                       # (6, K), for kernel.decode_attention
     width: int                          # of the rows that W_o' takes
 
@@ -407,51 +401,49 @@ SCORES = 2 ** 24        # scores computed at a time for a long chunk: 64 MB in f
 
 def attend_rows(layout: Layout, q: Tensor, added: Tensor | None, begin: int, end: int,
                 unseen: Tensor | None) -> Tensor:
-    """Attention of queries (K, B, G, T, d), turned, to tokens begin … end − 1: (B, T, width).
+    """Attention of queries (K, B, G, T, d), times U, to tokens begin … end − 1: (B, T, width).
 
-    added (K, B, G, T, end − begin): q · R_n m, if there is a mean. unseen (T, end − begin): which
-    tokens they do not see; None: they see all. The G queries that share a key-value head form one
-    matrix: each stored number is read once and never repeated. One product for all heads of a rank,
-    and one softmax, in float32 or wider, for all heads.
+    added (K, B, G, T, end − begin): q · R_n m, if there is a mean; overwritten. unseen
+    (T, end − begin): which tokens they do not see; None: they see all. The G queries that share a
+    key-value head form one matrix: each stored number is read once and never repeated. One product
+    for all heads of a rank, and one softmax, in float32 or wider, for all heads.
     """
     K, B, G, T, d = q.shape
     dtype, scale = q.dtype, d ** -0.5
     q = q.reshape(K * B, G * T, d)
-    if added is None:
-        scores = q.new_empty(K * B, G * T, end - begin, dtype=wide(dtype))
-    else:
-        scores = added.reshape(K * B, G * T, -1)
-    beta = 0 if added is None else scale
-    f = begin                                           # the first token that is not whole
-    if layout.first_keys is not None:
-        f = min(max(begin, layout.first_keys.shape[-1]), end)
-        k = layout.first_keys[..., begin:f].flatten(0, 1).to(scores.dtype)
-        some = scores[..., :f - begin]
-        some.copy_(torch.baddbmm(some, q.to(scores.dtype), k, beta=beta, alpha=scale))
-    for matrices, rows in layout.keys:
-        q_r = q[matrices, :, :rows.shape[1]].to(scores.dtype)
-        k_r = rows[:, :, f:end].to(scores.dtype)                    # (J·B, r, tokens)
-        some = scores[matrices, :, f - begin:]
-        torch.baddbmm(some, q_r, k_r, beta=beta, alpha=scale, out=some)
+    shape, beta = (K * B, G * T, end - begin), 0 if added is None else scale
+    scores = q.new_empty(shape, dtype=wide(dtype)) if added is None else added.reshape(shape)
+    first, n = layout.first_keys, whole_seen(layout.first_keys, begin, end)
+    parts = [(slice(None), first[..., begin:begin + n].flatten(0, 1), slice(n))] if n else []
+    parts += [(matrices, rows[:, :, begin + n:end], slice(n, None))
+              for matrices, rows in layout.keys]
+    for matrices, k, tokens in parts:                               # k (J·B, r, tokens)
+        some = scores[matrices, :, tokens]
+        q_r = q[matrices, :, :k.shape[1]].to(some.dtype)
+        torch.baddbmm(some, q_r, k.to(some.dtype), beta=beta, alpha=scale, out=some)
 
     if unseen is not None:
         scores.unflatten(1, (G, T)).masked_fill_(unseen, float("-inf"))
     weights = scores.softmax(-1).to(dtype)
-    first = layout.first_values
-    f = begin if first is None else min(max(begin, first.shape[-1]), end)
     if layout.to_value_order is not None:
         weights = moved(weights, layout.to_value_order, B)
-        first = None if first is None else first.index_select(0, layout.to_value_order)
-    outputs = []
-    for matrices, rows in layout.values:
-        v_r = rows[:, :, f:end].mT                                  # (J·B, tokens, r)
-        outputs.append(torch.bmm(weights[matrices, :, f - begin:], v_r))        # (J·B, G·T, r)
+    first, n = layout.first_values, whole_seen(layout.first_values, begin, end)
+    outputs = [torch.bmm(weights[matrices, :, n:], rows[:, :, begin + n:end].mT)    # (J·B, G·T, r)
+               for matrices, rows in layout.values]
     if first is None:
-        return join([for_row(a.view(-1, B, G, T, a.shape[2])) for a in outputs], 2)
-    a = torch.bmm(weights[..., :f - begin], first[..., begin:f].flatten(0, 1).mT)
+        return join([for_row(a.unflatten(1, (G, T)), B) for a in outputs], 2)
+    first = first[..., begin:begin + n].flatten(0, 1)               # (K·B, d, n)
+    if layout.to_value_order is not None:
+        first = moved(first, layout.to_value_order, B)
+    a = torch.bmm(weights[..., :n], first.mT)
     for (matrices, _), more in zip(layout.values, outputs, strict=True):
         a[matrices, :, :more.shape[2]] += more
-    return for_row(a.view(K, B, G, T, d))
+    return for_row(a.unflatten(1, (G, T)), B)
+
+
+def whole_seen(first: Tensor | None, begin: int, end: int) -> int:
+    """How many of the tokens begin … end − 1 are in `first` (…, whole): they lead."""
+    return 0 if first is None else min(max(first.shape[-1] - begin, 0), end - begin)
 
 
 def mean_scores(q: Tensor, mean: Tensor, turns: Tensor) -> Tensor:
@@ -459,13 +451,9 @@ def mean_scores(q: Tensor, mean: Tensor, turns: Tensor) -> Tensor:
 
     (K, B, G, T, n), in the dtype of m (K, d): in bfloat16 a large m would drown what differs.
     """
-    half = mean.shape[-1] // 2
-    m = mean[:, None, None, None]
-    q = q.to(mean.dtype)
-    partner = q.roll(half, -1)                                      # b for a, a for b
-    pairs = q * m + partner * m.roll(half, -1)                      # q_a m_a + q_b m_b
-    crossed = q * m.roll(half, -1) - partner * m                    # beyond half: q_b m_a − q_a m_b
-    return torch.cat((pairs[..., :half], crossed[..., half:]), -1) @ turns
+    q_a, q_b = q.to(mean.dtype).chunk(2, dim=-1)
+    m_a, m_b = mean[:, None, None, None].chunk(2, dim=-1)
+    return torch.cat((q_a * m_a + q_b * m_b, q_b * m_a - q_a * m_b), dim=-1) @ turns
 
 
 def turned_mean(mean: Tensor, turns: Tensor) -> Tensor:
@@ -478,9 +466,10 @@ def turned_mean(mean: Tensor, turns: Tensor) -> Tensor:
 def attend_first(layout: Layout, q: Tensor, k: Tensor, turns: Tensor | None, window: int | None):
     """Attention of the first T tokens, among themselves: (B, T, width).
 
-    q (K, B, G, T, d) as they are, k (K, B, T, d), turned, in key order. PyTorch's own causal
-    attention is the faster one here, in one call for all heads: k̂ is made again, values are read
-    back from the cache, padded to d and brought into key order, outputs go back into value order.
+    q (K, B, G, T, d) before U, k (K, B, T, d) times U, in key order. PyTorch's own causal attention
+    is the faster one here, in one call for all heads, each of d coordinates: k̂ = k U_r U_rᵀ + R_n m
+    is made, values are read back from the cache, padded to d and brought into key order, outputs go
+    back into value order.
     """
     K, B, _, T, d = q.shape
     if layout.basis is not None:
@@ -495,18 +484,14 @@ def attend_first(layout: Layout, q: Tensor, k: Tensor, turns: Tensor | None, win
     if layout.to_value_order is not None:
         v = moved(v, layout.to_value_order.argsort(), B)
     if layout.first_values is not None:
-        first = layout.first_values[..., :T].flatten(0, 1).mT
-        v[:, :first.shape[1]] = first
+        v[:, :layout.first_values.shape[-1]] = layout.first_values[..., :T].flatten(0, 1).mT
     a = causal_attention(q.flatten(0, 1), k.flatten(0, 1)[:, None], v[:, None], window)
     if layout.to_value_order is not None:
         a = moved(a, layout.to_value_order, B)                      # (K·B, G, T, d)
     if layout.first_values is not None:
-        return for_row(a.unflatten(0, (-1, B)))
-    outputs = []
-    for matrices, rows in layout.values:
-        part = a[matrices, :, :, :rows.shape[1]]                    # (J·B, G, T, r)
-        outputs.append(for_row(part.unflatten(0, (-1, B))))
-    return join(outputs, 2)
+        return for_row(a, B)
+    return join([for_row(a[matrices, :, :, :rows.shape[1]], B) for matrices, rows in layout.values],
+                2)
 
 
 def in_pieces(q: Tensor, added: Tensor | None, begin: int, end: int, window: int | None):
@@ -529,9 +514,9 @@ def moved(x: Tensor, heads: Tensor, B: int) -> Tensor:
     return x.unflatten(0, (-1, B)).index_select(0, heads).flatten(0, 1)
 
 
-def for_row(a: Tensor) -> Tensor:
-    """Attention's (J, B, G, T, r) of J heads as W_o' takes it, (B, T, J·G·r)."""
-    return a.permute(1, 3, 0, 2, 4).flatten(2)
+def for_row(a: Tensor, B: int) -> Tensor:
+    """Attention's (J·B, G, T, r) of J heads as W_o' takes it, (B, T, J·G·r)."""
+    return a.unflatten(0, (-1, B)).permute(1, 3, 0, 2, 4).flatten(2)
 
 
 def join(parts: list[Tensor], dim: int) -> Tensor:
@@ -557,18 +542,17 @@ class Folded(NamedTuple):
     W_o: Tensor                         # (hidden, Σ r over query heads), or (hidden, H·d) if whole
     bias: Tensor | None                 # (hidden): what cut-off means add; None where nothing is
     mean_k: Tensor | None               # (K, 1, d): m, where it is not in b_qkv: behind a norm of k
-    rest: tuple | None                  # of first tokens: W_qkv', b_qkv' with rows for all d
+    first: tuple | None                 # W_qkv', b_qkv' of passes with first tokens, with rows for
+                                        # all d: W_qkv is a view of its start
 
     @property
     def nbytes(self) -> int:
-        W_qkv, b_qkv = self.rest or self[:2]                        # the one is a view of the other
+        W_qkv, b_qkv = self.first or self[:2]
         return sum(x.nbytes for x in (W_qkv, b_qkv, self.W_o, self.bias) if x is not None)
 
     def for_first(self) -> "Folded":
         """The weights of a pass that covers first tokens."""
-        if self.rest is None:
-            return self
-        return self._replace(W_qkv=self.rest[0], b_qkv=self.rest[1])
+        return self._replace(W_qkv=self.first[0], b_qkv=self.first[1]) if self.first else self
 
 
 def fold(weights, head_order: Tensor, ranks: Tensor, U: Tensor | None, mean_v: Tensor,
@@ -576,79 +560,57 @@ def fold(weights, head_order: Tensor, ranks: Tensor, U: Tensor | None, mean_v: T
     """A layer's weights (model.Attention) for its plan.
 
     head_order (2, K): heads as their keys lie, and as their values lie. Of the values by head:
-    ranks (K,), U (K, d, d), or None where they are cached unturned, and means (K, d). mean_k
-    (K, d), if keys are cached without it.
+    ranks (K,), U (K, d, d), or None where they are cached without it, and means (K, d). mean_k
+    (K, d), if keys are cached less it.
     """
     K, d = mean_v.shape
-    by_key, by_value = head_order.tolist()
-    q, k, v = weights.q_proj, weights.k_proj, weights.v_proj
-    W_o = weights.o_proj.weight.unflatten(1, (K, -1, d))            # (hidden, K, G, d)
-    b_v = [None] * K if v.bias is None else v.bias.chunk(K)
-    values = list(zip(v.weight.chunk(K), b_v, W_o.unbind(1), strict=True))
-    rests, bias = [], None
-    if U is not None:
-        for j, r in enumerate(ranks.tolist()):
-            U_j, mean = (x[j].to(W_o.device) for x in (U, mean_v))
-            *kept, constant = fold_head(*values[j], U_j, mean, r, whole > 0)
-            values[j] = kept[:3]
-            rests.append(kept[3:])
-            bias = constant if bias is None else bias + constant
-        bias = bias.to(W_o)
-
-    b_q, b_k, after_norm = q.bias, k.bias, None
+    (by_key, by_value), r = head_order.tolist(), ranks.tolist()
+    q, k, v, W_o = weights.q_proj, weights.k_proj, weights.v_proj, weights.o_proj.weight
+    b_q, b_k, b_v = (W_o.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in (q, k, v))
+    has_bias, after_norm, bias = v.bias is not None, None, None
     if mean_k is not None and weights.k_norm is not None:
         after_norm = mean_k[by_key][:, None].to(W_o)
     elif mean_k is not None:
-        minus_m = -mean_k.flatten().to(W_o.device)
-        b_k = (minus_m if b_k is None else b_k.to(minus_m) + minus_m).to(W_o)
+        has_bias, m = True, mean_k.flatten().to(W_o.device)
+        b_k = (b_k.to(m) - m).to(W_o)
 
-    def side_by_side(q: Tensor, k: Tensor, parts: list[Tensor]) -> Tensor:
-        """Of each head the rows of its queries and its key, then the values."""
+    heads = list(zip(v.weight.chunk(K), b_v.chunk(K), W_o.unflatten(1, (K, -1, d)).unbind(1),
+                     strict=True))
+    if U is not None:                                   # else W_o as it is: no second copy
+        U, mean_v = U.to(W_o.device), mean_v.to(W_o.device)
+        heads = [fold_head(*heads[j], U[j], mean_v[j], r[j], whole > 0) for j in range(K)]
+        bias = sum(head[3] for head in heads).to(W_o)
+        W_o = torch.cat([heads[j][2].flatten(1) for j in by_value], dim=1)
+
+    def in_order(q: Tensor, k: Tensor, v: list[Tensor]) -> Tensor:
+        """Of each head its queries and its key; values up to r; and those beyond it, if whole."""
         pairs = list(zip(q.chunk(K), k.chunk(K), strict=True))
-        return torch.cat([x for j in by_key for x in pairs[j]] + parts)
+        beyond = [v[j][r[j]:] for j in by_value] if whole else []
+        return torch.cat([x for j in by_key for x in pairs[j]]
+                         + [v[j][:r[j]] for j in by_value] + beyond)
 
-    W_parts = [values[j][0] for j in by_value]
-    b_parts = [values[j][1] for j in by_value]
-    W_rest = [rests[j][0] for j in by_value] if whole and rests else []
-    b_rest = [rests[j][1] for j in by_value] if whole and rests else []
-    has_bias = b_q is not None or b_k is not None or b_v[0] is not None
-
-    def biases(parts: list, W_parts: list) -> Tensor | None:
-        if not has_bias and not (b_rest and parts is not b_parts):
-            return None
-        zero = W_o.new_zeros
-        parts = [zero(len(W)) if b is None else b for b, W in zip(parts, W_parts, strict=True)]
-        return side_by_side(zero(len(q.weight)) if b_q is None else b_q,
-                            zero(len(k.weight)) if b_k is None else b_k, parts)
-
-    W_all = stored_for_rows(side_by_side(q.weight, k.weight, W_parts + W_rest))
-    rows = len(W_all) - sum(map(len, W_rest))
-    rest = (W_all, biases(b_parts + b_rest, W_parts + W_rest)) if W_rest else None
-    W_out = weights.o_proj.weight                       # as it is where it can be: no second copy
-    if U is not None:
-        W_out = torch.cat([values[j][2].flatten(1) for j in by_value], dim=1)
-    return Folded(W_all[:rows], biases(b_parts, W_parts), stored_for_rows(W_out), bias, after_norm,
-                  rest)
+    W = stored_for_rows(in_order(q.weight, k.weight, [head[0] for head in heads]))
+    b = in_order(b_q, b_k, [head[1] for head in heads])
+    n = len(q.weight) + len(k.weight) + sum(r)
+    return Folded(W[:n], b[:n] if has_bias else None, stored_for_rows(W_o), bias, after_norm,
+                  (W, b) if n < len(W) else None)
 
 
-def fold_head(W_v: Tensor, b_v: Tensor | None, W_o: Tensor, U: Tensor, mean: Tensor, r: int,
+def fold_head(W_v: Tensor, b_v: Tensor, W_o: Tensor, U: Tensor, mean: Tensor, r: int,
               whole: bool = False):
     """Fold a head's value side into its weights, by the equations on top (transposed: as stored).
 
-    W_v (d, hidden), b_v (d) or None, W_o (hidden, G, d); U (d, d), mean (d). Gives W_v'
-    (r, hidden), b_v' (r) or None, W_o' (hidden, G, r), or of all d columns if `whole`; then W_v',
-    b_v' of the coordinates beyond r for first tokens, less what the bias adds; then the bias
-    (hidden), in U's dtype.
+    W_v (d, hidden), b_v (d), W_o (hidden, G, d); U (d, d), mean (d). Gives W_v' (d, hidden) and
+    b_v' (d): the first r for all tokens, the others for whole first tokens, where b_v' has −μ U.
+    Then W_o' (hidden, G, r), or of all d if `whole`, and the bias (hidden), in U's dtype.
     """
-    U_r = U[:, :r]
+    U_r, W_o_wide = U[:, :r], W_o.to(U)
     cut_off = mean - mean @ U_r @ U_r.T                             # μ (I − P)
-    W_o_wide = W_o.to(U)
-    bias = W_o_wide.sum(1) @ cut_off
-    W = (U.T @ W_v.to(U)).to(W_v)                                   # (d, hidden)
-    b = None if b_v is None else (b_v.to(U) @ U).to(b_v)
-    b_rest = -(mean @ U[:, r:]).to(W_v) if b is None else b[r:] - (mean @ U[:, r:]).to(b)
+    W = (U.T @ W_v.to(U)).to(W_v)
+    b = (b_v.to(U) @ U).to(b_v)
+    b[r:] -= (mean @ U[:, r:]).to(b)
     W_o_new = (W_o_wide @ (U if whole else U_r)).to(W_o)
-    return W[:r], None if b is None else b[:r], W_o_new, W[r:], b_rest, bias
+    return W, b, W_o_new, W_o_wide.sum(1) @ cut_off
 
 
 # ------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ the first r columns U_r count. With P = U_r U_rᵀ, and vectors as rows,
 and q · k̂ = (q U_r) · (k U_r). One U serves every rank like nested dolls, Matryoshka: a smaller
 rank uses a prefix of the same columns. Keys are projected after RoPE.
 
-The matrices start as a PCA, eigenvectors of covariances over a calibration text; training then
-rotates them (train.py). The Cayley map C of a skew-symmetric A is orthogonal by construction, and
-the identity at A = 0:
+The matrices start as eigenvectors: in the paper of covariances over a calibration text, a PCA; by
+default those of `find_start` (search.py). Training then rotates them (train.py). The Cayley map C
+of a skew-symmetric A is orthogonal by construction, and the identity at A = 0:
 
     U = U₀ C(A),        C(A) = (I − A/2)⁻¹ (I + A/2)
 
@@ -28,8 +28,9 @@ each is worth):
     mean_k      m, the mean of a head's keys before RoPE. RoPE turns it by the position n, R_n m,
                 and PCA would spend columns on that curve. So k̂ = R_n m + (k − R_n m) P.
 
-Without m keys need no mean: the number q · m(I − P) would be the same in all scores of a query, and
-softmax does not see it. Whole tokens would not get it: they need m.
+Where mean_k is None keys need no mean: a vector c added to all keys after RoPE adds q · c to every
+score of a query, and softmax does not see it. Whole tokens are not projected and would miss that c,
+so `whole` needs mean_k.
 
     python projection.py        # the variance that leading columns hold, on the demo model
 """
@@ -212,7 +213,7 @@ class Moments:
         self.squares = torch.zeros(2, L, K, d, d, **sums)           # Σ xᵀx
 
     def __call__(self, layer: int, _, k: Tensor, v: Tensor, turn) -> None:
-        """Add the keys, before RoPE, and the values (B, K, T, d) of one layer."""
+        """Add the keys, turned by RoPE here, and the values (B, K, T, d) of one layer."""
         self.add(0, layer, turn(k))
         self.add(1, layer, v)
 
@@ -301,8 +302,9 @@ class Rotation(nn.Module):
     def at(self, ranks: Tensor, of_step: Tensor | None = None):
         """The hook of sequences with ranks (2, L, B, K): `Projection.at`, with gradients.
 
-        None for entries that no rank of the step can see: as above, it would be noise. of_step: the
-        ranks of all its sequences, (2, L, all, K), where these are not all.
+        Entries that turn no column across a rank of the step get no gradient: near A = 0 it would
+        be rounding noise. of_step: the ranks of all its sequences, (2, L, all, K), where `ranks`
+        are a part of them.
         """
         entries = []
         visible = self.visible_entries(ranks if of_step is None else of_step)

@@ -138,8 +138,9 @@ DRAWS = 2               # of the next token, at every position of a window
 class Leaves:
     """The hook `project=` that changes nothing, and is where gradients are taken.
 
-    To keys (after RoPE) and values it adds zeros. What a plan would project, x = R (k − m) and
-    v − μ, (B, K, T, d) each, is kept for every layer, without the first `whole` tokens.
+    To keys (after RoPE) and values it adds zeros, (B, K, T, d). What a plan would project, `x` of
+    every layer, is kept beside them: R (k − mean_k) and v − mean_v, (B, K, T − whole, d); a mean
+    that is None is not subtracted.
     """
 
     def __init__(self, mean_k: Tensor | None, mean_v: Tensor | None, whole: int):
@@ -197,10 +198,11 @@ def positions_of(args, config) -> int:
 
 
 def sweep(model: Model, windows: Windows, mean_k, mean_v, whole: int, what: str):
-    """A backward pass for every batch and draw: yields (draw, side, layer, g, x) for all of them.
+    """Yields (draw, side, layer, g, x) of a backward pass for every batch and draw.
 
-    At every position y is drawn from the model's p(· | text so far), and not fed back;
-    g = ∂ Σ_t log p(y_t) / ∂x at every cached key and value x, (B, K, T, d) both.
+    x: keys R (k − mean_k) or values v − mean_v, as `Leaves` keeps them. g: the gradient at them of
+    Σ_t log p(y_t), with y_t drawn from the model's own p(· | text so far) and not fed back. Both
+    (B, K, T − whole, d).
     """
     progress = Progress(len(windows), what)
     for number, batch in enumerate(windows, 1):
@@ -247,8 +249,9 @@ def drawn_gradients(model: Model, states: Tensor, generator) -> Tensor:
 def find_start(model: Model, windows: Windows, whole: int) -> Projection:
     """The first sweep: a start that asks what varies, and what the model's answer hangs on.
 
-    U₀ are the eigenvectors of cov(x) / tr + E[gᵀg] / tr, where x is R (k − m) or v, of all tokens
-    but the first `whole`, and m the mean of keys before RoPE, pooled over positions.
+    U₀ are the eigenvectors of C_x / tr C_x + C_g / tr C_g over all tokens but the first `whole`:
+    C_x is E[xᵀx] of keys, x = R (k − m), and the covariance of values; C_g is E[gᵀg]. m, the mean
+    of keys before RoPE, pooled over positions, takes a forward pass of its own.
     """
     L, K, d = shape_of(model.config)
     mean_k = torch.zeros(L, K, d, dtype=torch.float64, device=model.device)
@@ -274,8 +277,8 @@ def find_start(model: Model, windows: Windows, whole: int) -> Projection:
             moments.add(side, layer, x)
     moments.sum_over_processes()
     processes.sum_over(by_gradient)
-    # Of keys no mean is removed again: what is left of one, among the cut coordinates, would add a
-    # number to all scores but those of whole tokens.
+    # Second moments of keys, not covariances: of what is cut only R m is put back. A mean left in x
+    # must be kept, or its loss would shift all scores but those of whole tokens.
     varies = torch.stack((moments.second()[0], moments.covariance()[1]))
     U_k, U_v = leading(unit_trace(varies) + unit_trace(by_gradient))
     return Projection(U_k, U_v, moments.mean()[1].float(), mean_k, whole)
@@ -290,20 +293,23 @@ def unit_trace(matrix: Tensor) -> Tensor:
 def find_order(model: Model, p: Projection, windows: Windows) -> Tensor:
     """The second sweep: an order (n,) of lowerings for U as it is, trained or not.
 
-    A plan changes x by δ = −(x − mean)(I − P). To second order a window's KL is ½ E_y[(Σ g_t·δ_t)²]
-    (Fisher information: y_t are independent, with scores of mean zero). With
-    A_c = Σ_t (g_t U)_c ((x_t − mean) U)_c, cutting the columns from r on costs, per token,
+    Lowering one rank, all others full, moves x, which `sweep` gives without its mean, by
+    δ = −x (I − P). For small δ a window's KL is ½ E_y[(Σ_s g_s·δ_s)²], s over cached tokens: the
+    Hessian of KL is the Fisher information E_y[gᵀg], and one draw of all y serves, since they are
+    independent with scores of mean zero. With A_c = Σ_s (g_s U)_c (x_s U)_c the sum over s is
+    −Σ_{c ≥ r} A_c, so a rank r costs, per token,
 
         ½ mean over windows and draws of (Σ_{c ≥ r} A_c)² / T
 
-    for every head at every rank at once. The cheapest next eighth, again and again, is the order.
+    for every head at every rank at once. Costs of heads are taken to add up: the cheapest next
+    eighth, again and again, is the order.
     """
     L, K, d = shape_of(model.config)
     T = windows.text.shape[1]
     U = p.U_k, p.U_v
     costs = torch.zeros(2, L, K, LEVELS, dtype=torch.float64)   # of cutting 1, 2, …, 8 eighths
     for _, side, layer, g, x in sweep(model, windows, p.mean_k, p.mean_v, p.whole, "order"):
-        if side == 0 and p.mean_k is None:              # softmax does not see a mean of the keys
+        if side == 0 and p.mean_k is None:              # Σ g = 0: no change but for rounding
             x = x - x.mean((0, 2), keepdim=True)
         U_l = U[side][layer].to(g)
         A = ((g @ U_l) * (x.to(g) @ U_l)).sum(2)                    # (B, K, d)

@@ -16,7 +16,9 @@ is the paper's as its authors' code has it: U₀ is the PCA, every rank is drawn
 (draw_independent), and the mean of 0.25 KL + 0.75 cross-entropy is minimised by Adam at 0.001. It
 gains where little of the cache is left, and loses to PCA elsewhere. The default differs in
 
-    start       PCA plus what queries and W_o read: `query_aware`, projection.py
+    tokens      the first 4 stay whole, and keys have a turned mean (projection.py)
+    start       what varies plus what the model's answer hangs on: `find_start`, search.py
+    windows     lie anywhere, not all at position 0: `random_starts`, support/data.py
     ranks       plans of any size along an order of lowerings: `draw_along`. The order is found for
                 the start (`find_order`, search.py), or that of --ranks FILE. --uniform: one level
                 for all heads, `draw_levels`
@@ -82,7 +84,7 @@ class Recipe:
     # log(loss + floor). KL at 25% is some fifty times that at 87.5%, and in a plain mean the small
     # ranks drown the rest; in the logarithm a tenth less KL counts about the same at every budget.
     floor: float | None = None
-    positions: int = 1              # windows begin at any position below; 1: at 0, as in the paper
+    positions: int = 1              # windows lie anywhere below; 1: all at 0, as in the paper
     accumulate: int = 1             # batches of a step
     amp: bool = False               # products in bfloat16 over float32 weights
     recompute: bool = False         # layers again in the backward pass
@@ -107,7 +109,7 @@ def distil(model: Model, text: Tensor, project, recipe: Recipe, start=0) -> tupl
 class Distill(torch.autograd.Function):
     """(1 − c) KL(p_teacher ‖ p_student) + c · cross-entropy, and the KL: means over T, (B,) each.
 
-    Its gradient for the student's logits is q − ((1 − c) p + c · onehot), taken in the same pass,
+    Its gradient for a token's logits is (q − ((1 − c) p + c · onehot)) / T, taken in the same pass,
     chunk by chunk, while the probabilities are at hand: no logits are kept for the backward pass.
     Student and teacher are normed states (B, T, hidden).
     """
@@ -184,7 +186,7 @@ def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, afte
             if objective.requires_grad:                 # not where every head is full
                 (scale * objective.mean()).backward()
             kl_of_step += scale * kl.mean().item()
-        gradients = [kl_of_step, *(p.grad for p in parameters)]
+        gradients = [kl_of_step, *(p.grad for p in parameters)]     # zeros where nothing was seen
         for gradient in gradients:
             processes.sum_over(gradient).div_(scale * recipe.accumulate * processes.WORLD)
         if not all(gradient.isfinite().all() for gradient in gradients):
@@ -208,9 +210,8 @@ def schedule(step: int, steps: int) -> float:
 
 
 # ------------------------------------------------------------------------------
-# Not in the paper: draws of exactly the plans that are used later; every step sees all budgets. On
-# the demo the paper's recipe has a KL of .178 at 50% and .684 at 25%; with our start and objective
-# `draw_levels` has .140 and .560, `draw_along` .079 and .326 along its order (docs/results.md).
+# Not in the paper: draws of exactly the plans that are used later; every step sees all budgets.
+# What they gain: docs/results.md.
 
 def draw_levels(B: int, config, generator: Generator) -> Tensor:
     """One level for all heads of a sequence, 25 to 87.5%."""
@@ -302,7 +303,7 @@ def recipe_of(args) -> Recipe:
 
 def start_of(args, model: Model, tokens, order) -> dict[str, Tensor]:
     """What a training begins with, for its state: its start, plain PCA, and the order, if any."""
-    start = pca = calibrate(model, tokens, args.batch, args.seq, args.seed).pca()
+    pca = start = calibrate(model, tokens, args.batch, args.seq, args.seed).pca()
     if args.recipe == "ours":
         windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, args.positions,
                           args.seed, args.amp, args.checkpoint)

@@ -2,9 +2,9 @@
 
 Every folder is a training's (train.py), measured along its ranks.json where it has one; `pca` in
 it is measured with uniform ranks, from the first folder alone. KL as a share of that PCA's stands
-behind it.
+behind it. A folder may have a name, NAME=FOLDER, that the table and --picture say.
 
-    python bench/real.py --ckpt DIR --seq 2048 --windows 8 --batch 1 out_pca out_0 out_40
+    python bench/real.py --ckpt DIR --seq 2048 --windows 8 --batch 1 out_pca untrained=out_0 out_40
 """
 import sys
 from functools import partial
@@ -19,26 +19,47 @@ from model import load
 from projection import Projection, plan_at, uniform_ranks
 from support import cli
 from support.data import text_for
+from support.pictures import picture
 from support.plans import PROJECTIONS, order_in
 
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 
 
-def curves_of(folders: list[Path], model) -> dict:
+def curves_of(folders: list[str], model) -> dict:
     """{name: (projection, plan for a budget)}"""
     uniform = partial(uniform_ranks, config=model.config)
     curves = {}
-    for folder in folders:
+    for said in folders:
+        name, folder = said.split("=", 1) if "=" in said else (said, said)
+        folder = Path(folder)
         p = Projection.load(folder / PROJECTIONS)
         p.check_fits(model.config)
         if not curves:
             curves["PCA"] = Projection.load(folder / PROJECTIONS, "pca_"), uniform
         order = order_in(folder / "ranks.json", p, model.config)
         if order is None:
-            curves[f"{folder}, uniform"] = p, uniform
+            curves[f"{name}, uniform"] = p, uniform
         else:
-            curves[str(folder)] = p, partial(plan_at, order, model.config)
+            curves[name] = p, partial(plan_at, order, model.config)
     return curves
+
+
+def draw(results: dict, names: list[str], path: Path) -> None:
+    """KL against the budget, and by position where half of the cache is left."""
+    with picture(path, 2, width=11, height=4.2) as (by_budget, by_position):
+        for name in names:
+            kl = [results[name, budget]["kl"] for budget in BUDGETS]
+            by_budget.plot([100 * budget for budget in BUDGETS], kl, marker="o", label=name)
+            places = results[name, 0.5]["by_position"]
+            by_position.plot(list(places), list(places.values()), marker="o", label=name)
+        by_budget.set(xlabel="size of the KV cache, % of full", xticks=[75, 50, 37.5, 25],
+                      ylabel="KL to the base model, nats per token")
+        by_budget.invert_xaxis()
+        by_position.set(xlabel="position in the window, half of the cache left")
+        for axis in (by_budget, by_position):
+            axis.set(yscale="log")
+            axis.grid(alpha=0.3)
+        by_budget.legend(title="lower is better")
 
 
 @torch.no_grad()
@@ -47,7 +68,8 @@ def main():
     cli.data_arguments(parser)
     cli.out_argument(parser)
     cli.report_arguments(parser, batch=1, windows=8, seq=2048)
-    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--picture", type=Path, help="a .png to draw")
+    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER")
     args = parser.parse_args()
     device, dtype = cli.prepare(args)
     cli.keep_freed_memory()
@@ -71,6 +93,9 @@ def main():
         for budget in BUDGETS:
             places = results[name, budget]["by_position"].items()
             print(f"  {name:38s} {budget:6.1%}  " + "  ".join(f"{p} {kl:.4f}" for p, kl in places))
+    if args.picture:
+        with cli.blame("--picture"):
+            draw(results, list(curves), args.picture)
 
 
 if __name__ == "__main__":

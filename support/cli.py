@@ -103,10 +103,10 @@ def report_arguments(parser, batch: int = 8, windows: int = 64, seq: int | None 
 
 def sweep_arguments(parser) -> None:
     add = parser.add_argument
-    add("--positions", type=within(1, 10 ** 8), help="calibration, sweeps and training place their "
-        "windows anywhere below [what the model was made for, at most 8192]")
-    add("--sweep-windows", type=within(1, 10 ** 6), default=32,
-        help="windows of --seq tokens of the sweeps [32]")
+    add("--positions", type=within(1, 10 ** 8), help="sweeps and training place their windows "
+        "anywhere below [what the model was made for, at most 8192]")
+    add("--sweep-windows", type=within(1, 10 ** 6), default=64,
+        help="windows of --seq tokens of the sweeps [64]")
 
 
 def passage_arguments(parser, least: int = 0) -> None:

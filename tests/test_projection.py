@@ -307,17 +307,16 @@ def test_folding_values_into_the_weights_changes_nothing(every_model, tokens):
 
         attention = causal_weights(q, k.repeat_interleave(G, 1))
         W_v, W_o = weights.v_proj.weight.split(d), weights.o_proj.weight.unflatten(1, (K, G, d))
-        b_v = [None] * K if weights.v_proj.bias is None else weights.v_proj.bias.split(d)
+        b_v = weights.v_proj.bias
+        b_v = torch.zeros(K, d) if b_v is None else b_v.view(K, d)
         total = 0
         for j, r in enumerate(ranks[1, i].tolist()):
-            W, b, W_out, W_rest, b_rest, bias = fold_head(
+            W, b, W_out, bias = fold_head(
                 W_v[j], b_v[j], W_o[:, j], p.U_v[i, j], p.mean_v[i, j], r, whole > 0)
-            assert (W.shape[0], W_out.shape[1:]) == (r, (G, d if whole else r))
-            coordinates = F.linear(x, W, b)                         # (B, T, r)
-            if whole:                                               # first tokens have the others
-                rest = F.linear(x, W_rest, b_rest)
-                rest[:, whole:] = 0
-                coordinates = torch.cat((coordinates, rest), -1)
+            assert (W.shape[0], W_out.shape[1:]) == (d, (G, d if whole else r))
+            coordinates = F.linear(x, W, b)                         # (B, T, d)
+            coordinates[:, whole:, r:] = 0                          # first tokens alone have them
+            coordinates = coordinates[..., :d if whole else r]
             for g in range(G):
                 total = total + attention[:, j * G + g] @ coordinates @ W_out[:, g].T
             total = total + bias

@@ -275,7 +275,7 @@ def test_a_run_leaves_its_four_files_and_no_other(trained):
 def windows_of(trained, positions) -> Windows:
     """Those of a run's sweeps; its validation text, 8 windows, is no part of them."""
     training = np.load(trained / "tokens.npy")[:3600 - (8 * 32 + 1)]
-    return Windows(training, 32, 8, 32, positions, 0)
+    return Windows(training, 64, 8, 32, positions, 0)
 
 
 @pytest.mark.parametrize("options, whole, positions", [
@@ -627,7 +627,7 @@ def test_a_run_that_is_resumed_with_other_settings_names_the_option(
     for other, words in (
             (("--whole", 2), "--whole 4, not --whole 2"),
             (("--positions", 40), "--positions 64, not --positions 40"),
-            (("--sweep-windows", 9), "--sweep-windows 32, not --sweep-windows 9"),
+            (("--sweep-windows", 9), "--sweep-windows 64, not --sweep-windows 9"),
             (("--uniform",), "an order of ranks, not --uniform")):
         line = refusal("train", *options, "--resume", *other)
         assert line.startswith("--resume: ")
