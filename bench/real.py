@@ -1,10 +1,10 @@
 """How far several trainings of one model are from it, over long windows and by position.
 
-Every folder is a training's (train.py), measured along its ranks.json where it has one; `pca` in
-it is measured with uniform ranks, from the first folder alone. KL as a share of that PCA's stands
-behind it. A folder may have a name, NAME=FOLDER, that the table and --picture say.
+Every folder is a training's (train.py), measured along its ranks.json where it has one. The plain
+PCA in --pca, or in the first folder, is measured with uniform ranks; KL as a share of its stands
+behind each. A folder may have a name, NAME=FOLDER, that the table and --picture say.
 
-    python bench/real.py --ckpt DIR --seq 2048 --windows 8 --batch 1 out_pca untrained=out_0 out_40
+    python bench/real.py --ckpt DIR --seq 2048 --windows 8 --batch 1 --pca out_pca out_0 out_40
 """
 import sys
 from functools import partial
@@ -25,17 +25,17 @@ from support.plans import PROJECTIONS, order_in
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
 
 
-def curves_of(folders: list[str], model) -> dict:
+def curves_of(pca: Path | None, folders: list[str], model) -> dict:
     """{name: (projection, plan for a budget)}"""
     uniform = partial(uniform_ranks, config=model.config)
-    curves = {}
-    for said in folders:
-        name, folder = said.split("=", 1) if "=" in said else (said, said)
+    named = [said.split("=", 1) if "=" in said else (said, said) for said in folders]
+    of_pca = Projection.load((pca or Path(named[0][1])) / PROJECTIONS, "pca_")
+    of_pca.check_fits(model.config)
+    curves = {"PCA": (of_pca, uniform)}
+    for name, folder in named:
         folder = Path(folder)
         p = Projection.load(folder / PROJECTIONS)
         p.check_fits(model.config)
-        if not curves:
-            curves["PCA"] = Projection.load(folder / PROJECTIONS, "pca_"), uniform
         order = order_in(folder / "ranks.json", p, model.config)
         if order is None:
             curves[f"{name}, uniform"] = p, uniform
@@ -68,6 +68,7 @@ def main():
     cli.data_arguments(parser)
     cli.out_argument(parser)
     cli.report_arguments(parser, batch=1, windows=8, seq=2048)
+    parser.add_argument("--pca", type=Path, help="the folder of the PCA [the first folder]")
     parser.add_argument("--picture", type=Path, help="a .png to draw")
     parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER")
     args = parser.parse_args()
@@ -76,7 +77,7 @@ def main():
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     with cli.blame("folders"):
-        curves = curves_of(args.folders, model)
+        curves = curves_of(args.pca, args.folders, model)
     print(describe(args.ckpt, model))
     _, held_out = text_for(args, model.config)
     hooks = {(name, budget): p.to(device).at(plan(budget))

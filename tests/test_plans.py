@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_projection, shape
+from conftest import ROOT, random_projection, shape
+from safetensors.torch import load_file
 
 from projection import SIDES, Projection, plan_at, uniform_ranks
 from support.plans import PROJECTIONS, order_of, plans_for, read_ranks, trained_order
@@ -320,3 +321,28 @@ def test_files_that_are_not_what_they_should_be_are_named(made, refused, write_p
     assert line.startswith("--ranks: ") and "ranks.json" in line
     line = refused(0.5, proj=tmp_path / "none.safetensors")
     assert line.startswith("--proj: ") and "none.safetensors" in line
+
+
+# ------------------------------------------------------------------------------
+# The rotations that come with the project
+
+ROTATIONS = sorted((ROOT / "rotations").iterdir())
+
+
+@pytest.mark.parametrize("folder", ROTATIONS, ids=[folder.name for folder in ROTATIONS])
+def test_rotations_in_the_repository_are_orthogonal_and_go_with_their_order(folder):
+    p = Projection.load(folder / PROJECTIONS)
+    assert set(load_file(folder / PROJECTIONS)) == {"U_k", "U_v", "mean_v", "mean_k"}
+    L, K, d = p.mean_v.shape
+    for U in (p.U_k, p.U_v):
+        assert (U.double().mT @ U.double() - torch.eye(d)).abs().max() < 1e-6
+    config = SimpleNamespace(num_hidden_layers=L, num_key_value_heads=K, head_dim=d)
+    found = read_ranks(folder / "ranks.json", config)
+    assert found.projections == p.hash()
+    assert (plan_at(found.order, config, 0.125) == d // 8).all()
+
+
+def test_rotations_of_another_model_are_refused_in_one_line(refusal):
+    folder = ROOT / "rotations" / "smollm2-135m"
+    line = refusal("generate", "--proj", folder / PROJECTIONS, "--budget", 0.5)
+    assert line == "--proj: projections of the shape (30, 3, 64), but the model has (6, 4, 64)"
