@@ -62,19 +62,19 @@ def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit
     progress = Progress(-(-len(text) // B) * (1 + len(hooks)), "measuring")
     for block in text.to(model.device).split(B):
         x, y = block[:, :-1], block[:, 1:].flatten()
-        teacher = model.norm(model.hidden(x)).flatten(0, 1)
-        likeliest = torch.empty_like(y)
+        states = []                                     # the model's own, and those with each hook
+        for project in (None, *hooks.values()):
+            states.append(model.norm(model.hidden(x, project)).flatten(0, 1))
+            progress(passes := passes + 1, "", x.numel())
+        teacher, *students = states
         for rows, log_p in log_probabilities(model, teacher):
-            likeliest[rows] = log_p.argmax(-1)
-            base += by_token(log_p, log_p, y[rows], likeliest[rows]).sum(1)
-        progress(passes := passes + 1, "", x.numel())
-        for name, project in hooks.items():
-            student = model.norm(model.hidden(x, project)).flatten(0, 1)
-            for rows, log_p, log_q in log_probabilities(model, teacher, student):
-                found = by_token(log_p, log_q, y[rows], likeliest[rows])
+            likeliest = log_p.argmax(-1)
+            base += by_token(log_p, log_p, y[rows], likeliest).sum(1)
+            for name, student in zip(hooks, students, strict=True):
+                log_q = logits(student[rows], model.lm_head.weight).log_softmax(-1)
+                found = by_token(log_p, log_q, y[rows], likeliest)
                 totals[name] += found.sum(1)
                 kls[name][done:done + len(y)][rows] = found[0].float()
-            progress(passes := passes + 1, "", x.numel())
         done += len(y)
     _, perplexity, accuracy, _ = means(base, n)
     results = {}
