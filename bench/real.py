@@ -23,6 +23,7 @@ from support.pictures import picture
 from support.plans import PROJECTIONS, order_in
 
 BUDGETS = (0.75, 0.5, 0.375, 0.25)
+TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 4)      # of KL
 
 
 def curves_of(pca: Path | None, folders: list[str], model) -> dict:
@@ -58,6 +59,8 @@ def draw(results: dict, names: list[str], path: Path) -> None:
         by_position.set(xlabel="position in the window, half of the cache left")
         for axis in (by_budget, by_position):
             axis.set(yscale="log")
+            axis.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
         by_budget.legend(title="lower is better")
 
