@@ -1,8 +1,8 @@
 """How far a compressed model is from the model, on text it never saw.
 
     KL          Σ p log(p / q), the model's next-token distribution p against the compressed one's
-                q, in nats per token: 0 is the model itself. The mean over tokens, which is also
-                what training minimises (train.py), and the 99.9th percentile, the worst of them
+                q, in nats per token: 0 is the model itself. The mean over tokens, by position too,
+                and the 99.9th percentile, which one token in a thousand exceeds
     perplexity  exp of the mean −log q(next token); accuracy: how often q's likeliest token is it
     same        how often q's likeliest token is p's
     recall      a passage is said twice: how much more often q's likeliest token is the next one in
@@ -12,15 +12,15 @@
                 (MatryoshkaKV, arXiv 2410.14731, section 4.1)
 
 All but the questions are taken with keys and values projected (`project=`); the cache gives the
-same logits. A curve of the report is a projection with a plan, the ranks of all heads, for every
-budget, the share of the cache kept.
+same logits. A curve of the report is a projection, and a function from a budget, the share of the
+cache kept, to a plan, the ranks of all heads.
 
     python evaluate.py                                  # what train.py and search.py left in out/
     python evaluate.py --tasks demo/questions.jsonl
 
-Reads projections.safetensors in the --out folder, and ranks.json and ranks_pca.json (search.py)
-where they were searched for these projections; writes evaluation.json and .png. A line of --tasks
-is {"context": text, "choices": [texts], "label": number of the right one, from 0}.
+Reads projections.safetensors in the --out folder, and ranks.json and ranks_pca.json (train.py,
+search.py) where they were found for these projections; writes evaluation.json and .png. A line of
+--tasks is {"context": text, "choices": [texts], "label": number of the right one, from 0}.
 """
 import json
 import math
@@ -69,7 +69,7 @@ def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit
         teacher, *students = states
         for rows, log_p in log_probabilities(model, teacher):
             likeliest = log_p.argmax(-1)
-            base += by_token(log_p, log_p, y[rows], likeliest).sum(1)
+            base += by_token(log_p, log_p, y[rows], likeliest).sum(1)       # its own KL is 0
             for name, student in zip(hooks, students, strict=True):
                 log_q = logits(student[rows], model.lm_head.weight).log_softmax(-1)
                 found = by_token(log_p, log_q, y[rows], likeliest)
@@ -91,13 +91,14 @@ PLACES = (64, 256, 1024, 2048, 4096)
 
 
 def by_position(kl: Tensor) -> dict[str, float]:
-    """The mean KL over stretches of positions that windows fill, of that at each, (T,)."""
+    """The mean of kl (T,), by position, over each stretch that windows fill, from 64 on."""
     stretches = zip(PLACES, PLACES[1:], strict=False)
     return {f"{a}–{b}": kl[a:b].mean().item() for a, b in stretches if b <= len(kl)}
 
 
 def by_token(log_p: Tensor, log_q: Tensor, y: Tensor, likeliest: Tensor) -> Tensor:
-    """KL(p ‖ q), the cross-entropy of q, and whether its likeliest token is y, is p's: (4, n).
+    """(4, n) float64 on the CPU: KL(p ‖ q), the cross-entropy of q, and 1 where q's likeliest token
+    is y, is p's.
 
     Log-probabilities are (n, vocab); y, the next token, and p's likeliest are (n,).
     """
@@ -109,7 +110,10 @@ def by_token(log_p: Tensor, log_q: Tensor, y: Tensor, likeliest: Tensor) -> Tens
 
 
 def means(total: Tensor, n: int) -> tuple[float, float, float, float]:
-    """KL, perplexity, accuracy, and share of p's guesses kept, from sums over n tokens."""
+    """KL, perplexity, accuracy, and share of p's guesses kept, from sums over n tokens.
+
+    ValueError where the cross-entropy is not a number, or beyond any sense.
+    """
     kl, cross_entropy, accuracy, same = (total / n).tolist()
     if not cross_entropy < 700:                     # exp would overflow; NaN is not below either
         raise ValueError(f"a cross-entropy of {cross_entropy:.3g} nats per token: are the weights "
@@ -140,7 +144,7 @@ def recall(model: Model, passages: Tensor, project=None) -> float:
 # The report: curves, each a hook `project=` for every budget
 
 def report(model: Model, held_out: np.ndarray, curves: dict, budgets, args, passages=None):
-    """Measure `curves`, {name: function from a budget to a hook}, and print a table.
+    """Measure `curves`, {name: function from a budget to a hook}, and print tables.
 
     args: --batch, --seq, --windows. passages (N, n): what recall is measured on, if at all. Returns
     what the base model has, and a row for every budget.
@@ -163,14 +167,12 @@ def report(model: Model, held_out: np.ndarray, curves: dict, budgets, args, pass
 
 def hooks_of(curves: dict) -> dict:
     """Of curves that are a projection and its plan for a budget, what `report` takes."""
-    def hook(projection, plan, budget):
-        return projection.at(plan(budget))
-
-    return {name: partial(hook, *curve) for name, curve in curves.items()}
+    return {name: lambda budget, p=p, plan=plan: p.at(plan(budget))
+            for name, (p, plan) in curves.items()}
 
 
 def print_table(base: dict, rows: list[dict]) -> None:
-    """Two tables side by side would be too wide: means first, then what is lost of the model."""
+    """KL, perplexity, accuracy; then what is kept of the model's choices; then KL by position."""
     print(f"\nHeld-out text, base model: perplexity {base['perplexity']:.3f}, accuracy "
           f"{base['accuracy']:.2%}")
     print_columns(rows, [("KL to the base model", "kl", ".5f", 1),
@@ -217,9 +219,13 @@ def print_positions(rows: list[dict]) -> None:
 # Multiple choice
 
 def read_questions(path: Path) -> list[dict]:
-    """Those of a .jsonl. ValueError names a bad line."""
+    """Those of a .jsonl. ValueError names the file, and a bad line."""
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -243,8 +249,8 @@ def read_questions(path: Path) -> list[dict]:
 def choice_scores(model: Model, wholes: list[list[int]], shared: int, begin: int, cache: KVCache):
     """log p(choice | context) of every choice, summed over its tokens: (choices,).
 
-    wholes: the ids of context + choice of each choice. What all share, their first `shared` tokens,
-    is prefilled once; the cache is set back behind it for the next choice. Tokens from `begin` on
+    wholes: the ids of context + choice of each choice. Their first `shared` tokens, which are the
+    same, go through once; before each choice the cache is cut back to them. Tokens from `begin` on
     are the choice's, at least one.
     """
     cache.length = 0
@@ -266,16 +272,16 @@ def choice_scores(model: Model, wholes: list[list[int]], shared: int, begin: int
 def tokens_of(tokenizer, question: dict) -> tuple[list[list[int]], int, int]:
     """What `choice_scores` takes: ids of context + choice, how many all share, where choices begin.
 
-    A choice's tokens are those behind as many as the context has; a space that ends the context
-    belongs to the choices.
+    A choice begins behind as many tokens as the context has without the space at its end.
+    ValueError where nothing goes before a choice.
     """
     def ids(text: str) -> list[int]:
         return with_beginning(tokenizer, tokenizer.encode(text))
 
     begin = len(ids(question["context"].rstrip()))
     wholes = [ids(question["context"] + choice) for choice in question["choices"]]
-    shared = 0                                      # each has at least one more
-    most = min(begin, *(len(whole) - 1 for whole in wholes))
+    shared = 0
+    most = min(begin, *(len(whole) - 1 for whole in wholes))        # each has one more to score
     while shared < most and len({whole[shared] for whole in wholes}) == 1:
         shared += 1
     if not shared:
@@ -285,7 +291,7 @@ def tokens_of(tokenizer, question: dict) -> tuple[list[list[int]], int, int]:
 
 
 def answer(model: Model, questions: list[dict], tokens: list, projection: Projection, ranks):
-    """The share of questions whose right choice scores highest: by sum, and by sum per character.
+    """Two shares of questions whose right choice scores highest: by sum, by sum per character.
 
     tokens: `tokens_of` every question. Of equal choices the first is taken.
     """
@@ -351,7 +357,7 @@ def describe(ckpt: Path, model: Model) -> str:
 
 
 def check_same_run(folder: Path, args) -> None:
-    """ValueError where train.json names another model or text."""
+    """ValueError where train.json names another --ckpt or --data, or none."""
     if not (folder / "train.json").exists():
         return
     config = files.read_json(folder / "train.json").get("config")
@@ -362,7 +368,8 @@ def check_same_run(folder: Path, args) -> None:
         if before and now:                              # wherever the script was called from
             before, now = Path(before).resolve(), now.resolve()
         if before != now:
-            raise ValueError(f"{folder}: was trained with --{name} {before}, not {now}")
+            raise ValueError(f"{folder}: was trained with --{name} {before or 'none'}, not "
+                             f"{now or 'none'}")
 
 
 def main():

@@ -27,12 +27,13 @@ from support.tokenizer import chat_prompt, encode_prompt, load_tokenizer, show
 
 
 def fold(model: Model, cache, drop: bool) -> int:
-    """Fold every layer now; `drop` the weights that this replaces. Returns the bytes made."""
+    """Fold every layer now; `drop` the weights that this replaces. Returns the folded bytes."""
     size = 0
     for i, layer in enumerate(model.layers):
-        size += cache.fold(i, layer.self_attn).nbytes
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj") if drop else ():
-            setattr(layer.self_attn, name, None)
+        at = layer.self_attn
+        size += cache.fold(i, at).nbytes
+        if drop:
+            at.q_proj = at.k_proj = at.v_proj = at.o_proj = None
     return size
 
 
@@ -60,24 +61,24 @@ def options():
         args.budget = 1.0
     if args.shrink_to > (args.budget or 1):
         cli.fail(f"--shrink-to {args.shrink_to}: is above the --budget that the cache begins with")
-    args.at = args.at or max(1, args.tokens // 2)
+    if args.tokens == 1:
+        cli.fail("--tokens 1: leaves no time to shrink (--shrink-to)")
+    args.at = args.at or args.tokens // 2
     if args.at >= args.tokens:
         cli.fail(f"--at {args.at}: is not before the last of --tokens {args.tokens}")
     return args
 
 
 def cache_of(args, model: Model, room: int):
-    """The cache asked for, and the plan that it shrinks to, if any."""
+    """The cache asked for, and the plan that it shrinks to, which counts with --shrink-to alone."""
     if args.bits:
         from bits import load_bits  # the second chapter, for those who ask for it
         with cli.blame("--bits"):
             bits = load_bits(args.bits)
             bits.rounding.p.check_fits(model.config)
             return bits.cache(args.budget or 0.125, 1, room, model.dtype, model.device), None
-    budgets = [args.budget] if args.shrink_to is None else [args.budget, args.shrink_to]
-    projection, ranks, *smaller = plans_for(args, model, *budgets)
-    smaller = smaller[0] if smaller else None
-    if smaller is not None and (smaller > ranks).any():
+    projection, ranks, smaller = plans_for(args, model, args.budget, args.shrink_to)
+    if args.shrink_to is not None and (smaller > ranks).any():
         cli.fail(f"--shrink-to {args.shrink_to}: is above the budget that the cache begins with")
     return KVCache(projection, ranks, 1, room, model.dtype, model.device), smaller
 
@@ -93,26 +94,28 @@ def main():
     with cli.blame("--prompt"):
         prompt = encode_prompt(tokenizer, text)
     room = len(prompt) + args.tokens
-    room = (room + 15) // 16 * 16               # rows of 16-byte pieces, which a GPU loads whole
+    room = (room + 15) // 16 * 16               # so that the kernel loads 16 bytes at a time
     cache, smaller = cache_of(args, model, room)
-    folded = fold(model, cache, drop=smaller is None)
+    folded = fold(model, cache, drop=args.shrink_to is None)
     full = uniform_ranks(1.0, model.config).sum().item() * room
     full *= 2 if args.bits else dtype.itemsize          # bits: of a 16-bit cache, as everywhere
 
     def size() -> str:
         return f"{cache.data.nbytes:,} bytes, {cache.data.nbytes / full:.1%} of the full {full:,}"
 
-    said, times = [f"cache for {room} tokens: {size()}"], [time.perf_counter()]
+    said = [f"cache for {room} tokens: {size()}"]
     if args.bits:
         said.append(f"{cache.newest.nbytes:,} bytes for the newest {cache.newest.shape[-1]} tokens")
     elif cache.first.nbytes:
         said.append(f"{cache.first.nbytes:,} bytes for {cache.projection.whole} whole first tokens")
 
+    times = [time.perf_counter()]
+
     def watched(tokens):
         for count, token in enumerate(tokens, 1):
             times.append(time.perf_counter())
             yield token
-            if smaller is not None and count == args.at:        # between two passes
+            if count == args.at:                                # between two passes
                 cache.shrink(smaller)
                 said.append(f"after {count} new tokens {size()}")
 
@@ -121,12 +124,14 @@ def main():
     times.append(time.perf_counter())
 
     speed = len(prompt) / (times[1] - times[0])
-    said.insert(0, f"prefill {len(prompt)} tokens at {speed:,.0f} tokens/s")
-    if len(made) > 2:           # the second token is not timed: Triton compiles the kernel for it
-        speed = (len(made) - 2) / (times[-1] - times[2])
-        said.insert(1, f"decode {len(made) - 2} at {speed:,.0f} tokens/s")
-    said.append(f"attention's weights folded into {folded:,} bytes")
-    print("; ".join(said), file=sys.stderr)
+    speeds = [f"prefill {len(prompt)} tokens at {speed:,.0f} tokens/s"]
+    timed = len(made) - 2       # the second token is not timed: Triton compiles the kernel for it
+    if timed > 0:
+        speed = timed / (times[-1] - times[2])
+        included = ", shrinking included" if args.at else ""
+        speeds.append(f"decode {timed} at {speed:,.0f} tokens/s{included}")
+    said.append(f"attention's weights folded: {folded:,} bytes")
+    print("; ".join(speeds + said), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,16 @@ One layer, for a token's state x (a row), in the order in which data meets it:
     x       = x + (silu(RMSNorm(x) Wgate) * RMSNorm(x) Wup) Wdown
 
 What this project compresses is k (after RoPE) and v, the two things that a model keeps of every
-past token. So `forward` has three hooks on that spot, and knows nothing else of compression:
+past token. So `forward` has three hooks on that spot:
 
     project(layer, k, v, turn)          replaces them: gives k̂ (after RoPE) and v̂ (projection.py)
     observe(layer, q, k, v, turn)       is shown them (calibration)
     cache                               keeps them in few coordinates, and attends to what it keeps
                                         by weights of its own (cache.py)
 
-The first two are shown keys before RoPE, and turn(k), which is RoPE: a mean of the keys is one
-vector before it and a curve behind it.
+The first two get k before RoPE, and the function `turn` that applies it: before RoPE the keys' mean
+is one vector, after it one for each position. q is after RoPE. A `project` may bring an `attention`
+of its own (bits/rounding.py).
 
 Letters: B batch, T tokens, L layers, H query heads, K key-value heads, G = H / K (grouped-query
 attention), d = head_dim. The weights are frozen: this project trains rotations around them.
@@ -132,12 +133,13 @@ class Model(nn.Module):
                recompute=False):
         """The states (B, T, hidden) that leave the last layer, before the final norm.
 
-        start: the position of each sequence's first token, one for all or (B,); with a cache, its
-        length. Attention is relative: the states are the same wherever a sequence begins, and only
-        the keys lie elsewhere.
+        start: the position of each sequence's first token, one for all or (B,) on the CPU; with a
+        cache, its length. Attention is relative: without a hook the states do not depend on it.
+        With `project` they do, as keys are cut where RoPE has turned them to.
 
-        With `recompute` a layer's inner states are made again in the backward pass (activation
-        checkpointing): one more forward pass, for one layer's memory instead of all layers'.
+        With `recompute`, which goes with `project` alone, a layer's inner states are made again in
+        the backward pass (activation checkpointing): one more forward pass, for one layer's memory
+        instead of all layers'.
         """
         T = tokens.shape[1]
         if cache is not None:
@@ -187,24 +189,24 @@ class Model(nn.Module):
     def attend_by_cache(self, i: int, h: Tensor, cos_sin, cache) -> Tensor:
         """Layer i's attention to what the cache keeps: (B, T, hidden), from normed states h.
 
-        One product makes all: of each key-value head its G queries and then its key, which one
-        rotation takes; then values. Decoding is many small operations, and each one counts.
+        One product gives, for each key-value head, its G queries and its key, so that one rotation
+        turns both; behind them the values. Decoding is many small operations, and each one counts.
         """
         c, weights = self.config, self.layers[i].self_attn
-        W_qkv, b_qkv, W_o, bias, mean_k, _ = cache.fold(i, weights)
+        folded = cache.fold(i, weights)
         K = c.num_key_value_heads
         width_qk = (c.num_attention_heads + K) * c.head_dim
-        qk, v = F.linear(h, W_qkv, b_qkv).tensor_split((width_qk,), dim=-1)
+        qk, v = F.linear(h, folded.W_qkv, folded.b_qkv).tensor_split((width_qk,), dim=-1)
         qk = self.split_heads(qk)                                   # (B, H + K, T, d)
         if weights.q_norm is not None:
             of_heads = qk.unflatten(1, (K, -1))
             q, k = weights.q_norm(of_heads[:, :, :-1]), weights.k_norm(of_heads[:, :, -1:])
-            if mean_k is not None:                                  # else it is in the bias
-                k = k - mean_k[:, None]
+            if folded.mean_k is not None:               # None: there is none, or it is in b_qkv
+                k = k - folded.mean_k[:, None]
             qk = torch.cat((q, k), dim=2).flatten(1, 2)
         qk = rotate(qk, *cos_sin).unflatten(1, (K, -1))             # (B, K, G + 1, T, d)
         a = cache.attend(i, qk, v, c.sliding_window)
-        return F.linear(a, W_o, bias)
+        return F.linear(a, folded.W_o, folded.bias)
 
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, _ = x.shape
@@ -229,7 +231,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Ten
 # RoPE: the position of a token, as rotations of its queries and keys
 
 class Rope:
-    """cos and sin of position · frequency: one table for all layers, which grows when needed."""
+    """cos and ∓sin of position · frequency: one table for all layers, which grows when needed."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -243,8 +245,8 @@ class Rope:
         if isinstance(start, Tensor) and not start.any():
             start = 0
         end = int(start.max() if isinstance(start, Tensor) else start) + T
-        there = self.cos
-        if there is None or end > len(there) or (there.dtype, there.device) != (dtype, device):
+        table = self.cos
+        if table is None or end > len(table) or (table.dtype, table.device) != (dtype, device):
             self.grow(max(512, 2 ** (end - 1).bit_length()), dtype, device)
         if isinstance(start, Tensor):
             positions = (start[:, None] + torch.arange(T)).to(device)
@@ -253,12 +255,12 @@ class Rope:
 
     @torch.inference_mode(False)    # the table outlives a generation, and training may use it next
     def grow(self, positions: int, dtype, device) -> None:
-        """Angles and cosines are float64, since positions run to 10⁵ and beyond."""
+        """Make the table for so many positions, in float64, as they run to 10⁵; then round."""
         position = torch.arange(positions, dtype=torch.float64)
         angle = position[:, None] * frequencies(self.config)        # (positions, d / 2)
         cos, sin = angle.cos(), angle.sin()
         self.cos = torch.cat((cos, cos), 1).to(device, dtype)
-        self.sin = torch.cat((-sin, sin), 1).to(device, dtype)
+        self.sin = torch.cat((-sin, sin), 1).to(device, dtype)      # signed as `rotate` needs it
 
 
 def frequencies(c: Config) -> Tensor:
@@ -377,7 +379,7 @@ def last_logits(model: Model, x: Tensor, recomputed: int = 64) -> Tensor:
     best = scores.topk(min(recomputed, scores.shape[-1])).indices
     rows = model.lm_head.weight[best].float()                       # (B, recomputed, hidden)
     exact = (rows @ x.float()[..., None])[..., 0]
-    scores = scores.minimum(exact.amin(-1, keepdim=True))           # none was rounded above them
+    scores = scores.minimum(exact.amin(-1, keepdim=True))           # one left out may be rounded up
     return scores.scatter(1, best, exact)
 
 

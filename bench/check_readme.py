@@ -43,7 +43,7 @@ QUESTIONS = 8           # that are left of demo/questions.jsonl
 
 PLACEHOLDERS = r"/path/to/|\$|[ =][A-Z]{2,}\b"            # a model, a file, the name of one
 ELSEWHERE = (r"-m (venv|pip|pytest)|--resume|--exact|make_demo|make_questions|check_readme|"
-             r"smollm2|bench/real\.py")
+             r"smollm2|mixed_text|bench/real\.py")
 
 
 def commands_in(page: Path) -> list[str]:

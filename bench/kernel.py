@@ -116,7 +116,7 @@ def compile_for(capability: int, function, dtype: str, d: int, G: int, has_mean:
     """Triton's result for a kernel and 8 key-value heads, of which G query heads read each."""
     names = function.arg_names
     whole = WHOLE if has_mean else 0
-    constants = kernel.shapes(8, G, d, DTYPES[dtype], has_mean)
+    constants = kernel.constants(8, G, d, DTYPES[dtype], has_mean)
     constants |= {"SHARES": 16, "WHOLE_KEYS": whole, "WHOLE_VALUES": whole}
     constants = {name: value for name, value in constants.items() if name in names}
     pointers = {name: kind for name, kind in POINTERS.items() if name in names}

@@ -103,7 +103,7 @@ def test_a_search_sweeps_anew_also_for_what_was_trained_along_an_order(chain):
     folder, _ = chain
     model = load(CKPT)
     tokens = np.load(folder / "tokens.npy")[:1800]
-    windows = Windows(tokens, 32, 2, 16, 64, 0)
+    windows = Windows(tokens, 64, 2, 16, 64, 0)
     order = find_order(model, Projection.load(folder / "second" / PROJECTIONS), windows)
     searched = read(folder / "second" / "ranks.json")
     assert order_of(searched["path"], model.config).tolist() == order.tolist()
@@ -117,7 +117,7 @@ def test_no_steps_leave_the_start_and_the_order_of_the_sweeps(chain):
     folder, _ = chain
     model = load(CKPT)
     tokens, _ = set_apart(np.load(folder / "tokens.npy")[:1800], 8 * 16 + 1)
-    windows = Windows(tokens, 32, 2, 16, 64, 0)
+    windows = Windows(tokens, 64, 2, 16, 64, 0)
     expected = find_start(model, windows, whole=4)
     p = Projection.load(folder / "start" / PROJECTIONS)
     assert p.whole == 4
@@ -657,6 +657,7 @@ CASES = [       # the script and its options; the words that the line must hold
     ("evaluate --passages -1", "--passages -1"),
     ("model --tokens 0", "--tokens 0"),
     ("generate --temperature -1", "--temperature -1"),
+    ("generate --tokens 1 --shrink-to 0.5", "--tokens 1 --shrink-to"),
     ("generate --budget 0.1", "--budget 0.1"),
     ("cache --budget 1.01", "--budget 1.01"),
     # The folder for what is written
@@ -701,6 +702,7 @@ CASES = [       # the script and its options; the words that the line must hold
     ("evaluate --tasks none.jsonl", "--tasks none.jsonl"),
     ("evaluate --tasks questions.jsonl", "--tasks questions.jsonl line 1"),
     ("evaluate --tasks empty.bin", "--tasks empty.bin no question"),
+    ("evaluate --tasks latin.txt", "--tasks latin.txt UTF-8"),
 ]
 
 
