@@ -624,7 +624,7 @@ def test_every_option_that_a_state_names_exists(capsys):
     from train import OPTIONS, PATHS
     with pytest.raises(SystemExit):
         call("train", "--help")
-    options = capsys.readouterr().out.split()
+    options = capsys.readouterr().out.replace(",", " ").split()
     for name in (*OPTIONS, *PATHS):
         for value in ("x", True):
             assert named(name, value).split()[0] in options
