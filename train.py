@@ -168,7 +168,7 @@ def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, afte
     mine = processes.my_share(recipe.batch)
     # A token's share of the gradient may be below 6e-8, the smallest number of float16.
     scale = recipe.batch * recipe.seq if model.dtype == torch.float16 else 1
-    progress = Progress(recipe.steps)
+    progress = Progress(recipe.steps, before=state.step)
     for step in range(state.step, recipe.steps):
         # Everything random in a step follows from the seed and the step's number: a resumed
         # training draws what it would have, and N processes what one with N times the batch would.
