@@ -30,6 +30,7 @@ tokens before it, which is what a cache is for (generate.py).
     python model.py --prompt "The json module"                   # the demo checkpoint
     python model.py --ckpt /path/to/Llama-2-7b-hf --prompt "..." --tokens 20
 """
+import contextlib
 import math
 import sys
 import time
@@ -321,9 +322,25 @@ def logits(x: Tensor, W: Tensor) -> Tensor:
     rows of the vocabulary at a time.
     """
     x = x.to(wide(x.dtype))
-    if x.dtype == W.dtype:
-        return x @ W.T
-    return torch.cat([x @ piece.to(x.dtype).T for piece in W.split(2 ** 13)], dim=-1)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dtype == W.dtype:
+            return x @ W.T
+        return torch.cat([x @ piece.to(x.dtype).T for piece in W.split(2 ** 13)], dim=-1)
+
+
+@contextlib.contextmanager
+def products_in_bfloat16(device: torch.device, wanted: bool = True):
+    """Where this is wanted, float32 factors of a product are rounded to bfloat16; sums are not.
+
+    Results are bfloat16 too, but for logits. Norms, softmax and losses stay float32.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if wanted else before)      # for logits
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=wanted):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model import Model, load
+from model import Model, load, products_in_bfloat16
 from support import cli, files, processes
 from support.data import random_windows, text_for
 from support.progress import Progress
@@ -256,15 +256,20 @@ def leading(symmetric: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def calibrate(model: Model, tokens, B: int, T: int, seed: int, batches: int = 16) -> Moments:
-    """Moments of keys and values over random windows of the training text, each at position 0."""
+def calibrate(model: Model, tokens, B: int, T: int, seed: int, amp: bool = False,
+              batches: int = 16) -> Moments:
+    """Moments of keys and values over random windows of the training text, each at position 0.
+
+    amp: the model's products in bfloat16 over float32 weights.
+    """
     moments = Moments(model.config, model.device)
     generator = torch.Generator().manual_seed(seed)
     mine = processes.my_share(B)
     progress = Progress(batches, "calibrating")
     for number in range(1, batches + 1):
         block = random_windows(tokens, processes.WORLD * B, T, generator, mine)
-        model.hidden(block[:, :-1].to(model.device), observe=moments)
+        with products_in_bfloat16(model.device, amp):
+            model.hidden(block[:, :-1].to(model.device), observe=moments)
         progress(number, "", processes.WORLD * B * T)
     return moments.sum_over_processes()
 
@@ -325,7 +330,7 @@ class Rotation(nn.Module):
         half[..., self.rows, self.columns] = entries / 2
         half = half - half.transpose(-1, -2)
         eye = identity_like(half)
-        return torch.linalg.solve(eye - half, eye + half)
+        return 2 * torch.linalg.inv(eye - half) - eye           # (I − A/2)⁻¹ (2 I − (I − A/2))
 
     def visible_entries(self, ranks: Tensor) -> Tensor:
         """Which entries of A_k and A_v a step with ranks (2, L, B, K) can see: (2, L, K, n).

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from evaluate import describe, hooks_of, report
-from model import Model, load, log_probabilities, wide
+from model import Model, load, log_probabilities, products_in_bfloat16, wide
 from projection import (
     BUDGETS,
     LEVELS,
@@ -184,9 +184,8 @@ class Windows:
     def states(self, model: Model, batch: Tensor, **hook) -> Tensor:
         """The model's states (B, T, hidden) after its last norm."""
         text = self.text[batch].to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.amp):
-            states = model.hidden(text, start=self.starts[batch], **hook)
-        return model.norm(states)
+        with products_in_bfloat16(model.device, self.amp):
+            return model.norm(model.hidden(text, start=self.starts[batch], **hook))
 
 
 def positions_of(args, config) -> int:
@@ -213,7 +212,8 @@ def sweep(model: Model, windows: Windows, mean_k, mean_v, whole: int, what: str)
         for window, of_window in zip(batch.tolist(), states.detach(), strict=True):
             # What is drawn follows from the seed and the window, however many processes there are.
             generator = torch.Generator(model.device).manual_seed(windows.seed * 1_000_003 + window)
-            by_window.append(drawn_gradients(model, of_window, generator))
+            with products_in_bfloat16(model.device, windows.amp):
+                by_window.append(drawn_gradients(model, of_window, generator))
         by_state = torch.stack(by_window, dim=1)                    # (DRAWS, B, T, hidden)
         zeros = [z for layer in sorted(leaves.zeros) for z in leaves.zeros[layer]]
         for draw, gradient in enumerate(by_state):
@@ -391,6 +391,7 @@ def options():
         help="of the plan spelled out in the file, whose path goes to 1/8 [0.375]")
     add("--exact", action="store_true", help="Algorithm 1 as it is")
     cli.sweep_arguments(parser)
+    cli.amp_argument(parser)
     add("--pca", action="store_true", help="search for the plain PCA that is in --proj")
     args = parser.parse_args()
     args.out = args.out or args.proj.parent
@@ -402,6 +403,7 @@ def main():
     args = options()
     device, dtype = cli.prepare(args)
     cli.keep_freed_memory()
+    cli.choose_amp(args, device, dtype)
     files.check_folder(args.out)
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
@@ -435,7 +437,8 @@ def main():
               "tokens", flush=True)
         path = path_by_algorithm_1(cost)
     else:
-        windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, positions, args.seed)
+        windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, positions, args.seed,
+                          args.amp)
         path = path_by_sweep(model, projection, windows, cost)
     passes = cost.passes
 

@@ -41,7 +41,7 @@ import torch
 from torch import Generator, Tensor
 
 from evaluate import describe, hooks_of, measure, report
-from model import Model, load, log_probabilities, wide
+from model import Model, load, log_probabilities, products_in_bfloat16, wide
 from projection import (
     BUDGETS,
     LEVELS,
@@ -98,12 +98,11 @@ def distil(model: Model, text: Tensor, project, recipe: Recipe, start=0) -> tupl
     """
     text = text.to(model.device)
     x = text[:, :-1]
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.amp):
+    with products_in_bfloat16(model.device, recipe.amp):
         with torch.no_grad():                           # the teacher: the same weights, no hook
-            teacher = model.hidden(x, start=start)
-        student = model.hidden(x, project, start=start, recompute=recipe.recompute)
-    student, teacher = model.norm(student), model.norm(teacher)
-    return Distill.apply(student, teacher, model, text[:, 1:], recipe.ce)
+            teacher = model.norm(model.hidden(x, start=start))
+        student = model.norm(model.hidden(x, project, start=start, recompute=recipe.recompute))
+        return Distill.apply(student, teacher, model, text[:, 1:], recipe.ce)
 
 
 class Distill(torch.autograd.Function):
@@ -169,7 +168,7 @@ def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, afte
     mine = processes.my_share(recipe.batch)
     # A token's share of the gradient may be below 6e-8, the smallest number of float16.
     scale = recipe.batch * recipe.seq if model.dtype == torch.float16 else 1
-    progress = Progress(recipe.steps)
+    progress = Progress(recipe.steps, before=state.step)
     for step in range(state.step, recipe.steps):
         # Everything random in a step follows from the seed and the step's number: a resumed
         # training draws what it would have, and N processes what one with N times the batch would.
@@ -267,7 +266,7 @@ def options() -> argparse.Namespace:
     add("--accumulate", type=count, default=1, help="batches per step [1]")
     add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
     add("--ce", type=cli.within(0.0, 1.0), help="share of cross-entropy [0; paper: 0.75]")
-    add("--amp", action="store_true", help="matrix products in bfloat16 over float32 weights")
+    cli.amp_argument(parser)
     add("--checkpoint", action=argparse.BooleanOptionalAction,
         help="recompute layers in the backward pass: less memory, more time [if need be]")
     add("--check-every", type=count, default=100, help="steps between validations [100]")
@@ -291,6 +290,8 @@ def options() -> argparse.Namespace:
         cli.fail("--uniform: goes not with --recipe paper, whose ranks are independent")
     if args.ce is None:
         args.ce = 0.75 if paper else 0.0
+    if paper and args.amp is None:
+        args.amp = False
     return args
 
 
@@ -303,7 +304,7 @@ def recipe_of(args) -> Recipe:
 
 def start_of(args, model: Model, tokens, order) -> dict[str, Tensor]:
     """What a training begins with, for its state: its start, plain PCA, and the order, if any."""
-    pca = start = calibrate(model, tokens, args.batch, args.seq, args.seed).pca()
+    pca = start = calibrate(model, tokens, args.batch, args.seq, args.seed, args.amp).pca()
     if args.recipe == "ours":
         windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, args.positions,
                           args.seed, args.amp, args.checkpoint)

@@ -109,6 +109,12 @@ def sweep_arguments(parser) -> None:
         help="windows of --seq tokens of the sweeps [64]")
 
 
+def amp_argument(parser) -> None:
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
+                        help="matrix products in bfloat16 over float32 weights, but for reports "
+                        "[where the CPU has units for them; --recipe paper: no]")
+
+
 def passage_arguments(parser, least: int = 0) -> None:
     none = "" if least else "; 0 for none"
     parser.add_argument("--passages", type=within(least, 10 ** 6), default=500,
@@ -171,6 +177,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)     # never shrink the heap
     except (OSError, AttributeError, TypeError):
         pass
+
+
+def choose_amp(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """Decide --amp where the user did not, and say so; fails where weights are not float32."""
+    if args.amp and dtype != torch.float32:
+        fail(f"--amp: is for float32 weights, not {str(dtype).removeprefix('torch.')}")
+    if args.amp is None:
+        args.amp = device.type == "cpu" and dtype == torch.float32 and has_bfloat16_units()
+        if args.amp and processes.RANK == 0:
+            print("Products in bfloat16, for which this CPU has units (--no-amp: in float32)")
 
 
 def has_bfloat16_units() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model import CHUNK
 from support import processes
-from support.cli import blame, fail, has_bfloat16_units, keep_freed_memory, prepare
+from support.cli import blame, choose_amp, fail, keep_freed_memory, prepare
 from support.files import check_folder, open_safetensors, read_tensors, write_tensors
 
 BEGAN = time.time()
@@ -146,14 +146,11 @@ def prepare_training(args, config, need) -> tuple[torch.device, torch.dtype]:
     device, dtype = prepare(args)
     keep_freed_memory()
     args.dtype = str(dtype).removeprefix("torch.")
-    if args.amp and dtype != torch.float32:
-        fail(f"--amp: is for float32 weights, not {args.dtype}")
+    choose_amp(args, device, dtype)
     if processes.RANK == 0:
         check_folder(args.out)
     processes.join(device)
     plan_memory(args, need, device, dtype)
-    if device.type == "cpu" and dtype == torch.float32 and has_bfloat16_units() and not args.amp:
-        print("This CPU has units for bfloat16 products: --amp would pay")
     return device, dtype
 
 

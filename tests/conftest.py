@@ -16,6 +16,7 @@ from cache import KVCache
 from model import load
 from projection import Projection, shape_of, uniform_ranks
 from search import Windows, find_start
+from support import cli
 from support.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,7 @@ GOLDEN = ROOT / "tests" / "golden"
 CKPT = GOLDEN / "mistral_sharded_head_dim"      # what scripts are run on; it has no tokenizer
 DEMO = ROOT / "demo"
 
+cli.has_bfloat16_units = lambda: False          # the same numbers on every machine
 torch.set_num_threads(1)                        # tiny tensors gain nothing from threads,
 os.environ["OMP_NUM_THREADS"] = "1"             # here and in the processes that tests start
 if not torch.cuda.is_available():

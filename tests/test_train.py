@@ -15,7 +15,7 @@ import torch
 from conftest import CKPT, DEMO, ROOT, call, random_start, relative, script, shape, small
 from safetensors.torch import load_file
 
-from model import generate, load
+from model import generate, load, logits, products_in_bfloat16
 from projection import Projection, Rotation, plan_at, uniform_ranks
 from search import Windows, find_order, find_start
 from support import processes
@@ -266,6 +266,38 @@ def test_a_run_leaves_the_ranks_along_its_order_for_its_projections(trained):
     assert {said["kl"], *(kl for *_, kl in said["path"])} == {None}         # not measured
 
 
+@pytest.mark.parametrize("options, units, amp", [
+    ((), True, True),
+    ((), False, False),
+    (("--no-amp",), True, False),
+    (("--amp",), False, True),
+    (("--dtype", "float64"), True, False),
+    (("--recipe", "paper"), True, False),
+    (("--recipe", "paper", "--amp"), True, True),
+])
+def test_products_are_in_bfloat16_where_the_machine_has_units_for_them(
+        trained, tmp_path, monkeypatch, capsys, options, units, amp):
+    monkeypatch.setattr("support.cli.has_bfloat16_units", lambda: units)
+    call("train", *small(trained), "--steps", 1, "--sweep-windows", 2, *options, "--out", tmp_path)
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert report["config"]["amp"] == amp
+    assert ("Products in bfloat16" in capsys.readouterr().out) == (not options and units)
+
+
+def test_in_bfloat16_factors_are_rounded_and_logits_are_not(model, tokens):
+    """Nothing of it is left behind, and weights of other dtypes are as they were."""
+    states = model.norm(model.hidden(tokens)).flatten(0, 1)
+    expected = logits(states, model.lm_head.weight)
+    with products_in_bfloat16(model.device):
+        assert model.hidden(tokens).dtype == torch.float32
+        rounded = logits(states, model.lm_head.weight)
+    assert rounded.dtype == torch.float32
+    assert relative(rounded, expected) < 1e-2
+    assert torch.equal(logits(states, model.lm_head.weight), expected)
+    with products_in_bfloat16(model.device, False):
+        assert torch.equal(logits(states, model.lm_head.weight), expected)
+
+
 def test_a_run_leaves_its_four_files_and_no_other(trained):
     names = sorted(path.name for path in (trained / "out").iterdir())
     assert names == ["projections.safetensors", "ranks.json", "train.json", "train.png"]
@@ -478,7 +510,7 @@ def test_killed_at_any_moment_a_run_goes_on_and_its_files_load(trained, tmp_path
     state = tmp_path / "train.state.safetensors"
     moment = np.random.default_rng()
     for kill in range(int(os.environ.get("KILLS", 2))):
-        command = [sys.executable, "train.py", *map(str, options)]
+        command = [sys.executable, "train.py", "--no-amp", *map(str, options)]
         command += ["--resume"] * state.exists()
         run = subprocess.Popen(
             command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -592,7 +624,7 @@ def test_every_option_that_a_state_names_exists(capsys):
     from train import OPTIONS, PATHS
     with pytest.raises(SystemExit):
         call("train", "--help")
-    options = capsys.readouterr().out.split()
+    options = capsys.readouterr().out.replace(",", " ").split()
     for name in (*OPTIONS, *PATHS):
         for value in ("x", True):
             assert named(name, value).split()[0] in options
