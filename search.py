@@ -18,10 +18,15 @@ in the paper: an order from a sweep of backward passes, whose number does not gr
 heads, `find_order`; and from another the start that train.py trains from, `find_start`.
 
     python search.py                        # out/projections.safetensors -> out/ranks.json, .png
+
+train.py has written the order that it trained along already, and below 75% of the cache that one is
+the better (docs/results.md): search.py is for projections without an order, and for plain PCA.
+
     python search.py --pca                  # for plain PCA -> out/ranks_pca.json, .png
 """
 import itertools
 import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -45,7 +50,7 @@ from projection import (
 from support import cli, files, processes
 from support.data import random_starts, random_windows, text_for
 from support.pictures import draw_plan
-from support.plans import PROJECTIONS, order_of
+from support.plans import PROJECTIONS, order_of, trained_order
 from support.progress import Progress
 
 # ------------------------------------------------------------------------------
@@ -455,6 +460,10 @@ def main():
         cli.fail(f"Stopped; {file} holds the path down to {reached:.1%}", code=130)
     print(f"The order: {time.time() - began:.0f} s, {passes:,} passes of Algorithm 1's kind")
 
+    beside = args.out == args.proj.parent and not args.pca
+    if beside and trained_order(args.proj, config) is not None:
+        print(f"{file}: took the place of the order that the training went along, which train.json "
+              "still has: below 75% mostly the better one", file=sys.stderr)
     names = ("pca", "pca_searched") if args.pca else ("uniform", "searched")
     curves = {name: (projection, p) for name, p in zip(names, (uniform, plan), strict=True)}
     report(model, held_out, hooks_of(curves), [b for b in BUDGETS if b <= 0.75], args)

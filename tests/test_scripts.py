@@ -113,6 +113,16 @@ def test_a_search_sweeps_anew_also_for_what_was_trained_along_an_order(chain):
     assert searched["evaluations"] == 7
 
 
+def test_a_search_says_that_it_replaces_the_order_of_a_training(chain, tmp_path, capsys):
+    folder, options = chain
+    shutil.copytree(folder / "second", tmp_path / "own")
+    proj = tmp_path / "own" / PROJECTIONS
+    given = [*options, "--sweep-windows", 2, "--proj", proj]
+    for more, said in (((), True), (("--pca",), False), (("--out", tmp_path / "other"), False)):
+        call("search", *given, *more)
+        assert ("took the place of the order" in capsys.readouterr().err) == said
+
+
 def test_no_steps_leave_the_start_and_the_order_of_the_sweeps(chain):
     folder, _ = chain
     model = load(CKPT)
