@@ -18,11 +18,10 @@ in the paper: an order from a sweep of backward passes, whose number does not gr
 heads, `find_order`; and from another the start that train.py trains from, `find_start`.
 
     python search.py                        # out/projections.safetensors -> out/ranks.json, .png
+    python search.py --pca                  # for plain PCA -> out/ranks_pca.json, .png
 
 train.py has written the order that it trained along already, and below 75% of the cache that one is
-the better (docs/results.md): search.py is for projections without an order, and for plain PCA.
-
-    python search.py --pca                  # for plain PCA -> out/ranks_pca.json, .png
+mostly the better (docs/results.md): search.py is for projections without an order, and plain PCA.
 """
 import itertools
 import math
@@ -135,7 +134,7 @@ def exact(cost: Cost):
 # ------------------------------------------------------------------------------
 # Not in the paper: two sweeps of backward passes say which directions and which heads matter. Their
 # number does not grow with the model's heads. Untrained, on SmolLM2-135M over windows of 2,048,
-# start and order have a KL of .461 at 50%, where plain PCA has 1.911 (docs/results.md).
+# start and order have a KL of .422 at 50%, where plain PCA has 1.911 (docs/results.md).
 
 DRAWS = 2               # of the next token, at every position of a window
 
