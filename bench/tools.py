@@ -1,7 +1,10 @@
 """What several of these scripts need: options, trainings, made-up plans, timing, processes."""
 import argparse
+import hashlib
 import multiprocessing
 import statistics
+import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,6 +26,21 @@ def arguments(doc: str) -> argparse.ArgumentParser:
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = cli.fail
     return parser
+
+
+def pip(*command) -> None:
+    """Run pip; one line if it fails."""
+    done = subprocess.run([sys.executable, "-m", "pip", *command, "--quiet",
+                           "--disable-pip-version-check"], capture_output=True, text=True)
+    if done.returncode:
+        cli.fail(f"pip {command[0]} {command[-1]}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def check_hash(name: str, content: bytes, expected: str) -> None:
+    """Fail unless the content of a file is what is known."""
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        cli.fail(f"{name}: its sha256 is {found}, not {expected}")
 
 
 def ragged_ranks(L: int, K: int, d: int, budget: float) -> Tensor:
