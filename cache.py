@@ -31,10 +31,10 @@ and runs no layer again. Keys lie as products take them, as kᵀ. And where the 
     mean_k      rows of keys hold R_n (x_n − m) U_r, x the key before RoPE: −m is a bias of W_k.
                 Scores get q · R_n m back, a product with one table for all heads, `turns`: the sum
                 over pairs (a, b) of  cos(nθ)(q_a m_a + q_b m_b) + sin(nθ)(q_b m_a − q_a m_b)
-    whole       `first` holds all d coordinates of the first tokens, keys and values, beside `data`.
-                The bias gives these tokens μ (I − P) too, so their values are v U with μ U
-                subtracted beyond r: W_o' and the bias together give v. W_v' then has rows, and W_o'
-                columns, for all d; rows beyond r serve the first tokens alone.
+    whole       `first` holds, beside `data`, what the ranks cut off of the first tokens: x U beyond
+                r, of values less μ U, as the bias gives these tokens μ (I − P) too. Scores get the
+                keys' part back. The values' part goes through W_o once, when such a token comes;
+                each step adds these outputs (`first_outputs`) by the weights of the tokens.
 
     python cache.py                                 # the full cache: its layout and its bytes
     python cache.py --ranks out/ranks.json --budget 0.25
@@ -46,9 +46,10 @@ import warnings
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model import Model, causal_attention, frequencies, load, wide
+from model import Model, causal_attention, frequencies, load, rotate, wide
 from projection import BUDGETS, LEVELS, SIDES, Projection, check_ranks, uniform_ranks
 from support import cli
 from support.checkpoint import stored_for_rows
@@ -59,12 +60,12 @@ class KVCache:
     """Keys and values of `batch` sequences of equal length, up to `max_len` tokens, at a plan.
 
     `data` is the one flat tensor, `length` the number of tokens in it, which may be set back;
-    `first` (L, 2, K, batch, d, whole), what the first tokens keep, both sides in the order of keys.
+    `first` (L, 2, K, batch, d, whole), what is cut off of the first tokens, in the order of keys.
     `offsets` (2, L, K): where each block begins; `head_order` (2, L, K): a layer's heads as their
     blocks lie, and `places`, its inverse: where each head's block stands. dtype and device are the
     model's, whose folded weights it holds: one cache serves one model. A forward pass calls
-    `before_pass`; for every layer `fold` and `attend`; then `after_pass`. ValueError for ranks or
-    sizes that make no sense, and when it is full.
+    `before_pass`; for every layer `fold`, `attend` and `output`; then `after_pass`. ValueError for
+    ranks or sizes that make no sense, and when it is full.
     """
 
     def __init__(self, projection: Projection, ranks: Tensor, batch: int, max_len: int,
@@ -114,13 +115,14 @@ class KVCache:
         total = int(rows.sum())
         self.data = torch.empty(total * self.max_len, dtype=self.dtype, device=self.device)
         self.rows = self.data.view(total, self.max_len)
-        has_triton_dtype = self.dtype.itemsize in (2, 4)            # Triton: no float64
-        self.by_kernel = self.data.is_cuda and has_triton_dtype
         p = self.projection
+        fits_kernel = self.dtype.itemsize in (2, 4) and p.whole <= d        # Triton: no float64
+        self.by_kernel = self.data.is_cuda and fits_kernel
         self.first = torch.zeros(L, 2, K, self.batch, d, p.whole, dtype=self.dtype,
                                  device=self.device)
         self.layouts = [None] * L                                   # made when first needed,
         self.folded = [None] * L                                    # as they depend on the model
+        self.first_outputs = [None] * L                             # (batch, H · whole, hidden)
 
     def layout(self, i: int, G: int) -> "Layout":
         """Where things of layer i lie, for G query heads to each key-value head."""
@@ -148,13 +150,13 @@ class KVCache:
             to_value_order = self.places[0, i, by_value].to(self.device)
 
         first_keys = self.first[i, 0] if p.whole and basis is not None else None
-        first_values, counts = None, ranks[1]                       # numbers of a query's output
-        if p.whole and not self.is_full(1, i):
-            first_values, counts = self.first[i, 1], torch.full_like(counts, d)
-        widths = G * counts[by_value]
+        whole_values = 0 if self.is_full(1, i) else p.whole
+        widths = G * ranks[1, by_value]                             # of the heads' outputs
         ends = widths.cumsum(0)
+        width = int(ends[-1])
         columns = (ends - widths)[self.places[1, i]]                # by head
-        table = torch.cat((begins, ranks, columns[None], counts[None]))[:, by_key]
+        weights = width + G * whole_values * self.places[1, i]      # behind them, first tokens'
+        table = torch.stack((*begins, *ranks, columns, weights))[:, by_key]
 
         # A decode step writes by one index_select. Which of a token's numbers, q and k and then v
         # end to end, goes to which row? Write each number's own index, and see what the rows got.
@@ -163,9 +165,9 @@ class KVCache:
         source = torch.empty(len(rows), 1, dtype=torch.long)
         k = qk.view(K, B, G + 1, 1, d)[:, :, -1]
         write(self.groups(i, source), k, v.view(B, 1, -1), slice(0, 1))
-        return Layout(*self.groups(i, rows), rows, basis, kept, mean, first_keys, first_values,
+        return Layout(*self.groups(i, rows), rows, basis, kept, mean, first_keys, whole_values,
                       to_value_order, source=source[:, 0].to(self.device),
-                      table=table.to(self.device), width=int(ends[-1]))
+                      table=table.to(self.device), width=width + K * G * whole_values)
 
     def groups(self, i: int, rows: Tensor) -> tuple[list["Group"], list["Group"]]:
         """The groups of keys and of values in the rows of layer i, (n, any width)."""
@@ -226,7 +228,8 @@ class KVCache:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
         qk (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, Σ r); all as W_qkv' makes
-        them. Returns (B, T, Σ r over query heads), for W_o'.
+        them. Returns (B, T, Σ r over query heads), and behind them, where first tokens are seen,
+        their weights (H · whole), both for `output`.
         """
         _, _, heads, T, _ = qk.shape
         layout = self.layout(i, heads - 1)
@@ -262,24 +265,44 @@ class KVCache:
             outputs.append(attend_rows(layout, part, some, begin, end, unseen))
         return join(outputs, 1)
 
-    def keep_first(self, layout: "Layout", i: int, k: Tensor, v: Tensor) -> Tensor:
-        """Store all d coordinates of those new tokens that are first ones; returns v (B, T, Σ r).
+    def output(self, i: int, a: Tensor) -> Tensor:
+        """What layer i's attention adds to the states, (B, T, hidden), from what `attend` gave."""
+        folded = self.folded[i]
+        n = folded.W_o.shape[1]
+        out = F.linear(a[..., :n], folded.W_o, folded.bias)
+        if a.shape[-1] == n:
+            return out
+        if self.first_outputs[i] is None:
+            self.first_outputs[i] = self.outputs_of_first(i)
+        return torch.baddbmm(out, a[..., n:], self.first_outputs[i])
 
-        k (K, B, T, d); v (B, T, Σ r + Σ (d − r)): W_v' made those beyond each rank too.
+    def outputs_of_first(self, i: int) -> Tensor:
+        """What layer i's first tokens add, by query head and token: (B, H · whole, hidden)."""
+        parts = []
+        for j, W in zip(self.head_order[1, i].tolist(), self.folded[i].W_o_cut, strict=True):
+            cut = self.first[i, 1, self.places[0, i, j], :, self.head_dim - len(W):]
+            parts.append(torch.einsum("bcn,cgh->bgnh", cut, W))
+        return torch.cat(parts, dim=1).flatten(1, 2)
+
+    def keep_first(self, layout: "Layout", i: int, k: Tensor, v: Tensor) -> Tensor:
+        """Store what is cut off of those new tokens that are first ones; returns v (B, T, Σ r).
+
+        k (K, B, T, d); v (B, T, Σ r + Σ (d − r)): W_v' made the values beyond each rank too.
         """
         w = min(self.projection.whole - self.length, k.shape[2])    # so many of the new ones
         now = slice(self.length, self.length + w)
         if layout.first_keys is not None:
-            layout.first_keys[..., now] = k[:, :, :w].mT
-        if layout.first_values is None:
+            layout.first_keys[..., now] = (k[:, :, :w] * ~layout.kept[:, None]).mT
+        if not layout.whole_values:
             return v
         by_value = self.head_order[1, i]
-        ranks = self.ranks[1, i, by_value].tolist()
-        parts = v[:, :w].split(ranks + [self.head_dim - r for r in ranks], dim=-1)
+        counts = self.head_dim - self.ranks[1, i, by_value]         # cut off, at the end of v
+        v, cut = v.split([v.shape[-1] - int(counts.sum()), int(counts.sum())], dim=-1)
         places = self.places[0, i, by_value].tolist()
-        for place, *halves in zip(places, parts[:len(ranks)], parts[len(ranks):], strict=True):
-            layout.first_values[place, ..., now] = torch.cat(halves, dim=-1).mT
-        return v[..., :sum(ranks)]
+        for place, part in zip(places, cut[:, :w].split(counts.tolist(), dim=-1), strict=True):
+            self.first[i, 1, place, :, self.head_dim - part.shape[-1]:, now] = part.mT
+        self.first_outputs[i] = None                                # as they were made before
+        return v
 
     def attend_on_gpu(self, raw: Tensor, q: Tensor, window, layout: "Layout") -> Tensor:
         """One token's attention by the Triton kernels, all heads at once whatever their ranks."""
@@ -288,7 +311,7 @@ class KVCache:
         tokens = min(self.length + 1, window or self.length + 1)
         return decode_attention(
             q, self.rows, layout.table, self.span, tokens, layout.width, self.head_dim ** -0.5,
-            raw, layout.mean, self.turns, layout.first_keys, layout.first_values)[:, None]
+            raw, layout.mean, self.turns, layout.first_keys, layout.whole_values)[:, None]
 
     # --------------------------------------------------------------------------
     # What nesting buys
@@ -318,17 +341,17 @@ class KVCache:
         for j, (place, place_before) in enumerate(zip(places, places_before, strict=True)):
             new = self.block(side, i, j)[..., :n]
             old = before.block(side, i, j)[..., :n]
-            r, r_before = new.shape[1], old.shape[1]
+            r = new.shape[1]
             first = before.first[i, side, place_before].clone()     # (B, d, whole)
             if due:
                 if side == 0 and self.turns is not None:        # None: no model ever wrote here
                     mean = p.mean_k[i, j:j + 1].to(self.turns)
                     old = old - turned_mean(mean, self.turns[:, :n])[0].T.to(old)
                 old = U[j].T.to(old) @ old
-                first[..., :n] = old[..., :p.whole]
             new.copy_(old[:, :r])
+            cut = slice(r, old.shape[1])
+            first[:, cut, :n] = old[:, cut, :p.whole]
             if side == 1 and p.whole and not self.is_full(side, i):     # the bias now adds it
-                cut = slice(r, self.head_dim if due else r_before)
                 first[:, cut] -= (mean_v[j] @ U[j])[cut, None].to(first)
             self.first[i, side, place] = first
 
@@ -363,12 +386,12 @@ class Layout(NamedTuple):
     basis: Tensor | None                # U of the keys (K, d, d); None: they are stored without
     kept: Tensor | None                 # (K, 1, d) which coordinates are kept, of keys
     mean: Tensor | None                 # (K, d): m
-    first_keys: Tensor | None           # (K, B, d, whole), of the first tokens
-    first_values: Tensor | None
+    first_keys: Tensor | None           # (K, B, d, whole): what is cut off of the first tokens
+    whole_values: int                   # first tokens whose weights `output` takes
     to_value_order: Tensor | None       # (K,) places in key order, by value; None: orders are alike
     source: Tensor                      # (n,): where a token's rows are in its q, k, v end to end
     table: Tensor                       # (6, K), for kernel.decode_attention
-    width: int                          # of the rows that W_o' takes
+    width: int                          # of what kernel.decode_attention returns
 
 
 def heads_by_rank(ranks: list[int]) -> list[int]:
@@ -413,37 +436,25 @@ def attend_rows(layout: Layout, q: Tensor, added: Tensor | None, begin: int, end
     q = q.reshape(K * B, G * T, d)
     shape, beta = (K * B, G * T, end - begin), 0 if added is None else scale
     scores = q.new_empty(shape, dtype=wide(dtype)) if added is None else added.reshape(shape)
-    first, n = layout.first_keys, whole_seen(layout.first_keys, begin, end)
-    parts = [(slice(None), first[..., begin:begin + n].flatten(0, 1), slice(n))] if n else []
-    parts += [(matrices, rows[:, :, begin + n:end], slice(n, None))
-              for matrices, rows in layout.keys]
-    for matrices, k, tokens in parts:                               # k (J·B, r, tokens)
-        some = scores[matrices, :, tokens]
+    for matrices, rows in layout.keys:
+        some, k = scores[matrices], rows[:, :, begin:end]           # k (J·B, r, tokens)
         q_r = q[matrices, :, :k.shape[1]].to(some.dtype)
         torch.baddbmm(some, q_r, k.to(some.dtype), beta=beta, alpha=scale, out=some)
+    if layout.first_keys is not None and begin < layout.first_keys.shape[-1]:
+        cut = layout.first_keys[..., begin:end].flatten(0, 1).to(scores.dtype)
+        scores[..., :cut.shape[-1]].baddbmm_(q.to(scores.dtype), cut, alpha=scale)
 
     if unseen is not None:
         scores.unflatten(1, (G, T)).masked_fill_(unseen, float("-inf"))
     weights = scores.softmax(-1).to(dtype)
     if layout.to_value_order is not None:
         weights = moved(weights, layout.to_value_order, B)
-    first, n = layout.first_values, whole_seen(layout.first_values, begin, end)
-    outputs = [torch.bmm(weights[matrices, :, n:], rows[:, :, begin + n:end].mT)    # (J·B, G·T, r)
-               for matrices, rows in layout.values]
-    if first is None:
-        return join([for_row(a.unflatten(1, (G, T)), B) for a in outputs], 2)
-    first = first[..., begin:begin + n].flatten(0, 1)               # (K·B, d, n)
-    if layout.to_value_order is not None:
-        first = moved(first, layout.to_value_order, B)
-    a = torch.bmm(weights[..., :n], first.mT)
-    for (matrices, _), more in zip(layout.values, outputs, strict=True):
-        a[matrices, :, :more.shape[2]] += more
-    return for_row(a.unflatten(1, (G, T)), B)
-
-
-def whole_seen(first: Tensor | None, begin: int, end: int) -> int:
-    """How many of the tokens begin … end − 1 are in `first` (…, whole): they lead."""
-    return 0 if first is None else min(max(first.shape[-1] - begin, 0), end - begin)
+    parts = [torch.bmm(weights[matrices], rows[:, :, begin:end].mT)     # (J·B, G·T, r)
+             for matrices, rows in layout.values]
+    if begin < layout.whole_values:                                 # else none of them is seen
+        seen = weights[..., :layout.whole_values - begin]
+        parts.append(F.pad(seen, (begin, layout.whole_values - begin - seen.shape[-1])))
+    return join([for_row(a.unflatten(1, (G, T)), B) for a in parts], 2)
 
 
 def mean_scores(q: Tensor, mean: Tensor, turns: Tensor) -> Tensor:
@@ -451,9 +462,9 @@ def mean_scores(q: Tensor, mean: Tensor, turns: Tensor) -> Tensor:
 
     (K, B, G, T, n), in the dtype of m (K, d): in bfloat16 a large m would drown what differs.
     """
-    q_a, q_b = q.to(mean.dtype).chunk(2, dim=-1)
-    m_a, m_b = mean[:, None, None, None].chunk(2, dim=-1)
-    return torch.cat((q_a * m_a + q_b * m_b, q_b * m_a - q_a * m_b), dim=-1) @ turns
+    a, b = mean[:, None, None, None].chunk(2, dim=-1)
+    q = q.to(mean.dtype)
+    return rotate(q, torch.cat((a, a), -1), torch.cat((b, -b), -1)) @ turns
 
 
 def turned_mean(mean: Tensor, turns: Tensor) -> Tensor:
@@ -478,20 +489,27 @@ def attend_first(layout: Layout, q: Tensor, k: Tensor, turns: Tensor | None, win
         k = torch.bmm(k.flatten(1, 2), layout.basis.mT).view(k.shape)
         if layout.mean is not None:
             k = k + turned_mean(layout.mean, turns[:, :T])[:, None].to(k)
-    v = k.new_zeros(K * B, T, d)
+    w = layout.whole_values
+    v = k.new_zeros(K * B, T, max(d, d - d // LEVELS + w))
     for matrices, rows in layout.values:
-        v[matrices, :, :rows.shape[1]] = rows[:, :, :T].mT
+        r = rows.shape[1]
+        v[matrices, :, :r] = rows[:, :, :T].mT
+        if r < d:
+            v[matrices, :w, r:r + w] = torch.eye(w)[:T].to(v)
     if layout.to_value_order is not None:
         v = moved(v, layout.to_value_order.argsort(), B)
-    if layout.first_values is not None:
-        v[:, :layout.first_values.shape[-1]] = layout.first_values[..., :T].flatten(0, 1).mT
     a = causal_attention(q.flatten(0, 1), k.flatten(0, 1)[:, None], v[:, None], window)
     if layout.to_value_order is not None:
         a = moved(a, layout.to_value_order, B)                      # (K·B, G, T, d)
-    if layout.first_values is not None:
-        return for_row(a, B)
-    return join([for_row(a[matrices, :, :, :rows.shape[1]], B) for matrices, rows in layout.values],
-                2)
+    parts = [a[matrices, :, :, :rows.shape[1]] for matrices, rows in layout.values]
+    if w:
+        weights = a.new_zeros(*a.shape[:3], w)
+        for matrices, rows in layout.values:
+            r = rows.shape[1]
+            if r < d:
+                weights[matrices] = a[matrices, :, :, r:r + w]
+        parts.append(weights)
+    return join([for_row(part, B) for part in parts], 2)
 
 
 def in_pieces(q: Tensor, added: Tensor | None, begin: int, end: int, window: int | None):
@@ -539,16 +557,18 @@ class Folded(NamedTuple):
     of its G queries and of its key; then the rows of the values, as their blocks lie."""
     W_qkv: Tensor                       # (H·d + K·d + Σ r, hidden)
     b_qkv: Tensor | None                # Qwen2 has one, and −m is one
-    W_o: Tensor                         # (hidden, Σ r over query heads), or (hidden, H·d) if whole
+    W_o: Tensor                         # (hidden, Σ r over query heads)
     bias: Tensor | None                 # (hidden): what cut-off means add; None where nothing is
     mean_k: Tensor | None               # (K, 1, d): m, where it is not in b_qkv: behind a norm of k
     first: tuple | None                 # W_qkv', b_qkv' of passes with first tokens, with rows for
                                         # all d: W_qkv is a view of its start
+    W_o_cut: list[Tensor]               # of each head (d − r, G, hidden): for first tokens' outputs
 
     @property
     def nbytes(self) -> int:
         W_qkv, b_qkv = self.first or self[:2]
-        return sum(x.nbytes for x in (W_qkv, b_qkv, self.W_o, self.bias) if x is not None)
+        tensors = W_qkv, b_qkv, self.W_o, self.bias, *self.W_o_cut
+        return sum(x.nbytes for x in tensors if x is not None)
 
     def for_first(self) -> "Folded":
         """The weights of a pass that covers first tokens."""
@@ -567,7 +587,7 @@ def fold(weights, head_order: Tensor, ranks: Tensor, U: Tensor | None, mean_v: T
     (by_key, by_value), r = head_order.tolist(), ranks.tolist()
     q, k, v, W_o = weights.q_proj, weights.k_proj, weights.v_proj, weights.o_proj.weight
     b_q, b_k, b_v = (W_o.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in (q, k, v))
-    has_bias, after_norm, bias = v.bias is not None, None, None
+    has_bias, after_norm, bias, W_o_cut = v.bias is not None, None, None, []
     if mean_k is not None and weights.k_norm is not None:
         after_norm = mean_k[by_key][:, None].to(W_o)
     elif mean_k is not None:
@@ -578,9 +598,11 @@ def fold(weights, head_order: Tensor, ranks: Tensor, U: Tensor | None, mean_v: T
                      strict=True))
     if U is not None:                                   # else W_o as it is: no second copy
         U, mean_v = U.to(W_o.device), mean_v.to(W_o.device)
-        heads = [fold_head(*heads[j], U[j], mean_v[j], r[j], whole > 0) for j in range(K)]
+        heads = [fold_head(*heads[j], U[j], mean_v[j], r[j]) for j in range(K)]
         bias = sum(head[3] for head in heads).to(W_o)
-        W_o = torch.cat([heads[j][2].flatten(1) for j in by_value], dim=1)
+        W_o = torch.cat([heads[j][2][..., :r[j]].flatten(1) for j in by_value], dim=1)
+        if whole:
+            W_o_cut = [heads[j][2][..., r[j]:].permute(2, 1, 0).contiguous() for j in by_value]
 
     def in_order(q: Tensor, k: Tensor, v: list[Tensor]) -> Tensor:
         """Of each head its queries and its key; values up to r; and those beyond it, if whole."""
@@ -593,24 +615,22 @@ def fold(weights, head_order: Tensor, ranks: Tensor, U: Tensor | None, mean_v: T
     b = in_order(b_q, b_k, [head[1] for head in heads])
     n = len(q.weight) + len(k.weight) + sum(r)
     return Folded(W[:n], b[:n] if has_bias else None, stored_for_rows(W_o), bias, after_norm,
-                  (W, b) if n < len(W) else None)
+                  (W, b) if n < len(W) else None, W_o_cut)
 
 
-def fold_head(W_v: Tensor, b_v: Tensor, W_o: Tensor, U: Tensor, mean: Tensor, r: int,
-              whole: bool = False):
+def fold_head(W_v: Tensor, b_v: Tensor, W_o: Tensor, U: Tensor, mean: Tensor, r: int):
     """Fold a head's value side into its weights, by the equations on top (transposed: as stored).
 
-    W_v (d, hidden), b_v (d), W_o (hidden, G, d); U (d, d), mean (d). Gives W_v' (d, hidden) and
-    b_v' (d): the first r for all tokens, the others for whole first tokens, where b_v' has −μ U.
-    Then W_o' (hidden, G, r), or of all d if `whole`, and the bias (hidden), in U's dtype.
+    W_v (d, hidden), b_v (d), W_o (hidden, G, d); U (d, d), mean (d). Gives W_v' (d, hidden), b_v'
+    (d) and W_o' (hidden, G, d): the first r for all tokens, the others for whole first tokens,
+    where b_v' has −μ U; and the bias (hidden), in U's dtype.
     """
     U_r, W_o_wide = U[:, :r], W_o.to(U)
     cut_off = mean - mean @ U_r @ U_r.T                             # μ (I − P)
     W = (U.T @ W_v.to(U)).to(W_v)
     b = (b_v.to(U) @ U).to(b_v)
     b[r:] -= (mean @ U[:, r:]).to(b)
-    W_o_new = (W_o_wide @ (U if whole else U_r)).to(W_o)
-    return W, b, W_o_new, W_o_wide.sum(1) @ cut_off
+    return W, b, (W_o_wide @ U).to(W_o), W_o_wide.sum(1) @ cut_off
 
 
 # ------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ runs over d.
 
 q, k and v are coordinates: the cache holds the first r columns of k U_k and of v U_v, the caller
 passes q U_k, and what comes out is in the values' coordinates: W_o' takes it (fold_head). Where
-keys are cached without their turned mean, scores get q · R_n m back, from the same tiles of tokens;
-of the first tokens, where they are whole, all coordinates are read, from a block of their own.
+keys are cached without their turned mean, scores get q · R_n m back, from the same tiles of tokens.
+Of the first tokens, where they are whole, what the ranks cut off of the keys is read from a block
+of its own; for the values cut off, `KVCache.output` wants these tokens' weights. They come as w
+more coordinates r, r + 1, …, in which each first token is 1 at its own and all others are 0.
 
 Why stretches: one sequence of Mistral-7B has 8 key-value heads, and a GPU has a hundred
 multiprocessors; the context is cut so that all have work. A second, small kernel merges the shares,
@@ -60,7 +62,7 @@ except ImportError:
 @triton.jit
 def decode_kernel(
     q, cache, table, span, acc_out, stats_out,
-    raw, mean, turns, first_keys, first_values,
+    raw, mean, turns, first_keys,
     q_sequence, q_head, raw_sequence, raw_head, max_len, scale,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
@@ -69,12 +71,12 @@ def decode_kernel(
     """Attention of the G queries of each of K heads to the tokens of `span`, in Z stretches.
 
     q (B, K, G, D), its first two strides given; cache (rows, max_len) of q's dtype; table and span
-    are decode_attention's. Writes float32 acc_out (B, K, Z, G, D) and stats_out (B, K, Z, G, 2): m,
-    l; of a stretch beyond the end 0, −inf, 0. ROWS, COLUMNS are G, D rounded up to what tl.dot
-    takes.
+    are decode_attention's. Writes float32 acc_out (B, K, Z, G, COLUMNS) and stats_out (B, K, Z, G,
+    2): m, l; of a stretch beyond the end 0, −inf, 0. ROWS, COLUMNS: `constants`.
 
     HAS_MEAN: raw like q, the queries before U_k; mean (K, D) and turns (D, max_len), float32.
-    WHOLE_KEYS, WHOLE_VALUES: how many tokens first_keys, first_values (K, B, D, ·) hold, or 0.
+    WHOLE_KEYS: how many tokens first_keys (K, B, D, ·) holds, or 0. WHOLE_VALUES: of how many
+    first tokens weights are wanted.
     """
     b = tl.program_id(0)
     j = tl.program_id(1)
@@ -98,7 +100,6 @@ def decode_kernel(
     is_column = column < D
     head = j * tl.num_programs(0) + b               # of the blocks of first tokens
     whole_keys = first_keys + (head * D + column)[:, None] * WHOLE_KEYS
-    whole_values = first_values + (head * D + column)[:, None] * WHOLE_VALUES
 
     q_at = q + b * q_sequence + j * q_head + g[:, None] * D + column
     queries = tl.load(q_at, mask=is_row & is_column, other=0.0)     # (ROWS, COLUMNS)
@@ -130,7 +131,7 @@ def decode_kernel(
         k = tl.load(keys + token, mask=k_mask, other=0.0)           # (COLUMNS, TILE)
         if WHOLE_KEYS > 0:
             is_whole = is_column[:, None] & (token < WHOLE_KEYS)[None, :]
-            k = tl.where(is_whole, tl.load(whole_keys + token, mask=is_whole, other=0.0), k)
+            k += tl.load(whole_keys + token, mask=is_whole, other=0.0)
         s = tl.dot(queries, k, input_precision="ieee")              # no TF32
         if HAS_MEAN:
             turn_at = turns + column[:, None] * max_len + token
@@ -147,14 +148,14 @@ def decode_kernel(
         v_mask = is_value[:, None] & is_there
         v = tl.load(values + token, mask=v_mask, other=0.0)         # (COLUMNS, TILE)
         if WHOLE_VALUES > 0:
-            is_whole = is_column[:, None] & (token < WHOLE_VALUES)[None, :]
-            v = tl.where(is_whole, tl.load(whole_values + token, mask=is_whole, other=0.0), v)
+            is_own = (column - value_rank)[:, None] == token[None, :]
+            v = tl.where(is_own & (token < WHOLE_VALUES)[None, :], 1.0, v)
         v = tl.where(is_seen, v, 0.0)           # beyond the last token anything may lie, NaN too
         acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), tl.trans(v), input_precision="ieee")
 
     share = ((b * K + j) * Z + z) * G + g       # this program's rows of what it writes
-    acc_at = acc_out + share[:, None] * D + column
-    tl.store(acc_at, acc, mask=is_row & is_column)
+    acc_at = acc_out + share[:, None] * COLUMNS + column
+    tl.store(acc_at, acc, mask=is_row)
     stats_at = stats_out + share * 2
     tl.store(stats_at, m, mask=g < G)
     tl.store(stats_at + 1, l, mask=g < G)
@@ -164,9 +165,9 @@ def decode_kernel(
 def merge_kernel(
     acc_in, stats_in, table, out, Z, width,
     K: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARES: tl.constexpr = 16,
+    COLUMNS: tl.constexpr, WHOLE_VALUES: tl.constexpr, SHARES: tl.constexpr = 16,
 ):
-    """Sets the Z shares of each query against one another, and writes the row that W_o' takes.
+    """Sets the Z shares of each query against one another, and writes what `output` takes.
 
     out (B, width), in the cache's dtype. Program (b, j, g) owns one query. The first share has a
     token: m does not stay −inf.
@@ -174,10 +175,14 @@ def merge_kernel(
     b = tl.program_id(0)
     j = tl.program_id(1)
     g = tl.program_id(2)
+    value_rank = tl.load(table + 3 * K + j)
     place = tl.load(table + 4 * K + j)
-    count = tl.load(table + 5 * K + j)
+    weights_place = tl.load(table + 5 * K + j)
     column = tl.arange(0, COLUMNS)
-    is_value = column < count                   # a value rank, or D
+    is_value = column < value_rank
+    token = column - value_rank                 # whose weight a column beyond the rank is
+    wanted = tl.where(value_rank < D, WHOLE_VALUES, 0)
+    is_weight = (token >= 0) & (token < wanted)
 
     m = float("-inf")
     l = 0.0
@@ -187,8 +192,8 @@ def merge_kernel(
         is_there = z < Z
         share = ((b * K + j) * Z + z) * G + g
         stats_at = stats_in + share * 2
-        acc_at = acc_in + share[:, None] * D + column
-        acc_mask = is_there[:, None] & is_value
+        acc_at = acc_in + share[:, None] * COLUMNS + column
+        acc_mask = is_there[:, None] & (is_value | is_weight)
         m_z = tl.load(stats_at, mask=is_there, other=float("-inf"))
         l_z = tl.load(stats_at + 1, mask=is_there, other=0.0)
         acc_z = tl.load(acc_at, mask=acc_mask, other=0.0)           # (SHARES, COLUMNS)
@@ -200,8 +205,11 @@ def merge_kernel(
         acc = acc * rescale + tl.sum(acc_z * weight[:, None], axis=0)
         m = m_new
 
-    out_at = out + b * width + place + g * count + column
+    out_at = out + b * width + place + g * value_rank + column
     tl.store(out_at, acc / l, mask=is_value)
+    weights_at = out + b * width + weights_place + g * WHOLE_VALUES
+    tl.store(weights_at + token, acc / l, mask=is_weight)
+    tl.store(weights_at + column, 0.0, mask=(column >= wanted) & (column < WHOLE_VALUES))
 
 
 # ------------------------------------------------------------------------------
@@ -210,19 +218,18 @@ def merge_kernel(
 def decode_attention(
     q: Tensor, rows: Tensor, table: Tensor, span: Tensor, tokens: int, width: int, scale: float,
     raw: Tensor | None = None, mean: Tensor | None = None, turns: Tensor | None = None,
-    first_keys: Tensor | None = None, first_values: Tensor | None = None,
-    stretches: int | None = None,
+    first_keys: Tensor | None = None, whole_values: int = 0, stretches: int | None = None,
 ) -> Tensor:
     """Attention of one new token's queries over a layer of the cache: (B, width), in q's dtype.
 
     q (B, K, G, d) is q U_k, its last two dimensions contiguous; rows (n, max_len) is the cache, of
     q's dtype. table (6, K) int64, heads in the order of their keys: first rows of keys and of
     values, key ranks, value ranks, where a head's numbers begin among the `width` of the result
-    (in the order of values), how many a query has there. span (2,) int64, begin and end, stays on
-    the device: `tokens`, about their number, decides into how many `stretches` they are cut. mean
-    (K, d), with raw, queries before U_k, like q, and turns (d, max_len), float32; first_keys,
-    first_values (K, B, d, whole) of q's dtype: what cache.py says of them. ValueError where q, rows
-    and table do not fit.
+    (in the order of values), where the weights of the first `whole_values` tokens do, (G,
+    whole_values), 0 for heads at rank d. span (2,) int64, begin and end, stays on the device:
+    `tokens`, about their number, decides into how many `stretches` they are cut. mean (K, d), with
+    raw, queries before U_k, like q, and turns (d, max_len), float32; first_keys (K, B, d, whole) of
+    q's dtype: what cache.py says of them. ValueError where q, rows and table do not fit.
     """
     B, K, G, d = q.shape
     max_len = rows.shape[1]
@@ -233,16 +240,14 @@ def decode_attention(
     dtype = q.dtype
     if not q.is_cuda and dtype == torch.bfloat16:       # the interpreter's tl.dot cannot do it
         q, rows = q.float(), rows.float()
-        first_keys, first_values = (None if x is None else x.float()
-                                    for x in (first_keys, first_values))
-    sizes = constants(K, G, d, q.dtype, mean is not None)
-    sizes["WHOLE_KEYS"] = 0 if first_keys is None else first_keys.shape[-1]
-    sizes["WHOLE_VALUES"] = 0 if first_values is None else first_values.shape[-1]
+        first_keys = None if first_keys is None else first_keys.float()
+    whole_keys = 0 if first_keys is None else first_keys.shape[-1]
+    sizes = constants(K, G, d, q.dtype, mean is not None, whole_keys, whole_values)
     raw = q if mean is None else raw            # stand-ins, never read, for what is absent
-    given = [rows if x is None else x for x in (mean, turns, first_keys, first_values)]
+    given = [rows if x is None else x for x in (mean, turns, first_keys)]
     Z = stretches or enough_stretches(B * K, tokens, q.device)
     wide = {"dtype": torch.float32, "device": q.device}
-    acc = torch.empty(B, K, Z, G, d, **wide)
+    acc = torch.empty(B, K, Z, G, sizes["COLUMNS"], **wide)
     stats = torch.empty(B, K, Z, G, 2, **wide)
     out = q.new_empty(B, width)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
@@ -251,7 +256,7 @@ def decode_attention(
             *q.stride()[:2], *raw.stride()[:2], max_len, scale, **sizes)
         merge_kernel[(B, K, G)](
             acc, stats, table, out, Z, width,
-            K, G, d, sizes["COLUMNS"])
+            K, G, d, sizes["COLUMNS"], whole_values)
     return out.to(dtype)
 
 
@@ -264,12 +269,19 @@ def enough_stretches(heads: int, tokens: int, device) -> int:
     return max(1, min(wanted, tokens // 256))
 
 
-def constants(K: int, G: int, d: int, dtype, has_mean: bool = False):
-    """A tile is at most 32 KB of keys, values and turns, or 16 tokens; Triton pipelines three."""
+def constants(K: int, G: int, d: int, dtype, has_mean: bool = False, whole_keys: int = 0,
+              whole_values: int = 0) -> dict:
+    """What decode_kernel is compiled for.
+
+    ROWS and COLUMNS are what tl.dot takes: powers of 2 that hold G queries, d coordinates, and the
+    weights of first tokens behind the largest rank below d. A tile is at most 32 KB of keys, values
+    and turns, or 16 tokens; Triton pipelines three.
+    """
+    columns = max(16, d, d - d // 8 + whole_values)
     sizes = {"K": K, "G": G, "D": d}
     sizes["ROWS"] = max(16, triton.next_power_of_2(G))
-    sizes["COLUMNS"] = max(16, triton.next_power_of_2(d))
-    sizes["HAS_MEAN"] = has_mean
+    sizes["COLUMNS"] = triton.next_power_of_2(columns)
+    sizes |= {"HAS_MEAN": has_mean, "WHOLE_KEYS": whole_keys, "WHOLE_VALUES": whole_values}
     per_token = max(128, sizes["COLUMNS"]) * (2 * dtype.itemsize + 4 * has_mean)    # k, v; turns
     sizes["TILE"] = max(16, 2 ** 15 // per_token // 16 * 16)
     return sizes
@@ -279,25 +291,24 @@ def constants(K: int, G: int, d: int, dtype, has_mean: bool = False):
 # The reference
 
 def reference(q, rows, table, span, tokens, width, scale, raw=None, mean=None, turns=None,
-              first_keys=None, first_values=None) -> Tensor:
+              first_keys=None, whole_values=0) -> Tensor:
     """What the two kernels compute, in plain PyTorch and float64, head by head."""
     B, _, G, d = q.shape
     out = torch.zeros(B, width, dtype=torch.float64, device=q.device)
     begin, end = span.tolist()
 
-    def block(first: int, r: int, whole: Tensor | None) -> Tensor:
-        """All d coordinates of a head: 0 beyond r, but of the tokens that are whole."""
-        found = torch.zeros(B, d, end, dtype=torch.float64, device=q.device)
-        found[:, :r] = rows[first:first + B * r, :end].view(B, r, -1)
-        if whole is not None:
-            w = min(whole.shape[-1], end)
-            found[..., :w] = whole[..., :w]
-        return found[..., begin:]
+    def block(first: int, r: int) -> Tensor:
+        """All d coordinates of a head, 0 beyond r: (B, d, tokens)."""
+        found = torch.zeros(B, d, end - begin, dtype=torch.float64, device=q.device)
+        found[:, :r] = rows[first:first + B * r, begin:end].view(B, r, -1)
+        return found
 
     for j, numbers in enumerate(table.T.tolist()):
-        first_key, first_value, r_k, r_v, first_out, count = numbers
-        keys = block(first_key, r_k, None if first_keys is None else first_keys[j])
-        values = block(first_value, r_v, None if first_values is None else first_values[j])
+        first_key, first_value, r_k, r_v, first_out, first_weight = numbers
+        keys, values = block(first_key, r_k), block(first_value, r_v)
+        if first_keys is not None:
+            cut = first_keys[j, ..., begin:end].double()
+            keys[..., :cut.shape[-1]] += cut
         scores = q[:, j].double() @ keys                        # (B, G, tokens)
         if mean is not None:
             a, b = mean[j].double()[:, None].chunk(2)           # (d/2, 1)
@@ -306,7 +317,11 @@ def reference(q, rows, table, span, tokens, width, scale, raw=None, mean=None, t
             scores = scores + raw[:, j].double() @ turned
         weights = (scores * scale).softmax(-1)
         of_head = weights @ values.mT                           # (B, G, d)
-        out[:, first_out:first_out + G * count] = of_head[..., :count].flatten(1)
+        out[:, first_out:first_out + G * r_v] = of_head[..., :r_v].flatten(1)
+        if r_v < d:
+            of_first = out[:, first_weight:first_weight + G * whole_values].view(B, G, -1)
+            seen = weights[..., :max(whole_values - begin, 0)]
+            of_first[..., begin:begin + seen.shape[-1]] = seen
     return out
 
 
@@ -329,23 +344,26 @@ def example(
     rows = torch.full((int(sizes.sum()) + gap, max_len), torch.nan)
     for first, r in zip(firsts.tolist(), ranks.flatten().tolist(), strict=True):
         rows[first:first + B * r, begin:end].normal_()
-    counts = torch.full_like(ranks[1], d) if whole else ranks[1]
-    widths = G * counts                         # of each head's numbers in the result
+    widths = G * ranks[1]                       # of each head's numbers in the result
     first_out = widths.cumsum(0) - widths
-    table = torch.cat((firsts.view(2, K), ranks, first_out[None], counts[None]))
+    width = int(widths.sum())
+    first_weight = width + G * whole * torch.arange(K)
+    table = torch.stack((*firsts.view(2, K), *ranks, first_out, first_weight))
     q, raw = torch.randn(2, B, K, G + 1, d)     # a cache passes queries with a key beside them
     q, raw = (x.to(device, dtype)[:, :, :G] for x in (q, raw))
     rows = rows.to(device, dtype)
     span = torch.tensor([begin, end], device=device)
-    width = int(widths.sum())
-    given = q, rows, table.to(device), span, end - begin, width, d ** -0.5
+    given = (q, rows, table.to(device), span, end - begin, width + K * G * whole, d ** -0.5)
     if not whole:
         return given
     angle = torch.arange(1, d // 2 + 1)[:, None] / d * torch.arange(max_len)
     turns = torch.cat((angle.cos(), angle.sin()))
-    first = torch.full((2, K, B, d, whole), torch.nan)
-    first[..., begin:end].normal_()
-    return (*given, raw, torch.randn(K, d).to(device), turns.to(device), *first.to(device, dtype))
+    cut = torch.full((K, B, d, whole), torch.nan)
+    cut[..., begin:end].normal_()
+    for j, r in enumerate(ranks[0].tolist()):
+        cut[j, :, :r] = 0
+    mean = torch.randn(K, d).to(device)
+    return (*given, raw, mean, turns.to(device), cut.to(device, dtype), whole)
 
 
 BOUNDS = {

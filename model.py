@@ -205,8 +205,7 @@ class Model(nn.Module):
                 k = k - folded.mean_k[:, None]
             qk = torch.cat((q, k), dim=2).flatten(1, 2)
         qk = rotate(qk, *cos_sin).unflatten(1, (K, -1))             # (B, K, G + 1, T, d)
-        a = cache.attend(i, qk, v, c.sliding_window)
-        return F.linear(a, folded.W_o, folded.bias)
+        return cache.output(i, cache.attend(i, qk, v, c.sliding_window))
 
     def split_heads(self, x: Tensor) -> Tensor:
         B, T, _ = x.shape

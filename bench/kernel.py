@@ -64,7 +64,7 @@ POINTERS = {                                # those of one dtype whatever the ca
     "mean": "fp32",
     "turns": "fp32",
 }
-LIKE_THE_CACHE = ("q", "cache", "out", "raw", "first_keys", "first_values")
+LIKE_THE_CACHE = ("q", "cache", "out", "raw", "first_keys")
 WHOLE = 4                                   # first tokens, where there is a mean
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -193,18 +193,20 @@ def one_layer(q: Tensor, length: int, budget: float, has_mean: bool) -> tuple:
     ranks = ragged_ranks(1, K, d, budget)[:, 0]                     # (2, K)
     sizes = ranks.flatten()
     firsts = (sizes.cumsum(0) - sizes).view(2, K)
-    counts = torch.full_like(ranks[1], d) if has_mean else ranks[1]
-    ends = G * counts.cumsum(0)
-    table = torch.cat((firsts, ranks, (ends - G * counts)[None], counts[None]))
+    ends = G * ranks[1].cumsum(0)
+    whole = WHOLE if has_mean else 0
+    weights = ends[-1] + G * whole * torch.arange(K)
+    table = torch.stack((*firsts, *ranks, ends - G * ranks[1], weights))
     rows = q.new_empty(int(sizes.sum()), length).normal_()
     span = torch.tensor([0, length]).to(q.device)
-    given = q, rows, table.to(q.device), span, length, int(ends[-1]), d ** -0.5
+    width = int(ends[-1]) + K * G * whole
+    given = q, rows, table.to(q.device), span, length, width, d ** -0.5
     if not has_mean:
         return given
     mean = torch.randn(K, d, device=q.device)
     turns = torch.randn(d, length, device=q.device)
-    first_keys, first_values = q.new_empty(2, K, 1, d, WHOLE).normal_()
-    return *given, q, mean, turns, first_keys, first_values
+    first_keys = q.new_empty(K, 1, d, WHOLE).normal_()
+    return *given, q, mean, turns, first_keys, whole
 
 
 def time_pytorch(q: Tensor, length: int) -> float:

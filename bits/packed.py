@@ -27,6 +27,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bits.rounding import EXACT, GROUP, Rounding, check_bits, to_code
@@ -149,11 +150,15 @@ class PackedCache:
                                   self.rounding.mean[1][i])
         return self.folded[i]
 
+    def output(self, i: int, a: Tensor) -> Tensor:
+        """What layer i's attention adds to the states, (B, T, hidden), from what `attend` gave."""
+        return F.linear(a, self.folded[i].W_o, self.folded[i].bias)
+
     def attend(self, i: int, qk: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
         qk (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, K·d), turned. Returns
-        (B, T, H·d), for W_o'.
+        (B, T, H·d), for `output`.
         """
         K, B, d = self.shape
         T = qk.shape[3]

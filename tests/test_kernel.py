@@ -66,13 +66,15 @@ def test_with_whole_tokens_and_a_mean_they_are_too(whole, B, K, G, d, begin, end
 
 
 def test_a_mean_and_whole_keys_and_whole_values_may_each_be_absent():
-    *given, raw, mean, turns, first_keys, first_values = example(
+    *given, raw, mean, turns, first_keys, whole = example(
         1, 2, 2, 32, 23, 0, 19, torch.float32, whole=4)
     of_mean, seen = (raw, mean, turns), []
-    for a, b, c in itertools.product((of_mean, 3 * (None,)), (first_keys, None),
-                                     (first_values, None)):
-        expected = reference(*given, *a, b, c)
-        assert relative(decode_attention(*given, *a, b, c), expected) < BOUNDS[torch.float32]
+    *rest, width, scale = given
+    for a, b in itertools.product((of_mean, 3 * (None,)), (first_keys, None)):
+        expected = reference(*given, *a, b, whole)
+        assert relative(decode_attention(*given, *a, b, whole), expected) < BOUNDS[torch.float32]
+        narrow = decode_attention(*rest, width - 2 * 2 * whole, scale, *a, b, 0)
+        assert relative(narrow, expected[:, :narrow.shape[1]]) < BOUNDS[torch.float32]
         assert all(relative(expected, other) > 1e-2 for other in seen)
         seen.append(expected)
 
@@ -114,6 +116,8 @@ def test_a_token_by_the_kernels_is_a_token_without_them(kind, tokens):
         assert_alike(model, random_projection(model), ranks, tokens[:, :21], 19)
 
 
+# Of tokens still to come the kernel reads what memory holds, maybe NaN, before it masks their scores.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in add")
 @pytest.mark.parametrize("kind", ["mistral_sharded_head_dim", "llama_mha"])
 def test_so_it_is_with_whole_tokens_and_a_mean(kind, tokens):
     """Two of the whole tokens come in the prompt, two one by one; also where one side is full."""

@@ -312,11 +312,10 @@ def test_folding_values_into_the_weights_changes_nothing(every_model, tokens):
         total = 0
         for j, r in enumerate(ranks[1, i].tolist()):
             W, b, W_out, bias = fold_head(
-                W_v[j], b_v[j], W_o[:, j], p.U_v[i, j], p.mean_v[i, j], r, whole > 0)
-            assert (W.shape[0], W_out.shape[1:]) == (d, (G, d if whole else r))
+                W_v[j], b_v[j], W_o[:, j], p.U_v[i, j], p.mean_v[i, j], r)
+            assert (W.shape[0], W_out.shape[1:]) == (d, (G, d))
             coordinates = F.linear(x, W, b)                         # (B, T, d)
             coordinates[:, whole:, r:] = 0                          # first tokens alone have them
-            coordinates = coordinates[..., :d if whole else r]
             for g in range(G):
                 total = total + attention[:, j * G + g] @ coordinates @ W_out[:, g].T
             total = total + bias
