@@ -243,9 +243,9 @@ class KVCache:
             v = self.keep_first(layout, i, k, v)
         if T > 1:
             write((layout.keys, layout.values), k, v, slice(self.length, end))
-        else:                                   # three operations, whatever the ranks
+        else:                                   # two operations, whatever the ranks
             numbers = torch.cat((qk.flatten(), v.flatten()))
-            layout.rows[:, self.length:end] = numbers.index_select(0, layout.source)[:, None]
+            torch.index_select(numbers, 0, layout.source, out=layout.rows[:, self.length])
         if T > 1 and self.length == 0:
             return attend_first(layout, raw, k, self.turns, window)
         if T == 1 and self.by_kernel:
