@@ -190,7 +190,8 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
         "bytes": path.stat().st_size,
         "modified": path.stat().st_mtime_ns,
         "vocab_size": vocab_size,
-        "tokenizer": [zlib.crc32(file.read_bytes()) for file in sorted(ckpt.glob("tokenizer*"))],
+        "tokenizer": [zlib.crc32(file.read_bytes()) for pattern in ("added_tokens*", "tokenizer*")
+                      for file in sorted(ckpt.glob(pattern))],
     }
     if target.exists() and note.exists() and read_json(note) == origin:
         return target

@@ -1,26 +1,43 @@
-"""Tokenizers: SentencePiece's own class for a tokenizer.model, one like it for a tokenizer.json.
+"""Tokenizers: a tokenizer.json by Hugging Face's library, a tokenizer.model by SentencePiece.
 
 Both turn text into ids and back; `encode_prompt` and `show` are how prompts come in and text goes
-out.
+out. Where a folder has both files the first counts, as in transformers: tokens that were added
+later stand in it alone. What tokenizer_config.json and added_tokens.json say is read for both.
 """
+import functools
+import itertools
+import re
+import sys
 from pathlib import Path
 
 from support.files import read_json
 
+SAMPLE = "The first 2 words,\n  def f(x): return [x]\n"     # what two files are compared by
+
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None):
     """The tokenizer of a model folder; ValueError where none fits the vocabulary."""
-    file, other = Path(path) / "tokenizer.model", Path(path) / "tokenizer.json"
-    tokenizer = read_sentencepiece(file)
-    if tokenizer is None and other.exists():
-        file, tokenizer = other, JsonTokenizer(other)
-    if tokenizer is None:
-        fault = "not a SentencePiece model" if file.exists() else "no such file"
-        raise ValueError(f"{file}: {fault}, and there is no tokenizer.json; train.py and search.py "
+    file, other = Path(path) / "tokenizer.json", Path(path) / "tokenizer.model"
+    pieces = read_sentencepiece(other)
+    if file.exists():
+        tokenizer = JsonTokenizer(file)
+        if pieces and tokenizer.encode(SAMPLE) != pieces.encode(SAMPLE):
+            say_once(f"{other} makes other ids of a text than tokenizer.json beside it, which "
+                     "counts, as in transformers")
+    elif pieces:
+        file, tokenizer = other, PieceTokenizer(other, pieces)
+    else:
+        fault = "not a SentencePiece model" if other.exists() else "no such file"
+        raise ValueError(f"{other}: {fault}, and there is no tokenizer.json; train.py and search.py "
                          "take token ids too, --data tokens.bin")
     if vocab_size and tokenizer.get_piece_size() > vocab_size:
         raise ValueError(f"{file}: has more pieces than the model's vocabulary, {vocab_size}")
     return tokenizer
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def read_sentencepiece(file: Path):
@@ -33,11 +50,98 @@ def read_sentencepiece(file: Path):
         return None
 
 
+def added_tokens(folder: Path, config: dict) -> dict[str, dict]:
+    """Tokens that a folder adds to those of its tokenizer's file: {text: {"id", "special", …}}."""
+    file = folder / "added_tokens.json"
+    added = {text: {"id": id} for text, id in (read_json(file) if file.exists() else {}).items()}
+    for id, said in (config.get("added_tokens_decoder") or {}).items():
+        said = said if isinstance(said, dict) else {"content": said}
+        added[said.get("content")] = {**said, "id": int(id) if str(id).isdecimal() else id}
+    for text, said in added.items():
+        if not (isinstance(text, str) and text and type(said["id"]) is int and said["id"] >= 0):
+            raise ValueError(f"{folder}: the added token {text!r} has the id {said['id']!r}")
+    return added
+
+
+def named_token(config: dict, name: str) -> str | None:
+    """The text of bos_token or eos_token in a tokenizer_config.json."""
+    token = config.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def decoded(ids: list[int], spell: dict, decode) -> str:
+    """Text of ids: of those that `spell` knows as it says, of runs of others by decode(run, at)."""
+    text = ""
+    for known, run in itertools.groupby(ids, spell.__contains__):
+        run = list(run)
+        text += "".join(map(spell.get, run)) if known else decode(run, text)
+    return text
+
+
+# A SentencePiece model's settings once more, behind it, without the space that begins a text: in
+# its format what is said last counts.
+NO_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class PieceTokenizer:
+    """A tokenizer.model and the tokens that other files add to it, which are cut out of a text."""
+
+    def __init__(self, file: Path, pieces):
+        from sentencepiece import SentencePieceProcessor
+        config = file.with_name("tokenizer_config.json")
+        config = read_json(config) if config.exists() else {}
+        self.pieces = pieces
+        self.added = added_tokens(file.parent, config)
+        inside = SentencePieceProcessor(model_proto=file.read_bytes() + NO_PREFIX)
+        self.inside = inside                            # for what stands behind an added token
+        self.has_prefix = pieces.encode("a") != inside.encode("a")
+        self.legacy = config.get("legacy", "tokenizer_class" not in config)
+        self.beginning = -1 if config.get("add_bos_token") is False else pieces.bos_id()
+        ends = [(r"\s*" if said.get("lstrip") else "") + re.escape(text)
+                + (r"\s*" if said.get("rstrip") else "")
+                for text, said in sorted(self.added.items(), key=lambda of: -len(of[0]))]
+        self.pattern = re.compile(f"({'|'.join(ends)})") if ends else None
+        size = pieces.get_piece_size()
+        self.spelled = {said["id"]: "" if said.get("special") else text
+                        for text, said in self.added.items() if said["id"] >= size}
+
+    def bos_id(self) -> int:
+        return self.beginning
+
+    def get_piece_size(self) -> int:
+        return max([self.pieces.get_piece_size(), *(id + 1 for id in self.spelled)])
+
+    def encode(self, text: str | list[str], num_threads: int = 0):
+        if isinstance(text, str):
+            return self.encode([text])[0]
+        if self.pattern is None:
+            return self.pieces.encode(text, num_threads=num_threads or 1)
+        return [self.encode_around(one) for one in text]
+
+    def encode_around(self, text: str) -> list[int]:
+        """Ids of a text with added tokens in it, as transformers has them."""
+        first, *others = self.pattern.split(text)
+        ids = self.pieces.encode(first) if first else []
+        for token, part in zip(others[::2], others[1::2], strict=True):
+            ids.append(self.added.get(token, self.added.get(token.strip()))["id"])
+            # A space begins each part where "legacy" says so; but there is one already.
+            prefix = self.legacy and self.has_prefix and part and not part.startswith(" ")
+            ids += self.inside.encode(" " + part if prefix else part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        size = self.pieces.get_piece_size()
+        spell = {id: self.spelled.get(id, f"<{id}>") for id in ids if id >= size}
+        return decoded(ids, spell,
+                       lambda run, at: (self.inside if at else self.pieces).decode(run))
+
+
 class JsonTokenizer:
     """A tokenizer.json, read by Hugging Face's library; its methods are called as SentencePiece's.
 
-    A text's beginning is what the file's post-processor, or add_bos_token in tokenizer_config.json,
-    puts before it; `bos_id` is −1 where they put nothing, as for Qwen.
+    A text's beginning is what the file's post-processor puts before it; add_bos_token in
+    tokenizer_config.json goes before. `bos_id` is −1 where nothing is put, as for Qwen.
     """
 
     def __init__(self, file: Path):
@@ -51,17 +155,29 @@ class JsonTokenizer:
             raise ValueError(f"{file}: not a tokenizer, or a truncated one ({error})") from None
         self.inner.no_truncation()                      # what a file says of batches
         self.inner.no_padding()
-        self.beginning = self.find_beginning(file.with_name("tokenizer_config.json"))
+        config = file.with_name("tokenizer_config.json")
+        config = read_json(config) if config.exists() else {}
+        self.add(added_tokens(file.parent, config))
+        self.beginning = self.find_beginning(config)
 
-    def find_beginning(self, config: Path) -> int:
+    def add(self, added: dict[str, dict]) -> None:
+        """Give the library the tokens of other files that it has not, in the order of their ids."""
+        from tokenizers import AddedToken
+        for text, said in sorted(added.items(), key=lambda of: of[1]["id"]):
+            if self.inner.token_to_id(text) is None:
+                flags = {flag: said[flag] for flag in ("lstrip", "rstrip", "normalized", "special")
+                         if isinstance(said.get(flag), bool)}
+                self.inner.add_tokens([AddedToken(text, **flags)])
+            if (id := self.inner.token_to_id(text)) != said["id"]:
+                raise ValueError(f"{self.file}: {text!r} is {id} there, and {said['id']} in "
+                                 "tokenizer_config.json or added_tokens.json")
+
+    def find_beginning(self, config: dict) -> int:
+        asked, name = config.get("add_bos_token"), named_token(config, "bos_token")
         processed, text = (self.ids(["a"], whole)[0] for whole in (True, False))
-        if processed[:1] != text[:1]:
+        if asked is not False and processed[:1] != text[:1]:
             return processed[0]
-        said = read_json(config) if config.exists() else {}
-        token = said.get("bos_token")
-        name = token.get("content") if isinstance(token, dict) else token
-        asked = said.get("add_bos_token") is True and isinstance(name, str)
-        id = self.inner.token_to_id(name) if asked else None
+        id = self.inner.token_to_id(name) if asked is True and name else None
         return -1 if id is None else id
 
     def ids(self, texts: list[str], processed: bool) -> list[list[int]]:
@@ -84,7 +200,8 @@ class JsonTokenizer:
         return found[0] if is_one else found
 
     def decode(self, ids: list[int]) -> str:
-        return self.inner.decode(ids)
+        unknown = {id: f"<{id}>" for id in set(ids) if self.inner.id_to_token(id) is None}
+        return decoded(ids, unknown, lambda run, _: self.inner.decode(run))
 
 
 # ------------------------------------------------------------------------------
@@ -125,10 +242,7 @@ def chat_prompt(folder: Path, text: str, tokenizer=None) -> str:
     def refuse(message: str):
         raise TemplateError(message)
 
-    tokens = {}
-    for name in ("bos_token", "eos_token"):
-        token = said.get(name)
-        tokens[name] = token.get("content") if isinstance(token, dict) else token or ""
+    tokens = {name: named_token(said, name) or "" for name in ("bos_token", "eos_token")}
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     jinja.globals["raise_exception"] = refuse
     turns = [{"role": "user", "content": text}]

@@ -124,13 +124,135 @@ def test_a_file_is_tokenised_anew_for_another_tokenizer(tmp_path):
     assert llama != qwen
 
 
-def test_sentencepiece_goes_first_where_a_folder_has_both(tmp_path):
+def test_a_tokenizer_json_goes_first_where_a_folder_has_both(tmp_path, capsys):
+    """As in transformers 5.24; where their ids differ a line says so."""
     folder = shutil.copytree(FOLDERS[0], tmp_path / "llama3")
     theirs = load_tokenizer(folder).encode("ab cd")
     (folder / "tokenizer.model").write_bytes(b"bytes of something else")
     assert load_tokenizer(folder).encode("ab cd") == theirs
+    assert not capsys.readouterr().err
     shutil.copy(DEMO / "tokenizer.model", folder)
-    assert load_tokenizer(folder).encode("ab cd") == load_tokenizer(DEMO).encode("ab cd") != theirs
+    assert load_tokenizer(folder).encode("ab cd") == theirs != load_tokenizer(DEMO).encode("ab cd")
+    line, = capsys.readouterr().err.splitlines()
+    assert "tokenizer.model makes other ids" in line and "tokenizer.json" in line
+
+
+# ------------------------------------------------------------------------------
+# What other files of a folder add to a tokenizer.model
+
+TURN = "<|turn|>"
+SPECIAL = {str(id): {"content": text, "special": True}
+           for id, text in enumerate(("<unk>", "<s>", "</s>"))}
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "add_bos_token": True}
+# Ids that transformers 5.24 has for the demo's tokenizer.model (4,096 pieces, no space before a
+# text) in a folder as LLaMA's and Yi's are laid out, with TURN as token 4,096.
+IDS = {
+    "The json module": [557, 1143, 3764, 648],
+    "a <|turn|> b": [4006, 4001, 4096, 293],
+    "<|turn|>b": [4096, 4025],
+    "a<|turn|> b </s> c<s>": [4006, 4096, 293, 4001, 2, 280, 1],
+    "x\n\ny <unk> z": [4033, 13, 13, 4027, 4001, 0, 1209],
+}
+
+
+def demo_folder(path, **files):
+    """The demo's tokenizer.model and these files, by their name without .json."""
+    path.mkdir(exist_ok=True)
+    shutil.copy(DEMO / "tokenizer.model", path)
+    for name, said in files.items():
+        (path / f"{name}.json").write_text(json.dumps(said))
+    return path
+
+
+def config_of(*, turn=None, **settings):
+    added = SPECIAL | {"4096": {"content": TURN, **(turn or {})}}
+    return LLAMA | {"added_tokens_decoder": added} | settings
+
+
+def test_added_tokens_have_the_ids_of_transformers(tmp_path):
+    for name, config in (("llama", config_of()), ("yi", config_of(add_bos_token=False))):
+        tokenizer = load_tokenizer(demo_folder(tmp_path / name, tokenizer_config=config))
+        assert tokenizer.encode(list(IDS), num_threads=2) == list(IDS.values())
+        assert [tokenizer.encode(line) for line in IDS] == list(IDS.values())
+        assert tokenizer.get_piece_size() == 4097
+        begins = [1] if name == "llama" else []
+        assert encode_prompt(tokenizer, TURN) == begins + [4096]
+        assert encode(tokenizer, ["The json module", TURN]).tolist() == [
+            *begins, *IDS["The json module"], *begins, 4096]
+
+
+def test_a_token_of_added_tokens_json_is_one_too(tmp_path):
+    tokenizer = load_tokenizer(demo_folder(tmp_path / "a", added_tokens={TURN: 4096}))
+    assert tokenizer.encode("a <|turn|> b") == IDS["a <|turn|> b"]
+    assert tokenizer.decode(tokenizer.encode("a <|turn|> b")) == "a <|turn|> b"
+    assert tokenizer.bos_id() == 1
+
+
+def test_a_special_token_is_not_shown_and_may_take_spaces_along(tmp_path):
+    turn = {"special": True, "lstrip": True, "rstrip": True}
+    config = config_of(turn=turn)
+    tokenizer = load_tokenizer(demo_folder(tmp_path / "a", tokenizer_config=config))
+    assert tokenizer.encode("a <|turn|> b") == [4006, 4096, 4025]
+    assert tokenizer.decode([4006, 4096, 4025]) == "ab"
+
+
+def test_the_space_that_begins_a_text_stands_behind_a_token_where_legacy_says_so(tmp_path):
+    """As in transformers 5.24 for a LLaMA's folder, where SentencePiece puts a space first."""
+    from sentencepiece import SentencePieceTrainer
+    (tmp_path / "text").write_text("the cat sat on a mat b b b the cats\n" * 50)
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False)
+    plain = load_tokenizer(tmp_path)
+    first, other = plain.encode("b"), plain.inside.encode("b")
+    assert first != other
+    added = {str(plain.get_piece_size()): {"content": TURN}}
+    turn = plain.get_piece_size()
+    for legacy in (False, True):
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(LLAMA | {"legacy": legacy, "added_tokens_decoder": added}))
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.encode("b<|turn|>b") == [*first, turn, *(first if legacy else other)]
+        assert tokenizer.encode("<|turn|> b") == [turn, *first]
+        assert tokenizer.decode(tokenizer.encode("the cat<|turn|> sat")) == "the cat<|turn|> sat"
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"added_tokens": {TURN: "many"}}, "<|turn|> many"),
+    ({"added_tokens": {"": 4096}}, "added token 4096"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"-1": {"content": TURN}}}}, "<|turn|> -1"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"4096": {}}}}, "added token 4096"),
+])
+def test_an_added_token_without_text_or_id_is_one_line(files, words, tmp_path):
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(demo_folder(tmp_path / "a", **files))
+    assert all(word in str(error.value) for word in words.split())
+
+
+def test_a_tokenizer_json_takes_added_tokens_too_and_no_beginning_where_none_is_asked(tmp_path):
+    folder = shutil.copytree(FOLDERS[0], tmp_path / "llama3")
+    tokenizer = load_tokenizer(folder)
+    size, bos = tokenizer.get_piece_size(), tokenizer.bos_id()
+    assert bos >= 0
+    edit(folder / "tokenizer_config.json", add_bos_token=False)
+    (folder / "added_tokens.json").write_text(json.dumps({TURN: size}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.bos_id() == -1
+    assert tokenizer.encode("ab<|turn|>")[-1] == size
+    assert size + 1 == tokenizer.get_piece_size()
+    (folder / "added_tokens.json").write_text(json.dumps({TURN: size + 7}))
+    with pytest.raises(ValueError, match="is .* there, and"):
+        load_tokenizer(folder)
+
+
+def test_ids_that_no_file_spells_show_as_a_mark(tmp_path, tokenizer, capsys):
+    """A model may have more rows than its tokenizer has pieces."""
+    for some in (load_tokenizer(DEMO), tokenizer):
+        size, ids = some.get_piece_size(), some.encode("ab cd")
+        assert some.decode([*ids, size, size + 1]) == f"ab cd<{size}><{size + 1}>"
+        show(some, ids, [size, *ids, size + 1])
+        assert capsys.readouterr().out.startswith(f"ab cd<{size}>")
 
 
 # ------------------------------------------------------------------------------
