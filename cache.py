@@ -116,7 +116,7 @@ class KVCache:
         self.data = torch.empty(total * self.max_len, dtype=self.dtype, device=self.device)
         self.rows = self.data.view(total, self.max_len)
         p = self.projection
-        fits_kernel = self.dtype.itemsize in (2, 4) and p.whole <= d        # Triton: no float64
+        fits_kernel = self.dtype.itemsize in (2, 4) and d % LEVELS == 0 and p.whole <= d
         self.by_kernel = self.data.is_cuda and fits_kernel
         self.first = torch.zeros(L, 2, K, self.batch, d, p.whole, dtype=self.dtype,
                                  device=self.device)
@@ -664,7 +664,7 @@ def main():
     projection, ranks = plans_for(args, model, args.budget)
     show_layout(KVCache(projection, ranks, 1, args.tokens, dtype, device))
     print(f"Bytes for {args.tokens:,} tokens of this model, the same rank everywhere:\n")
-    for budget in BUDGETS:
+    for budget in BUDGETS if model.config.head_dim % LEVELS == 0 else (1.0,):
         numbers = args.tokens * uniform_ranks(budget, model.config).sum()
         print(f"  {budget:6.1%}  {numbers * dtype.itemsize:>12,}")
 

@@ -349,14 +349,25 @@ class Rotation(nn.Module):
 # ------------------------------------------------------------------------------
 # Plans of ranks
 
-def check_ranks(ranks: Tensor, L: int, K: int, d: int) -> None:
-    """ValueError unless ranks is (2, L, K) or (2, L, B, K), integers, each one of d/8, …, d."""
+def check_levels(d: int) -> None:
+    """ValueError where head_dim d does not divide into the levels that a rank may have."""
     if d % LEVELS:
-        raise ValueError(f"head_dim {d} does not divide into {LEVELS} levels of rank")
+        raise ValueError(f"head_dim {d} does not divide into {LEVELS} levels of rank: only the "
+                         "full cache is possible")
+
+
+def check_ranks(ranks: Tensor, L: int, K: int, d: int) -> None:
+    """ValueError unless ranks is (2, L, K) or (2, L, B, K), integers, each one of d/8, …, d.
+
+    Where d is no multiple of 8 there is d alone: the full cache.
+    """
     outer, inner = ranks.shape[:2], ranks.shape[-1:]
     if ranks.ndim not in (3, 4) or outer + inner != (2, L, K) or ranks.is_floating_point():
         raise ValueError(f"ranks of shape {list(ranks.shape)}, {ranks.dtype}; expected integers of "
                          f"shape {[2, L, K]}")
+    if (ranks == d).all():
+        return
+    check_levels(d)
     eighth = d // LEVELS
     for rank in ranks.unique().tolist():
         if rank % eighth or not eighth <= rank <= d:
@@ -367,7 +378,7 @@ def uniform_ranks(budget: float, config) -> Tensor:
     """Rank budget · d everywhere, (2, L, K), rounded down to a multiple of d/8, at least d/8."""
     L, K, d = shape_of(config)
     level = max(1, int(budget * LEVELS + 1e-9))                     # 0.75 may come as 0.7499…
-    return torch.full((2, L, K), level * (d // LEVELS))
+    return torch.full((2, L, K), level * d // LEVELS)
 
 
 def plan_at(order: Tensor, config, budget: float) -> Tensor:

@@ -41,6 +41,7 @@ from projection import (
     SIDES,
     Moments,
     Projection,
+    check_levels,
     leading,
     plan_at,
     shape_of,
@@ -411,6 +412,7 @@ def main():
     files.check_folder(args.out)
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
+        check_levels(model.config.head_dim)
     config = model.config
     with cli.blame("--proj"):
         projection = Projection.load(args.proj, "pca_" if args.pca else "")

@@ -48,7 +48,7 @@ from projection import (
     Projection,
     Rotation,
     calibrate,
-    check_ranks,
+    check_levels,
     plan_at,
     shape_of,
     uniform_ranks,
@@ -361,7 +361,7 @@ def main():
     args = options()
     with cli.blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
-        check_ranks(uniform_ranks(1.0, config), *shape_of(config))      # head_dim in eighths
+        check_levels(config.head_dim)
     args.positions = 1 if args.recipe == "paper" else positions_of(args, config)
     need = partial(peak_memory, config, args.batch, args.seq)
     device, dtype = prepare_training(args, config, need)
@@ -376,7 +376,7 @@ def main():
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
-    settings = settings_of(args, OPTIONS, PATHS, len(tokens))
+    settings = settings_of(args, OPTIONS, PATHS, tokens)
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
     file = args.out / "train.state.safetensors"
     saved = None

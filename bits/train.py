@@ -55,7 +55,7 @@ from bits.start import (
 )
 from evaluate import describe, report
 from model import Model, load, wide
-from projection import LEVELS, Projection, Rotation, check_ranks, shape_of, uniform_ranks
+from projection import LEVELS, Projection, Rotation, check_levels
 from support import cli, processes
 from support.checkpoint import read_config
 from support.data import even_windows, held_out_passages, set_apart, text_for
@@ -286,7 +286,7 @@ def main():
     args = options()
     with cli.blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
-        check_ranks(uniform_ranks(1.0, config), *shape_of(config))      # head_dim in eighths
+        check_levels(config.head_dim)
     if args.seq is None:        # keys drift with their position, so windows are as long as can be
         args.seq = min(config.max_position_embeddings, 2048)
     if args.seq <= GROUP:
@@ -299,7 +299,7 @@ def main():
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
-    settings = settings_of(args, OPTIONS, PATHS, len(tokens))
+    settings = settings_of(args, OPTIONS, PATHS, tokens)
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
     passages = held_out_passages(args, held_out, config)
     # The objective is the mean of log(KL + 0.0001): the 0.001 of train.py would hide KLs at 4 bits.

@@ -4,6 +4,7 @@ Older and newer folders say the same in several ways: where rope_theta stands, w
 in shards, under which name tied ones are stored. Whatever a folder holds that the model would not
 compute with is refused by name.
 """
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,14 @@ class Config:
     model_type: str = "llama"       # or one of the others below
 
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# What a file that does not say it means, where that is no common rule: as in transformers 5.24.
+UNSAID = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072,
+                "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -50,12 +58,22 @@ def read_config(path: Path) -> Config:
     listed = raw.get("architectures")
     name = raw.get("model_type") or (listed[0] if isinstance(listed, list) and listed else listed)
     raw["model_type"] = str(name).lower().removesuffix("forcausallm")
-    if raw["model_type"] not in ARCHITECTURES:
-        raise ValueError(f"{path}: the architecture is {name}; known: {', '.join(ARCHITECTURES)}")
+    if raw["model_type"] not in UNSAID:
+        raise ValueError(f"{path}: the architecture is {name}; known: {', '.join(UNSAID)}")
+    for key in ("quantization_config", "compression_config"):
+        if said := raw.get(key):
+            method = said.get("quant_method", "some way") if isinstance(said, dict) else said
+            raise ValueError(f"{path}: {key}: the weights are quantised by {method}; only plain "
+                             "ones, in 16 bits or more, are read")
     for key, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"),
-                      ("use_sliding_window", False)):
+                      ("use_sliding_window", False), ("partial_rotary_factor", 1)):
         if raw.get(key) not in (None, only):
             raise ValueError(f"{path}: {key} is {raw[key]!r}; only {only!r} is supported")
+    kinds = raw.get("layer_types") or []
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind != "full_attention":
+            raise ValueError(f"{path}: layer_types has {kind!r}; only 'full_attention' is known")
+    raw = UNSAID[raw["model_type"]] | raw
     try:
         config = parse_config(raw)
     except KeyError as missing:
@@ -85,6 +103,9 @@ def parse_config(raw: dict) -> Config:
             raise ValueError(f"{key} is {raw[key]!r}; expected an object or null")
         rope.update(raw.get(key) or {})
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1 is "
+                         "supported")
     if rope_type not in ("default", "llama3"):
         raise ValueError(f"the rope type is {rope_type!r}; only 'default' and 'llama3' are known")
     return Config(
@@ -139,13 +160,27 @@ def load_weights(model: nn.Module, path: Path, device, dtype: torch.dtype) -> No
             raise ValueError(f"{files[name]}: holds {name}, which no {model.config.model_type} has")
     for name, parameter in wanted.items():
         tensor = read_tensor(files, name, path, device, dtype)
-        if tensor.shape != parameter.shape:
-            raise ValueError(f"{files[name]}: {name} has the shape {list(tensor.shape)}, "
-                             f"but config.json asks for {list(parameter.shape)}")
+        check_shape(files, name, tensor, parameter)
         module, _, leaf = name.removeprefix("model.").rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
     if tied:
         tied[1].weight = tied[0].weight
+    if tied and EMBEDDING in files and HEAD in files:
+        head = read_tensor(files, HEAD, path, device, dtype)
+        if not torch.equal(head, model.embed_tokens.weight):
+            check_shape(files, HEAD, head, model.lm_head.weight)
+            print(f"{files[HEAD]}: {HEAD} is not the embedding, though config.json has "
+                  "tie_word_embeddings: both are used", file=sys.stderr)
+            model.lm_head.weight = nn.Parameter(head, requires_grad=False)
+
+
+def check_shape(files: dict[str, Path], name: str, tensor: Tensor, wanted: Tensor) -> None:
+    if tensor.shape != wanted.shape:
+        raise ValueError(f"{files[name]}: {name} has the shape {list(tensor.shape)}, "
+                         f"but config.json asks for {list(wanted.shape)}")
+
+
+READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def read_tensor(files: dict[str, Path], name: str, path: Path, device, dtype) -> Tensor:
@@ -157,6 +192,10 @@ def read_tensor(files: dict[str, Path], name: str, path: Path, device, dtype) ->
             tensor = file.get_tensor(name)
         except SafetensorError:
             raise ValueError(f"{files[name]}: the tensor {name} is missing") from None
+        if tensor.dtype not in READABLE:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{files[name]}: {name} is in {kind}; only float64, float32, float16 "
+                             "and bfloat16 are read")
         is_product = tensor.ndim == 2 and name != EMBEDDING
         if is_product and tensor.dtype != dtype:        # is copied anyway
             tensor = stored_for_rows(tensor)

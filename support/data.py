@@ -112,6 +112,8 @@ def load_data(path: Path | None, ckpt: Path, vocab_size: int, out: Path = Path("
     if path.suffix in (".txt", ".jsonl"):
         path = tokenise(path, ckpt, vocab_size, out)
     tokens = load_ids(path, vocab_size)
+    if path.suffix == ".bin":
+        check_width(path, tokens)
     check_ids(path, tokens, vocab_size)
     cut = len(tokens) - len(tokens) // 10
     return tokens[:cut], tokens[cut:]
@@ -149,6 +151,26 @@ def check_ids(path: Path, tokens: np.ndarray, vocab_size: int, piece: int = 2 **
             wrong = part[(part < 0) | (part >= vocab_size)][0]
             raise ValueError(f"{path}: holds the token id {wrong}, outside the model's vocabulary "
                              f"of {vocab_size}")
+
+
+LLM_C = (20240520, 20240801)        # the first number of llm.c's files of ids: GPT-2's, LLaMA-3's
+
+
+def check_width(path: Path, tokens: np.ndarray, piece: int = 2 ** 22) -> None:
+    """ValueError for a .bin whose numbers are wider than ids of this vocabulary, or have a header.
+
+    Such a file says neither; read as narrower ones, wide ids have a 0 behind each.
+    """
+    if len(tokens) < 8:
+        return
+    first = int(np.fromfile(path, "<i4", 1)[0])
+    if first in LLM_C:
+        raise ValueError(f"{path}: begins with {first}, llm.c's header of 1,024 bytes; save the "
+                         "ids behind it as a .npy")
+    if not any(tokens[at + 1:at + piece:2].any() for at in range(0, len(tokens) - 1, piece)):
+        bits = 8 * tokens.itemsize
+        raise ValueError(f"{path}: every second number is 0: is it uint{2 * bits}? It is read as "
+                         f"uint{bits}, for a vocabulary of this size; a .npy says its own type")
 
 
 def id_dtype(vocab_size: int) -> np.dtype:

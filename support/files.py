@@ -9,11 +9,17 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from support.cli import blame
+from support.cli import blame, fail
+
+try:
+    import fcntl
+except ImportError:                         # not on Windows
+    fcntl = None
 
 
 def open_safetensors(path: str | Path):
@@ -93,6 +99,40 @@ def check_folder(path: Path) -> None:
         with written_whole(path / "writable"):
             pass
         (path / "writable").unlink()
+
+
+HELD = {}       # folders that this process holds, and the open files by which it does
+
+
+def hold_folder(path: Path) -> None:
+    """Let no other training write to the folder of --out until this process ends.
+
+    A lock of the system, on the folder itself: it goes with the process, whatever ends that.
+    """
+    path = path.resolve()
+    if fcntl is None or path in HELD:
+        return
+    held = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--out: {path}: another run is writing there; give one of them another folder")
+    except OSError:                         # a file system without locks
+        pass
+    HELD[path] = held
+
+
+def fingerprint(*sources: Path | np.ndarray) -> str:
+    """A hash of the sizes of files or arrays (n,), and of 256 pieces of 64 KB spread over each."""
+    digest = hashlib.sha256()
+    for source in sources:
+        if isinstance(source, Path):
+            source = np.memmap(source, np.uint8, "r") if source.stat().st_size else np.empty(0)
+        digest.update(f"{len(source)} {source.dtype}".encode())
+        length = 2 ** 16 // source.itemsize
+        for start in np.linspace(0, max(0, len(source) - length), 256).astype(int):
+            digest.update(source[start:start + length].tobytes())
+    return digest.hexdigest()
 
 
 def hash_of(*tensors: Tensor, text: str = "") -> str:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from model import Model
-from projection import LEVELS, SIDES, Projection, check_ranks, plan_at, shape_of, uniform_ranks
+from projection import (
+    LEVELS,
+    SIDES,
+    Projection,
+    check_levels,
+    check_ranks,
+    plan_at,
+    shape_of,
+    uniform_ranks,
+)
 from support.cli import blame, fail, within
 from support.files import read_json
 
@@ -126,6 +135,8 @@ def plans_for(args, model: Model, *budgets: float | None):
     with blame("--proj"):
         projection = Projection.load(proj)
         projection.check_fits(config)
+    with blame("--ckpt"):
+        check_levels(config.head_dim)
     said, own = "", None                                # own: the plan without a budget
     if args.ranks is not None:
         where = args.ranks

@@ -28,8 +28,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None):
         file, tokenizer = other, PieceTokenizer(other, pieces)
     else:
         fault = "not a SentencePiece model" if other.exists() else "no such file"
-        raise ValueError(f"{other}: {fault}, and there is no tokenizer.json; train.py and search.py "
-                         "take token ids too, --data tokens.bin")
+        raise ValueError(f"{other}: {fault}, and there is no tokenizer.json; train.py and "
+                         "search.py take token ids too, --data tokens.bin")
     if vocab_size and tokenizer.get_piece_size() > vocab_size:
         raise ValueError(f"{file}: has more pieces than the model's vocabulary, {vocab_size}")
     return tokenizer

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from model import CHUNK
 from support import processes
 from support.cli import blame, choose_amp, fail, keep_freed_memory, prepare
-from support.files import check_folder, open_safetensors, read_tensors, write_tensors
+from support.files import (
+    check_folder,
+    fingerprint,
+    hold_folder,
+    open_safetensors,
+    read_tensors,
+    tensor_files,
+    write_tensors,
+)
 
 BEGAN = time.time()
 
@@ -101,6 +109,9 @@ def read_state(file: Path, settings: dict) -> Saved:
         raise ValueError(f"{file}: not the state of a training")
     for name, value in settings.items():
         before = facts["config"].get(name)
+        if before != value and name.endswith("_hash"):
+            raise ValueError(f"{file}: was made with other contents of "
+                             f"--{name.removesuffix('_hash')}")
         if before != value:
             raise ValueError(f"{file}: was made with {named(name, before)}, not "
                              f"{named(name, value)}")
@@ -125,13 +136,21 @@ def named(setting: str, value) -> str:
     return f"{option} {value}"
 
 
-def settings_of(args, options: tuple, paths: tuple, train_tokens: int) -> dict:
-    """The settings of a TrainingState, of the options of these names; paths in full."""
+def settings_of(args, options: tuple, paths: tuple, tokens) -> dict:
+    """The settings of a TrainingState, of the options of these names; paths in full.
+
+    And, as the same path may hold something else by then, hashes of weights, text and other files.
+    """
     settings = {name: getattr(args, name) for name in options}
+    weights = sorted(set(tensor_files(args.ckpt).values()))
+    hashes = {"ckpt_hash": fingerprint(args.ckpt / "config.json", *weights),
+              "data_hash": fingerprint(tokens)}
     for name in paths:
         path = getattr(args, name)
         settings[name] = str(path.resolve()) if path else ""
-    return settings | {"train_tokens": train_tokens, "processes": processes.WORLD}
+        if name not in ("ckpt", "data") and path and path.is_file():
+            hashes[f"{name}_hash"] = fingerprint(path)
+    return settings | {"train_tokens": len(tokens), "processes": processes.WORLD} | hashes
 
 
 # ------------------------------------------------------------------------------
@@ -149,6 +168,7 @@ def prepare_training(args, config, need) -> tuple[torch.device, torch.dtype]:
     choose_amp(args, device, dtype)
     if processes.RANK == 0:
         check_folder(args.out)
+        hold_folder(args.out)
     processes.join(device)
     plan_memory(args, need, device, dtype)
     return device, dtype

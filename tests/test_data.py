@@ -180,6 +180,31 @@ def test_a_large_vocabulary_takes_four_bytes_an_id(tmp_path):
     assert np.array_equal(load_data(tmp_path / "a.bin", CKPT, 70000)[1], ids[900:])
 
 
+@pytest.mark.parametrize("dtype, vocab_size, words", [
+    (np.uint32, 96, "is it uint32"),
+    (np.int64, 96, "is it uint32"),
+    (np.int64, 70000, "is it uint64"),
+])
+def test_ids_wider_than_their_vocabulary_asks_for_are_refused(dtype, vocab_size, words, tmp_path):
+    """A .bin does not say how wide they are; read as narrower ones every second id is 0."""
+    ids = 1 + np.arange(1000) % 95
+    ids.astype(dtype).tofile(tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=f"a.bin: every second number is 0: {words}"):
+        load_data(tmp_path / "a.bin", CKPT, vocab_size)
+    (ids * (np.arange(1000) % 2)).astype(np.uint16).tofile(tmp_path / "a.bin")
+    assert len(load_data(tmp_path / "a.bin", CKPT, 96)[0]) == 900       # 0 first and third is text
+
+
+@pytest.mark.parametrize("magic", [20240520, 20240801])
+def test_a_header_of_llm_c_is_no_text(magic, tmp_path):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, 500
+    ids = np.arange(500).astype(np.uint16) % 96
+    (tmp_path / "a.bin").write_bytes(header.tobytes() + ids.tobytes())
+    with pytest.raises(ValueError, match="llm.c's header"):
+        load_data(tmp_path / "a.bin", CKPT, 96)
+
+
 def npy_bytes(array) -> bytes:
     file = io.BytesIO()
     np.save(file, array)

@@ -116,7 +116,7 @@ def test_a_token_by_the_kernels_is_a_token_without_them(kind, tokens):
         assert_alike(model, random_projection(model), ranks, tokens[:, :21], 19)
 
 
-# Of tokens still to come the kernel reads what memory holds, maybe NaN, before it masks their scores.
+# Of tokens still to come it reads what memory holds, maybe NaN, before it masks their scores.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in add")
 @pytest.mark.parametrize("kind", ["mistral_sharded_head_dim", "llama_mha"])
 def test_so_it_is_with_whole_tokens_and_a_mean(kind, tokens):

@@ -322,6 +322,64 @@ def test_the_one_matrix_of_a_tied_model_has_either_name_or_both(tmp_path):
         load(folder)
 
 
+def test_a_head_of_its_own_is_used_where_a_model_is_called_tied(tmp_path, capsys):
+    """As by transformers 5.24: lm_head.weight in the file counts, whatever config.json says."""
+    folder = shutil.copytree(GOLDEN / "llama32", tmp_path / "ckpt")
+    tensors = load_file(folder / "model.safetensors")
+    tied, x = load(folder), torch.arange(3, 40)[None]
+    assert not capsys.readouterr().err
+    head = torch.randn_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    model = load(folder)
+    line, = capsys.readouterr().err.splitlines()
+    assert "lm_head.weight is not the embedding" in line and "both are used" in line
+    expected = tied.norm(tied.hidden(x)) @ head.T
+    assert relative(model(x), expected) < 1e-5
+    assert not any(p.requires_grad for p in model.parameters())
+    save_file(tensors | {"lm_head.weight": head[:-1].clone()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight has the shape"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool", "int64", "float8_e4m3fn", "complex64"])
+def test_weights_that_are_no_plain_numbers_are_refused_by_dtype_and_name(dtype, tmp_path):
+    """Read as if they were floats they are another model."""
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        folder = shutil.copytree(GOLDEN / "llama32", tmp_path / name)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = tensors[name].to(getattr(torch, dtype))
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=f"{name} is in {dtype}; only float64"):
+            load(folder)
+
+
+def test_float64_weights_load(tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama32", tmp_path / "ckpt")
+    x, expected = torch.arange(3, 40)[None], load(folder)(torch.arange(3, 40)[None])
+    tensors = {n: t.double() for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(load(folder)(x), expected)
+
+
+@pytest.mark.parametrize("kind, absent, setting, value", [
+    ("mistral_window", "sliding_window", "sliding_window", 4096),
+    ("mistral_window", "num_key_value_heads", "num_key_value_heads", 8),
+    ("mistral_window", "max_position_embeddings", "max_position_embeddings", 131072),
+    ("qwen2", "num_key_value_heads", "num_key_value_heads", 32),
+    ("qwen3", "head_dim", "head_dim", 128),
+    ("llama_mha", "num_key_value_heads", "num_key_value_heads", 4),
+])
+def test_what_a_config_does_not_say_is_what_transformers_takes_it_for(
+        kind, absent, setting, value, tmp_path):
+    """transformers 5.24's defaults differ between the architectures."""
+    config = shutil.copytree(GOLDEN / kind, tmp_path / kind) / "config.json"
+    said = json.loads(config.read_text())
+    said.pop(absent, None)
+    said["num_attention_heads"] = {8: 8, 32: 32}.get(value, said["num_attention_heads"])
+    config.write_text(json.dumps(said))
+    assert getattr(read_config(config), setting) == value
+
+
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_weights_of_any_dtype_load_into_any(stored, folder):
     """Whatever config.json says of it, or not."""
@@ -360,6 +418,13 @@ def test_qwen_has_no_window_unless_it_is_switched_on(tmp_path):
     ({"rope_scaling": [8]}, "rope_scaling"),
     ({"attention_bias": True}, "attention_bias"),
     ({"hidden_act": "gelu"}, "gelu"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised by awq"),
+    ({"quantization_config": {"load_in_8bit": True}}, "quantised by some way"),
+    ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "partial_rotary"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    ({"layer_types": 3}, "layer_types"),
     ({"num_key_value_heads": 3}, "3 key-value heads"),
     ({"num_key_value_heads": [2]}, "config.json"),
     ({"num_attention_heads": 0, "head_dim": None}, "config.json"),

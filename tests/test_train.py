@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CKPT, DEMO, ROOT, call, random_start, relative, script, shape, small
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model import generate, load, logits, products_in_bfloat16
 from projection import Projection, Rotation, plan_at, uniform_ranks
@@ -21,6 +22,7 @@ from search import Windows, find_order, find_start
 from support import processes
 from support.checkpoint import read_config
 from support.data import windows
+from support.files import fingerprint
 from support.plans import read_ranks
 from support.training import TrainingState, named, peak_memory, read_state, settings_of
 from train import Recipe, distil, draw_along, draw_independent, draw_levels, start_of, train
@@ -632,14 +634,70 @@ def test_every_option_that_a_state_names_exists(capsys):
 
 def test_a_folder_is_the_same_by_any_path_to_it(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
+    shutil.copytree(CKPT, tmp_path / "model")
     monkeypatch.chdir(tmp_path / "here")
     settings = []
     for folder in (tmp_path, Path(".."), Path("../here/..")):
         args = SimpleNamespace(lr=0.1, ckpt=folder / "model", data=folder / "x.npy", ranks=None)
-        settings.append(settings_of(args, ("lr",), ("ckpt", "data", "ranks"), 4000))
+        of_run = settings_of(args, ("lr",), ("ckpt", "data", "ranks"), np.arange(4000))
+        settings.append({name: value for name, value in of_run.items() if "_hash" not in name})
+        assert set(of_run) - set(settings[-1]) == {"ckpt_hash", "data_hash"}
     assert settings[0] == settings[1] == settings[2] == {
         "lr": 0.1, "ckpt": str(tmp_path / "model"), "data": str(tmp_path / "x.npy"), "ranks": "",
         "train_tokens": 4000, "processes": 1}
+
+
+def test_a_fingerprint_tells_contents_apart(tmp_path):
+    """Sizes, dtypes, and changes in any piece that it looks at; a second's work for any size."""
+    file, ids = tmp_path / "a", np.arange(3 * 2 ** 20, dtype=np.uint16)
+    ids.tofile(file)
+    before = fingerprint(file, ids)
+    assert fingerprint(file, ids) == before
+    for place in (0, len(ids) // 2, len(ids) - 1):
+        other = ids.copy()
+        other[place] ^= 1
+        assert fingerprint(file, other) != before
+        other.tofile(file)
+        assert fingerprint(file, ids) != before
+        ids.tofile(file)
+    assert fingerprint(file, ids[:-1]) != before != fingerprint(file, ids.astype(np.int16))
+    file.write_bytes(b"")
+    assert fingerprint(file) != fingerprint(file, file)
+
+
+def test_other_weights_or_ids_under_the_same_path_do_not_resume(
+        trained, tmp_path, monkeypatch, refusal):
+    ckpt, text = shutil.copytree(CKPT, tmp_path / "ckpt"), tmp_path / "ids.npy"
+    np.save(text, np.random.default_rng(0).integers(3, 96, 4000))
+    options = ["--ckpt", ckpt, "--data", text, *small(trained)[4:], "--steps", 6,
+               "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop(patch, saved_at=2, stopped_at=3)
+        call("train", *options, "--save-every", 0)
+    ids = np.load(text)
+    np.save(text, ids[::-1])
+    assert "--resume" in (line := refusal("train", *options, "--resume")) and "--data" in line
+    np.save(text, ids)
+    shard = min(ckpt.glob("model-*.safetensors"))
+    tensors = load_file(shard)
+    next(iter(tensors.values())).view(-1)[-1] += 1
+    save_file(tensors, shard)
+    assert "other contents of --ckpt" in refusal("train", *options, "--resume")
+
+
+def test_a_folder_in_which_another_run_writes_is_refused_while_it_lives(trained, tmp_path, refusal):
+    holds = ("import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
+             "from support.files import hold_folder; hold_folder(Path(sys.argv[2]));"
+             "print(flush=True); input()")
+    other = subprocess.Popen([sys.executable, "-c", holds, ROOT, tmp_path], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    other.stdout.readline()
+    options = [*small(trained), "--steps", 0, "--out", tmp_path]
+    assert "--out" in (line := refusal("train", *options)) and "another run" in line
+    other.kill()
+    other.wait()
+    call("train", *options)
+    assert (tmp_path / "train.json").exists()
 
 
 def test_a_file_that_is_no_state_is_refused(tmp_path, model):
