@@ -198,7 +198,8 @@ def print_columns(rows: list[dict], columns: list) -> None:
     for row in rows:
         line = f"  {row['budget']:6.1%}"
         for _, key, form, scale in columns:
-            line += " | " + "".join(f"{scale * row[name][key]:11{form}}" for name in names)
+            numbers = (round(scale * row[name][key], int(form[1])) for name in names)
+            line += " | " + "".join(f"{x + 0.0:11{form}}" for x in numbers)     # −0 + 0 is 0
         print(line)
 
 

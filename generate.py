@@ -76,11 +76,20 @@ def cache_of(args, model: Model, room: int):
         with cli.blame("--bits"):
             bits = load_bits(args.bits)
             bits.rounding.p.check_fits(model.config)
+            say_how_far("--bits", bits.positions, room)
             return bits.cache(args.budget or 0.125, 1, room, model.dtype, model.device), None
     projection, ranks, smaller = plans_for(args, model, args.budget, args.shrink_to)
+    say_how_far("--proj", projection.positions, room)
     if args.shrink_to is not None and (smaller > ranks).any():
         cli.fail(f"--shrink-to {args.shrink_to}: is above the budget that the cache begins with")
     return KVCache(projection, ranks, 1, room, model.dtype, model.device), smaller
+
+
+def say_how_far(option: str, positions: int, room: int) -> None:
+    """A line where the text may go further than what its cache was made for."""
+    if 0 < positions < room:
+        print(f"{option}: was made at positions below {positions:,}, and this text may go up to "
+              f"{room:,}: the further behind, the more is lost", file=sys.stderr)
 
 
 def main():

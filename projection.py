@@ -59,7 +59,9 @@ class Projection:
     """U_k, U_v (L, K, d, d), orthogonal, columns by importance; mean_v (L, K, d); float32.
 
     mean_k (L, K, d), of keys before RoPE, or None; whole: how many first tokens keep all.
+    positions: they were made at positions below; 0 where nobody said.
     """
+    positions = 0
 
     def __init__(self, U_k: Tensor, U_v: Tensor, mean_v: Tensor, mean_k: Tensor | None = None,
                  whole: int = 0):
@@ -127,8 +129,10 @@ class Projection:
             raise ValueError(f"projections of the shape {mine}, but the model has {model}")
 
     def to(self, device, dtype=None) -> "Projection":
-        return Projection.of({name: x.to(device, dtype) for name, x in self.tensors().items()},
-                             whole=self.whole)
+        moved = Projection.of({name: x.to(device, dtype) for name, x in self.tensors().items()},
+                              whole=self.whole)
+        moved.positions = self.positions
+        return moved
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """All of them, by the names that files use."""
@@ -150,18 +154,23 @@ class Projection:
     def save(self, path: str | Path, pca=None) -> None:
         """Write a safetensors file; plain PCA of the same text stands in it as pca_U_k, …"""
         beside = pca.tensors("pca_") if pca else {}
-        files.write_tensors(path, self.tensors() | beside, {"whole": str(self.whole)})
+        said = {"whole": str(self.whole), "positions": str(self.positions)}
+        files.write_tensors(path, self.tensors() | beside, said)
 
     @staticmethod
     def load(path: str | Path, prefix: str = "") -> "Projection":
         """Read what `save` wrote; prefix "pca_" for the PCA in it. ValueError names the file."""
         with files.open_safetensors(path) as file:
-            whole = "0" if prefix else (file.metadata() or {}).get("whole", "0")
+            said = file.metadata() or {}
+        whole, positions = "0" if prefix else said.get("whole", "0"), said.get("positions", "0")
         tensors = files.read_tensors(path)
         try:
             if not whole.isdecimal():
                 raise ValueError(f"its metadata says whole {whole!r}, not a number of tokens")
+            if not positions.isdecimal():
+                raise ValueError(f"its metadata says positions {positions!r}, not a number")
             p = Projection.of(tensors, prefix, int(whole)).to(None, torch.float32)
+            p.positions = int(positions)
         except KeyError as missing:
             raise ValueError(f"{path}: no tensor {missing}; are these projections?") from None
         except ValueError as error:

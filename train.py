@@ -334,6 +334,7 @@ def learnt(state: TrainingState) -> Projection:
 def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
     """Save the projections, report on them, and write train.json and train.png."""
     trained = learnt(state)
+    trained.positions = max(args.positions, args.seq)
     pca = Projection.of(state.tensors, "pca.").to(model.device)
     with cli.blame("--out"):
         trained.save(args.out / PROJECTIONS, pca)

@@ -23,8 +23,9 @@ from support import files
 class Bits:
     """What bits.train made of a model: a Rounding and the path of its plans, for any budget."""
 
-    def __init__(self, rounding: Rounding, path: Tensor, config):
+    def __init__(self, rounding: Rounding, path: Tensor, config, positions: int = 0):
         rounding.p.check_fits(config)
+        self.positions = positions              # made at positions below; 0 where nobody said
         self.rounding, self.path, self.config = rounding, path, config
 
     def at(self, budget: float):
@@ -64,6 +65,6 @@ def load_bits(file: str | Path) -> Bits:
                 raise ValueError(f"{name} {said[name]}, for {here}")
         if said.get("rounding", rounding.hash()) != rounding.hash():
             raise ValueError(f"it is of another training than {file.with_suffix('.safetensors')}")
-        return Bits(rounding, path_of_rows(said["path"], shape), shape)
+        return Bits(rounding, path_of_rows(said["path"], shape), shape, int(said.get("seq", 0)))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not what bits.train writes ({error})") from None

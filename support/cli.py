@@ -121,9 +121,19 @@ def passage_arguments(parser, least: int = 0) -> None:
                         help=f"held-out passages to say twice, for the recall{none} [500]")
 
 
+class OneText(argparse.Action):
+    """An option that takes one text, also from stdin."""
+
+    def __call__(self, parser, args, values, option):
+        if len(values) > 1:
+            parser.error(f"{option}: one text at a time: sequences of a batch have one length")
+        args.prompt = sys.stdin.read() if values == ["-"] else values[0]
+
+
 def prompt_arguments(parser) -> None:
     add = parser.add_argument
-    add("--prompt", default="Return the ", help="text to continue")
+    add("--prompt", default="Return the ", nargs="+", action=OneText, help="text to continue; - "
+        "reads it from stdin")
     add("--tokens", type=within(1, 10 ** 6), default=100, help="how many new ones at most [100]")
     add("--temperature", type=within(0.0, 100.0), default=0.0,
         help="0 takes the likeliest token [0]")

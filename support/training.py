@@ -272,7 +272,10 @@ class Forecast:
         each = step + one_pass * validation / args.check_every
         minutes = (around + self.left * each) / 60
         fit = int((20 * 60 - around) / each)
-        advice = f"--steps {fit} would fit in 20" if fit > 0 else "fewer --windows would shorten it"
+        longest = "--windows" if one_pass * report > self.before else "--sweep-windows"
+        advice = f"fewer {longest} would shorten it"
+        if fit > 0:
+            advice = f"--steps {fit} would fit in 20"
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_reserved(self.device)
         else:

@@ -1,5 +1,6 @@
 """Generation: the cache's tokens are those of whole passes, with the values' weights replaced."""
 import dataclasses
+import io
 import json
 import math
 
@@ -19,7 +20,8 @@ from conftest import (
 from cache import KVCache
 from generate import fold
 from model import generate, load
-from projection import uniform_ranks
+from projection import Projection, uniform_ranks
+from support.checkpoint import read_config
 from support.plans import PROJECTIONS
 
 PROMPT = [1, 5, 9, 40]
@@ -282,3 +284,25 @@ def test_a_tokenizer_without_a_beginning_needs_a_prompt(refusal, monkeypatch):
     line = refusal("generate", *OPTIONS, "--prompt", "")
     assert "--prompt" in line
     assert "nothing to continue" in line
+
+
+def test_a_line_says_where_a_text_goes_further_than_its_cache_was_made_for(tmp_path, capsys):
+    p = Projection.identity(read_config(DEMO / "config.json"))
+    p.positions = 64
+    p.save(tmp_path / "projections.safetensors")
+    assert Projection.load(tmp_path / "projections.safetensors").to("cpu").positions == 64
+    options = ["--proj", tmp_path / "projections.safetensors", "--budget", 0.5]
+    for tokens, warned in ((9, False), (70, True)):
+        call("generate", *options, "--tokens", tokens)
+        said = capsys.readouterr().err
+        assert ("--proj: was made at positions below 64" in said) == warned
+
+
+def test_one_prompt_at_a_time(refusal, monkeypatch, capsys):
+    """Of several, of different lengths, there is no batch; from stdin one may come."""
+    for name in ("generate", "model"):
+        line = refusal(name, "--prompt", "a", "b")
+        assert "--prompt" in line and "one text at a time" in line
+        monkeypatch.setattr("sys.stdin", io.StringIO("The json module"))
+        call(name, "--prompt", "-", "--tokens", 2)
+        assert capsys.readouterr().out.startswith("The json module")

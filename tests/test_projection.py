@@ -195,7 +195,7 @@ def test_save_and_load_give_the_same(model, tmp_path):
     p, pca = random_projection(model, **TURNED), random_projection(model)
     p.save(path, pca=pca)
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"whole": "2"}
+        assert file.metadata() == {"whole": "2", "positions": "0"}
     for saved, prefix in ((p, ""), (pca, "pca_")):
         loaded = Projection.load(path, prefix)
         assert loaded.whole == saved.whole
