@@ -4,6 +4,7 @@ Older and newer folders say the same in several ways: where rope_theta stands, w
 in shards, under which name tied ones are stored. Whatever a folder holds that the model would not
 compute with is refused by name.
 """
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,9 @@ def read_config(path: Path) -> Config:
         size = getattr(config, key)
         if size is not None and not 1 <= size < 2 ** 31:
             raise ValueError(f"{path}: {key} is {size}, not a positive size")
+    for key in ("rms_norm_eps", "rope_theta"):
+        if not 0 < getattr(config, key) < math.inf:
+            raise ValueError(f"{path}: {key} is {getattr(config, key)}, not a positive number")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(f"{path}: {config.num_attention_heads} query heads do not divide among "
                          f"{config.num_key_value_heads} key-value heads")

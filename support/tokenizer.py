@@ -137,6 +137,12 @@ class PieceTokenizer:
                        lambda run, at: (self.inside if at else self.pieces).decode(run))
 
 
+def unless_left(error: BaseException) -> None:
+    """Raise what is no error. A panic of the library, which is Rust, is none of Python's either."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+
+
 class JsonTokenizer:
     """A tokenizer.json, read by Hugging Face's library; its methods are called as SentencePiece's.
 
@@ -151,7 +157,8 @@ class JsonTokenizer:
             self.inner = Tokenizer.from_file(str(file))
         except ImportError:
             raise ValueError(f"{file}: first run pip install tokenizers, which reads it") from None
-        except Exception as error:                      # the library has no class of its own
+        except BaseException as error:                  # the library has no class of its own
+            unless_left(error)
             raise ValueError(f"{file}: not a tokenizer, or a truncated one ({error})") from None
         self.inner.no_truncation()                      # what a file says of batches
         self.inner.no_padding()
@@ -184,7 +191,8 @@ class JsonTokenizer:
         """The library shares the texts among the cores."""
         try:
             found = self.inner.encode_batch_fast(texts, add_special_tokens=processed)
-        except Exception as error:
+        except BaseException as error:
+            unless_left(error)
             raise ValueError(f"{self.file}: {error}") from None
         return [encoding.ids for encoding in found]
 

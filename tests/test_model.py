@@ -431,6 +431,9 @@ def test_qwen_has_no_window_unless_it_is_switched_on(tmp_path):
     ({"hidden_size": float("inf")}, "config.json"),
     ({"vocab_size": -96}, "vocab_size"),
     ({"sliding_window": 0}, "sliding_window"),
+    ({"rms_norm_eps": -1}, "rms_norm_eps"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta"),
     ({"head_dim": 8}, "shape"),
     ({"num_hidden_layers": 0}, "positive"),
 ])
