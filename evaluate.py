@@ -223,7 +223,7 @@ def read_questions(path: Path) -> list[dict]:
     """Those of a .jsonl. ValueError names the file, and a bad line."""
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -273,7 +273,7 @@ def choice_scores(model: Model, wholes: list[list[int]], shared: int, begin: int
 def tokens_of(tokenizer, question: dict) -> tuple[list[list[int]], int, int]:
     """What `choice_scores` takes: ids of context + choice, how many all share, where choices begin.
 
-    A choice begins behind as many tokens as the context has without the space at its end.
+    A choice begins behind as many tokens as the context has without the white space at its end.
     ValueError where nothing goes before a choice.
     """
     def ids(text: str) -> list[int]:

@@ -39,9 +39,15 @@ def blame(option: str):
 
 
 def run_script(main) -> None:
-    """Run a script's main; a GPU that is too small is said in one line."""
+    """Run a script's main; Ctrl-C, and a GPU that is too small, are said in one line."""
     try:
         main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        fail("Stopped", code=130)
+    except BrokenPipeError:                 # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except torch.OutOfMemoryError:
         fail("--device: its memory does not suffice; a smaller --batch, --seq or --tokens takes "
              "less, and for train.py --accumulate or --checkpoint")

@@ -259,7 +259,7 @@ def token_stream(tokenizer, texts, one_document: bool):
 
 def text_pieces(path: Path, characters: int = 2 ** 17):
     """A text file in pieces that end with a line, or within a line that is longer than one."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:      # without the mark that Windows puts first
         try:
             while piece := file.read(characters):
                 yield piece + file.readline(characters)

@@ -56,7 +56,7 @@ def tensor_files(path: Path) -> dict[str, Path]:
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -22,6 +22,7 @@ from support.data import (
     text_pieces,
     windows,
 )
+from support.files import read_json
 
 
 class Letters:
@@ -276,3 +277,17 @@ def test_validation_text_is_the_end_of_a_long_text_and_nothing_of_a_short_one():
     rest, apart = set_apart(tokens[:100], 10)
     assert len(rest) == 100
     assert not len(apart)
+
+
+def test_files_that_windows_wrote_are_those_that_others_write(tmp_path):
+    """A mark first, and \\r\\n behind every line."""
+    lines = ["Some words, and some more.", "And a line."]
+    text, documents = "\n".join(lines), "\n".join(json.dumps({"text": x}) for x in lines)
+    for name, words in (("a.txt", text), ("a.jsonl", documents)):
+        (tmp_path / name).write_bytes(words.encode())
+        theirs = b"\xef\xbb\xbf" + words.replace("\n", "\r\n").encode()
+        (tmp_path / f"win_{name}").write_bytes(theirs)
+    assert list(text_pieces(tmp_path / "win_a.txt")) == list(text_pieces(tmp_path / "a.txt"))
+    assert list(jsonl_documents(tmp_path / "win_a.jsonl")) == lines
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf{}\r\n")
+    assert read_json(tmp_path / "a.json") == {}

@@ -1,10 +1,15 @@
 """What a training will take is said from its first steps."""
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
+from support.cli import run_script
 from support.training import Forecast
 
 CPU = torch.device("cpu")
@@ -78,3 +83,24 @@ def test_what_went_before_the_steps_counts(forecast):
     _, plain = minutes(forecast([1] * 4))
     _, later = minutes(forecast([1] * 4, before=120))
     assert later == pytest.approx(plain + 2, abs=0.11)
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (KeyboardInterrupt, 130, "Stopped"),
+    (torch.OutOfMemoryError, 2, "--batch"),
+])
+def test_a_run_that_is_stopped_or_too_large_ends_in_one_line(error, code, words, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run_script(main)
+    assert left.value.code == code
+    line, = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    reads = subprocess.run(f"{sys.executable} support/data.py | head -c 1", shell=True, cwd=ROOT,
+                           env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert b"Traceback" not in reads.stderr
