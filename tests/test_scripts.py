@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cache import KVCache
 from evaluate import measure, recall
-from model import generate, load
+from model import Model, generate, load
 from projection import Projection, calibrate, plan_at
 from search import Windows, find_order, find_start
 from support.checkpoint import read_config
@@ -812,3 +812,28 @@ def test_a_search_over_weights_that_make_no_sense_costs_nothing(
     options = ["--ckpt", ckpt, "--seq", 16, "--batch", 2, "--out", out]
     assert "--ckpt" in refusal("search", *BASE["search"], *options)
     assert (out / "ranks.json").read_text() == "of an earlier search"
+
+
+def test_a_head_dim_that_is_no_multiple_of_8_has_the_full_cache_alone(tmp_path, refusal, capsys):
+    """OpenLLaMA-3B has 100."""
+    said = json.loads((DEMO / "config.json").read_text())
+    said |= {"hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 20,
+             "num_attention_heads": 2, "num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    shutil.copy(DEMO / "tokenizer.model", tmp_path)
+    model = Model(read_config(tmp_path / "config.json"))
+    save_file({name if name.startswith("lm_head") else f"model.{name}": p.clone()
+               for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    call("model", "--ckpt", tmp_path, "--tokens", 5)
+    expected = capsys.readouterr().out
+    call("generate", "--ckpt", tmp_path, "--tokens", 5)
+    assert capsys.readouterr().out == expected
+    call("cache", "--ckpt", tmp_path)
+    assert "100.0%" in capsys.readouterr().out
+    Projection.identity(model.config).save(tmp_path / "projections.safetensors")
+    p = tmp_path / "projections.safetensors"
+    for command in (("generate", "--proj", p, "--budget", 0.5), ("search", "--proj", p),
+                    ("cache", "--proj", p, "--budget", 0.5), ("train", "--out", tmp_path),
+                    ("bits.train", "--proj", p)):
+        line = refusal(*command, "--ckpt", tmp_path)
+        assert line.startswith("--ckpt: ") and "head_dim 20" in line
