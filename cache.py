@@ -138,13 +138,15 @@ class KVCache:
         begin = int(begins.min())
         rows = self.rows[begin:begin + B * int(ranks.sum())]
 
-        p, basis, mean, kept = self.projection, None, None, None
+        p, basis, mean, by_mean, kept = self.projection, None, None, None, None
         if not self.is_full(0, i):
             basis = p.U_k[i].cpu()[by_key].to(self.device, self.dtype)
             kept = torch.arange(d) < ranks[0, by_key, None, None]   # (K, 1, d)
             kept = kept.to(self.device)
             if p.mean_k is not None:
                 mean = p.mean_k[i].cpu()[by_key].to(self.device, wide(self.dtype))
+                a, b = mean[:, None, None, None].chunk(2, dim=-1)
+                by_mean = torch.cat((a, a), dim=-1), torch.cat((b, -b), dim=-1)
         to_value_order = None
         if (by_key != by_value).any():
             to_value_order = self.places[0, i, by_value].to(self.device)
@@ -165,9 +167,9 @@ class KVCache:
         source = torch.empty(len(rows), 1, dtype=torch.long)
         k = qk.view(K, B, G + 1, 1, d)[:, :, -1]
         write(self.groups(i, source), k, v.view(B, 1, -1), slice(0, 1))
-        return Layout(*self.groups(i, rows), rows, basis, kept, mean, first_keys, whole_values,
-                      to_value_order, source=source[:, 0].to(self.device),
-                      table=table.to(self.device), width=width + K * G * whole_values)
+        return Layout(*self.groups(i, rows), rows, basis, kept, mean, by_mean, first_keys,
+                      whole_values, to_value_order, source[:, 0].to(self.device),
+                      table.to(self.device), width + K * G * whole_values)
 
     def groups(self, i: int, rows: Tensor) -> tuple[list["Group"], list["Group"]]:
         """The groups of keys and of values in the rows of layer i, (n, any width)."""
@@ -257,7 +259,7 @@ class KVCache:
         begin = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
         added = None                                                # q · R_n m
         if layout.mean is not None:
-            added = mean_scores(raw, layout.mean, self.turns[:, begin:end])
+            added = mean_scores(raw, layout.by_mean, self.turns[:, begin:end])
         if T == 1:
             return attend_rows(layout, q, added, begin, end, None)
         outputs = []
@@ -386,6 +388,7 @@ class Layout(NamedTuple):
     basis: Tensor | None                # U of the keys (K, d, d); None: they are stored without
     kept: Tensor | None                 # (K, 1, d) which coordinates are kept, of keys
     mean: Tensor | None                 # (K, d): m
+    by_mean: tuple | None               # what `rotate` takes for the product with m
     first_keys: Tensor | None           # (K, B, d, whole): what is cut off of the first tokens
     whole_values: int                   # first tokens whose weights `output` takes
     to_value_order: Tensor | None       # (K,) places in key order, by value; None: orders are alike
@@ -442,7 +445,7 @@ def attend_rows(layout: Layout, q: Tensor, added: Tensor | None, begin: int, end
         torch.baddbmm(some, q_r, k.to(some.dtype), beta=beta, alpha=scale, out=some)
     if layout.first_keys is not None and begin < layout.first_keys.shape[-1]:
         cut = layout.first_keys[..., begin:end].flatten(0, 1).to(scores.dtype)
-        scores[..., :cut.shape[-1]].baddbmm_(q.to(scores.dtype), cut, alpha=scale)
+        scores[..., :cut.shape[-1]].add_(torch.bmm(q.to(scores.dtype), cut), alpha=scale)
 
     if unseen is not None:
         scores.unflatten(1, (G, T)).masked_fill_(unseen, float("-inf"))
@@ -457,14 +460,15 @@ def attend_rows(layout: Layout, q: Tensor, added: Tensor | None, begin: int, end
     return join([for_row(a.unflatten(1, (G, T)), B) for a in parts], 2)
 
 
-def mean_scores(q: Tensor, mean: Tensor, turns: Tensor) -> Tensor:
+def mean_scores(q: Tensor, by_mean: tuple, turns: Tensor) -> Tensor:
     """q · R_n m of queries (K, B, G, T, d) as they are, for the n tokens of turns (d, n).
 
-    (K, B, G, T, n), in the dtype of m (K, d): in bfloat16 a large m would drown what differs.
+    (K, B, G, T, n), in the dtype of m: in bfloat16 a large m would drown what differs. What stands
+    by the cos and the sin of a pair (`turns`, above) is itself a rotation, by m in place of an
+    angle.
     """
-    a, b = mean[:, None, None, None].chunk(2, dim=-1)
-    q = q.to(mean.dtype)
-    return rotate(q, torch.cat((a, a), -1), torch.cat((b, -b), -1)) @ turns
+    q = rotate(q.to(turns.dtype), *by_mean)
+    return (q.flatten(0, -2) @ turns).view(*q.shape[:-1], -1)       # one product for all heads
 
 
 def turned_mean(mean: Tensor, turns: Tensor) -> Tensor:
