@@ -65,7 +65,8 @@ class KVCache:
     blocks lie, and `places`, its inverse: where each head's block stands. dtype and device are the
     model's, whose folded weights it holds: one cache serves one model. A forward pass calls
     `before_pass`; for every layer `fold`, `attend` and `output`; then `after_pass`. ValueError for
-    ranks or sizes that make no sense, and when it is full.
+    ranks or sizes that make no sense, and when it is full. What first tokens take beside `data` is
+    `first_nbytes`; once they are there `settle` gives back what only their pass needs.
     """
 
     def __init__(self, projection: Projection, ranks: Tensor, batch: int, max_len: int,
@@ -123,6 +124,7 @@ class KVCache:
         self.layouts = [None] * L                                   # made when first needed,
         self.folded = [None] * L                                    # as they depend on the model
         self.first_outputs = [None] * L                             # (batch, H · whole, hidden)
+        self.settled = False
 
     def layout(self, i: int, G: int) -> "Layout":
         """Where things of layer i lie, for G query heads to each key-value head."""
@@ -215,10 +217,12 @@ class KVCache:
 
     def fold(self, i: int, weights) -> "Folded":
         """The weights of layer i (model.Attention) for this plan, made when first asked for."""
+        if self.settled and self.length < self.projection.whole:
+            self.folded, self.settled = [None] * len(self.folded), False
         if self.folded[i] is None:
             if weights.q_proj is None:
                 raise ValueError("the model's weights were dropped when they had been folded for "
-                                 "another plan")
+                                 "another plan, or the weights of first tokens were given back")
             p = self.projection
             U = None if self.is_full(1, i) else p.U_v[i]
             mean_k = None if self.is_full(0, i) or p.mean_k is None else p.mean_k[i]
@@ -277,6 +281,24 @@ class KVCache:
         if self.first_outputs[i] is None:
             self.first_outputs[i] = self.outputs_of_first(i)
         return torch.baddbmm(out, a[..., n:], self.first_outputs[i])
+
+    def settle(self) -> None:
+        """Give back the weights that first tokens alone need, as all of them are there.
+
+        To go back to fewer tokens than these takes the model's own weights again.
+        """
+        for i, folded in enumerate(self.folded):
+            if folded is not None and folded.W_o_cut and self.length >= self.projection.whole:
+                if self.first_outputs[i] is None:
+                    self.first_outputs[i] = self.outputs_of_first(i)
+                self.folded[i] = folded.without_first()
+                self.settled = True
+
+    @property
+    def first_nbytes(self) -> int:
+        """Bytes of the first tokens: what is cut off of them, and its outputs."""
+        outputs = (x.nbytes for x in self.first_outputs if x is not None)
+        return self.first.nbytes + sum(outputs)
 
     def outputs_of_first(self, i: int) -> Tensor:
         """What layer i's first tokens add, by query head and token: (B, H · whole, hidden)."""
@@ -577,6 +599,12 @@ class Folded(NamedTuple):
     def for_first(self) -> "Folded":
         """The weights of a pass that covers first tokens."""
         return self._replace(W_qkv=self.first[0], b_qkv=self.first[1]) if self.first else self
+
+    def without_first(self) -> "Folded":
+        """The weights of all other passes, in memory of their own."""
+        b = None if self.b_qkv is None else self.b_qkv.clone()
+        return self._replace(W_qkv=stored_for_rows(self.W_qkv.contiguous()), b_qkv=b, first=None,
+                             W_o_cut=[])
 
 
 def fold(weights, head_order: Tensor, ranks: Tensor, U: Tensor | None, mean_v: Tensor,

@@ -26,15 +26,13 @@ from support.plans import plan_arguments, plans_for
 from support.tokenizer import chat_prompt, encode_prompt, load_tokenizer, show
 
 
-def fold(model: Model, cache, drop: bool) -> int:
-    """Fold every layer now; `drop` the weights that this replaces. Returns the folded bytes."""
-    size = 0
+def fold(model: Model, cache, drop: bool) -> None:
+    """Fold every layer now; `drop` the weights that this replaces."""
     for i, layer in enumerate(model.layers):
         at = layer.self_attn
-        size += cache.fold(i, at).nbytes
+        cache.fold(i, at)
         if drop:
             at.q_proj = at.k_proj = at.v_proj = at.o_proj = None
-    return size
 
 
 def options():
@@ -105,7 +103,7 @@ def main():
     room = len(prompt) + args.tokens
     room = (room + 15) // 16 * 16               # so that the kernel loads 16 bytes at a time
     cache, smaller = cache_of(args, model, room)
-    folded = fold(model, cache, drop=args.shrink_to is None)
+    fold(model, cache, drop=args.shrink_to is None)
     full = uniform_ranks(1.0, model.config).sum().item() * room
     full *= 2 if args.bits else dtype.itemsize          # bits: of a 16-bit cache, as everywhere
 
@@ -115,8 +113,6 @@ def main():
     said = [f"cache for {room} tokens: {size()}"]
     if args.bits:
         said.append(f"{cache.newest.nbytes:,} bytes for the newest {cache.newest.shape[-1]} tokens")
-    elif cache.first.nbytes:
-        said.append(f"{cache.first.nbytes:,} bytes for {cache.projection.whole} whole first tokens")
 
     times = [time.perf_counter()]
 
@@ -124,6 +120,8 @@ def main():
         for count, token in enumerate(tokens, 1):
             times.append(time.perf_counter())
             yield token
+            if count == 1 and not args.bits:
+                cache.settle()
             if count == args.at:                                # between two passes
                 cache.shrink(smaller)
                 said.append(f"after {count} new tokens {size()}")
@@ -139,6 +137,9 @@ def main():
         speed = timed / (times[-1] - times[2])
         included = ", shrinking included" if args.at else ""
         speeds.append(f"decode {timed} at {speed:,.0f} tokens/s{included}")
+    if not args.bits and cache.first.nbytes:
+        said.append(f"{cache.first_nbytes:,} bytes for {cache.projection.whole} whole first tokens")
+    folded = sum(weights.nbytes for weights in cache.folded)
     said.append(f"attention's weights folded: {folded:,} bytes")
     print("; ".join(speeds + said), file=sys.stderr)
 

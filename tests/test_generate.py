@@ -102,8 +102,9 @@ def test_folded_weights_replace_those_of_the_values(kind, tokens):
     p, ranks = random_projection(model), random_ranks(model)
     expected = model(tokens, project=p.at(ranks))
     cache = KVCache(p, ranks, batch=3, max_len=21)
-    size = fold(model, cache, drop=True)
-    assert size == sum(W.nbytes for layer in cache.folded for W in layer if torch.is_tensor(W))
+    fold(model, cache, drop=True)
+    for layer in cache.folded:
+        assert layer.nbytes == sum(W.nbytes for W in layer if torch.is_tensor(W))
     for layer in model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             assert getattr(layer.self_attn, name) is None
@@ -113,15 +114,38 @@ def test_folded_weights_replace_those_of_the_values(kind, tokens):
     ranks[:, :, 0] = model.config.head_dim // 2
     expected = model(tokens, project=p.at(ranks))
     cache = KVCache(p, ranks, batch=3, max_len=21)
-    size = fold(model, cache, drop=True)
+    fold(model, cache, drop=True)
     L, K, d = shape(model)
     hidden, H = model.config.hidden_size, model.config.num_attention_heads
     numbers = (H + 2 * K) * d * (hidden + 1)                        # W_qkv' and its bias
     numbers += (H * d + 1) * hidden                                 # W_o' and its bias
-    assert size == sum(layer.nbytes for layer in cache.folded) == 4 * L * numbers
-    parts = tokens.split([2, 1, 18], dim=1)
-    logits = torch.cat([model(part, cache=cache) for part in parts], dim=1)
-    assert relative(logits, expected) < 1e-4
+    assert sum(layer.nbytes for layer in cache.folded) == 4 * L * numbers
+    logits = []
+    for part in tokens.split([2, 1, 3, 15], dim=1):
+        logits.append(model(part, cache=cache))
+        cache.settle()                      # once all first tokens are there, and again
+        assert cache.settled == (cache.length > 3)
+    assert relative(torch.cat(logits, dim=1), expected) < 1e-4
+    sums = ranks[1].sum(1)                                          # Σ r of each layer's values
+    columns = hidden + (kind == "qwen2")                            # of weights, and of a bias
+    numbers = L * ((H + K) * d * columns + hidden) + (sums * columns).sum()
+    numbers += (H // K * sums * hidden).sum()
+    assert sum(layer.nbytes for layer in cache.folded) == 4 * numbers
+    assert cache.first_nbytes == 4 * 3 * L * 4 * (2 * K * d + H * hidden)
+    cache.length = 3
+    with pytest.raises(ValueError, match="weights of first tokens were given back"):
+        model(tokens[:, 3:], cache=cache)
+
+
+def test_a_settled_cache_goes_back_before_its_first_tokens_with_the_models_weights(model, tokens):
+    p, ranks = random_projection(model, 4, 1.0), random_ranks(model)
+    cache = KVCache(p, ranks, batch=3, max_len=21)
+    expected = model(tokens, cache=cache)
+    for n in (0, 2):
+        cache.settle()
+        assert cache.settled
+        cache.length = n
+        assert relative(model(tokens[:, n:], cache=cache), expected[:, n:]) < 1e-5
 
 
 def test_weights_that_were_dropped_are_not_there_for_another_plan(model, tokens):
@@ -199,8 +223,10 @@ def test_what_whole_tokens_add_is_said_beside_the_cache(run, demo, tmp_path):
     random_projection(model, 4, 1.0).save(tmp_path / "p.safetensors")
     said = run("--proj", tmp_path / "p.safetensors", "--budget", 0.25)
     L, K, d = shape(model)
+    outputs = model.config.num_attention_heads * model.config.hidden_size
     assert "25.0% of the full" in said.err
-    assert f"; {2 * L * K * d * 4 * 4:,} bytes for 4 whole first tokens; " in said.err
+    size = 4 * 4 * L * (2 * K * d + outputs)
+    assert f"; {size:,} bytes for 4 whole first tokens; " in said.err
     random_projection(model, 0, 1.0).save(tmp_path / "p.safetensors")
     assert "whole" not in run("--proj", tmp_path / "p.safetensors", "--budget", 0.25).err
 
