@@ -28,13 +28,15 @@ and as a smaller rank is the first rows of a larger, `shrink` takes a cache in u
 and runs no layer again. Keys lie as products take them, as kᵀ. And where the projections have them
 (projection.py):
 
-    mean_k      rows of keys hold R_n (x_n − m) U_r, x the key before RoPE: −m is a bias of W_k.
+    mean_k      rows of keys hold R_n (x_n − m) U_r, x the key before RoPE: −m is a bias of W_k,
+                or, where a norm follows (Qwen3), taken off behind it.
                 Scores get q · R_n m back, a product with one table for all heads, `turns`: the sum
                 over pairs (a, b) of  cos(nθ)(q_a m_a + q_b m_b) + sin(nθ)(q_b m_a − q_a m_b)
-    whole       `first` holds, beside `data`, what the ranks cut off of the first tokens: x U beyond
-                r, of values less μ U, as the bias gives these tokens μ (I − P) too. Scores get the
-                keys' part back. The values' part goes through W_o once, when such a token comes;
-                each step adds these outputs (`first_outputs`) by the weights of the tokens.
+    whole       `first` holds, beside `data`, what the ranks cut off of the first tokens: their
+                coordinates beyond r, 0 below; of values less μ U, as the bias gives these tokens
+                μ (I − P) too. Scores get the keys' part back. The values' part goes through W_o
+                once, and each step adds these outputs (`first_outputs`), each times its token's
+                attention weight.
 
     python cache.py                                 # the full cache: its layout and its bytes
     python cache.py --ranks out/ranks.json --budget 0.25
@@ -79,7 +81,8 @@ class KVCache:
         self.length = 0
         self.span = torch.zeros(2, device=device).long()    # what a token attends to, on the device
         self.dtype, self.device = dtype, self.span.device   # "cuda" becomes "cuda:0"
-        self.turns = None                                   # (d, max_len), when a model is known
+        self.turns = None                                   # (d, max_len), if there is a mean, from
+                                                            # a model's first pass on
         self.lay_out(ranks)
 
     @property
@@ -116,7 +119,7 @@ class KVCache:
         total = int(rows.sum())
         self.data = torch.empty(total * self.max_len, dtype=self.dtype, device=self.device)
         self.rows = self.data.view(total, self.max_len)
-        p = self.projection
+        p = self.projection             # the kernel's tiles grow with many whole tokens
         fits_kernel = self.dtype.itemsize in (2, 4) and d % LEVELS == 0 and p.whole <= d
         self.by_kernel = self.data.is_cuda and fits_kernel
         self.first = torch.zeros(L, 2, K, self.batch, d, p.whole, dtype=self.dtype,
@@ -217,12 +220,13 @@ class KVCache:
 
     def fold(self, i: int, weights) -> "Folded":
         """The weights of layer i (model.Attention) for this plan, made when first asked for."""
-        if self.settled and self.length < self.projection.whole:
-            self.folded, self.settled = [None] * len(self.folded), False
-        if self.folded[i] is None:
+        too_few = self.settled and self.length < self.projection.whole
+        if self.folded[i] is None or too_few:
             if weights.q_proj is None:
                 raise ValueError("the model's weights were dropped when they had been folded for "
                                  "another plan, or the weights of first tokens were given back")
+            if too_few:
+                self.folded, self.settled = [None] * len(self.folded), False
             p = self.projection
             U = None if self.is_full(1, i) else p.U_v[i]
             mean_k = None if self.is_full(0, i) or p.mean_k is None else p.mean_k[i]
@@ -233,9 +237,10 @@ class KVCache:
     def attend(self, i: int, qk: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
-        qk (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, Σ r); all as W_qkv' makes
-        them. Returns (B, T, Σ r over query heads), and behind them, where first tokens are seen,
-        their weights (H · whole), both for `output`.
+        qk (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, Σ r), in passes with first
+        tokens followed by Σ (d − r); all as W_qkv' makes them. Returns (B, T, Σ r over query
+        heads), and behind them, where first tokens may be seen, their weights (H · whole), both for
+        `output`.
         """
         _, _, heads, T, _ = qk.shape
         layout = self.layout(i, heads - 1)
@@ -279,7 +284,7 @@ class KVCache:
         if a.shape[-1] == n:
             return out
         if self.first_outputs[i] is None:
-            self.first_outputs[i] = self.outputs_of_first(i)
+            self.first_outputs[i] = self.outputs_of_first(i, self.length + a.shape[1])
         return torch.baddbmm(out, a[..., n:], self.first_outputs[i])
 
     def settle(self) -> None:
@@ -290,7 +295,7 @@ class KVCache:
         for i, folded in enumerate(self.folded):
             if folded is not None and folded.W_o_cut and self.length >= self.projection.whole:
                 if self.first_outputs[i] is None:
-                    self.first_outputs[i] = self.outputs_of_first(i)
+                    self.first_outputs[i] = self.outputs_of_first(i, self.length)
                 self.folded[i] = folded.without_first()
                 self.settled = True
 
@@ -300,13 +305,18 @@ class KVCache:
         outputs = (x.nbytes for x in self.first_outputs if x is not None)
         return self.first.nbytes + sum(outputs)
 
-    def outputs_of_first(self, i: int) -> Tensor:
-        """What layer i's first tokens add, by query head and token: (B, H · whole, hidden)."""
-        parts = []
+    def outputs_of_first(self, i: int, n: int) -> Tensor:
+        """What layer i's first tokens add, by query head and token: (B, H · whole, hidden).
+
+        Of n tokens in the cache; 0 for those to come.
+        """
+        parts, there = [], min(self.projection.whole, n)
         for j, W in zip(self.head_order[1, i].tolist(), self.folded[i].W_o_cut, strict=True):
-            cut = self.first[i, 1, self.places[0, i, j], :, self.head_dim - len(W):]
+            cut = self.first[i, 1, self.places[0, i, j], :, self.head_dim - len(W):, :there]
             parts.append(torch.einsum("bcn,cgh->bgnh", cut, W))
-        return torch.cat(parts, dim=1).flatten(1, 2)
+        outputs = torch.cat(parts, dim=1)                           # (B, H, there, hidden)
+        outputs = F.pad(outputs, (0, 0, 0, self.projection.whole - there))
+        return outputs.flatten(1, 2)
 
     def keep_first(self, layout: "Layout", i: int, k: Tensor, v: Tensor) -> Tensor:
         """Store what is cut off of those new tokens that are first ones; returns v (B, T, Σ r).
@@ -370,7 +380,7 @@ class KVCache:
             if due:
                 if side == 0 and self.turns is not None:        # None: no model ever wrote here
                     mean = p.mean_k[i, j:j + 1].to(self.turns)
-                    old = old - turned_mean(mean, self.turns[:, :n])[0].T.to(old)
+                    old = (old - turned_mean(mean, self.turns[:, :n])[0].T).to(old)
                 old = U[j].T.to(old) @ old
             new.copy_(old[:, :r])
             cut = slice(r, old.shape[1])
@@ -486,8 +496,8 @@ def mean_scores(q: Tensor, by_mean: tuple, turns: Tensor) -> Tensor:
     """q · R_n m of queries (K, B, G, T, d) as they are, for the n tokens of turns (d, n).
 
     (K, B, G, T, n), in the dtype of m: in bfloat16 a large m would drown what differs. What stands
-    by the cos and the sin of a pair (`turns`, above) is itself a rotation, by m in place of an
-    angle.
+    by the cos and the sin of a pair (`turns`, above) is what RoPE makes of q with m_a, −m_b in
+    place of a cos and a sin.
     """
     q = rotate(q.to(turns.dtype), *by_mean)
     return (q.flatten(0, -2) @ turns).view(*q.shape[:-1], -1)       # one product for all heads
@@ -505,8 +515,9 @@ def attend_first(layout: Layout, q: Tensor, k: Tensor, turns: Tensor | None, win
 
     q (K, B, G, T, d) before U, k (K, B, T, d) times U, in key order. PyTorch's own causal attention
     is the faster one here, in one call for all heads, each of d coordinates: k̂ = k U_r U_rᵀ + R_n m
-    is made, values are read back from the cache, padded to d and brought into key order, outputs go
-    back into value order.
+    is made (of whole tokens with all of U), values are read back from the cache, padded to d and
+    brought into key order, outputs go back into value order. The first tokens' weights come along
+    as coordinates r, r + 1, … of the output: values have a 1 there, each such token in its own.
     """
     K, B, _, T, d = q.shape
     if layout.basis is not None:
@@ -526,7 +537,7 @@ def attend_first(layout: Layout, q: Tensor, k: Tensor, turns: Tensor | None, win
         v = moved(v, layout.to_value_order.argsort(), B)
     a = causal_attention(q.flatten(0, 1), k.flatten(0, 1)[:, None], v[:, None], window)
     if layout.to_value_order is not None:
-        a = moved(a, layout.to_value_order, B)                      # (K·B, G, T, d)
+        a = moved(a, layout.to_value_order, B)                      # (K·B, G, T, d or more)
     parts = [a[matrices, :, :, :rows.shape[1]] for matrices, rows in layout.values]
     if w:
         weights = a.new_zeros(*a.shape[:3], w)
@@ -588,7 +599,8 @@ class Folded(NamedTuple):
     mean_k: Tensor | None               # (K, 1, d): m, where it is not in b_qkv: behind a norm of k
     first: tuple | None                 # W_qkv', b_qkv' of passes with first tokens, with rows for
                                         # all d: W_qkv is a view of its start
-    W_o_cut: list[Tensor]               # of each head (d − r, G, hidden): for first tokens' outputs
+    W_o_cut: list[Tensor]               # for first tokens' outputs: of each head, in the order of
+                                        # values, (d − r, G, hidden)
 
     @property
     def nbytes(self) -> int:
@@ -603,7 +615,7 @@ class Folded(NamedTuple):
     def without_first(self) -> "Folded":
         """The weights of all other passes, in memory of their own."""
         b = None if self.b_qkv is None else self.b_qkv.clone()
-        return self._replace(W_qkv=stored_for_rows(self.W_qkv.contiguous()), b_qkv=b, first=None,
+        return self._replace(W_qkv=stored_for_rows(self.W_qkv.clone()), b_qkv=b, first=None,
                              W_o_cut=[])
 
 

@@ -120,7 +120,7 @@ def main():
         for count, token in enumerate(tokens, 1):
             times.append(time.perf_counter())
             yield token
-            if count == 1 and not args.bits:
+            if not args.bits:
                 cache.settle()
             if count == args.at:                                # between two passes
                 cache.shrink(smaller)

@@ -6,7 +6,7 @@ memory's bandwidth: a compressed cache pays only if the kernel reads its bytes, 
 The cache is a matrix of rows (cache.py): a row is one coordinate of one sequence, max_len numbers.
 Every head has ranks of its own: r rows of keys for each sequence, r' of values, and a table says
 where and how many. Loads beyond a head's rank are masked: it costs its own bytes, though arithmetic
-runs over d.
+runs over d, rounded up.
 
     program (b, j, z) owns sequence b, key-value head j, and the z-th of Z stretches of the context:
 

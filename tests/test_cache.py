@@ -186,7 +186,7 @@ def test_nothing_beyond_the_length_is_read(model, tokens):
         p, ranks = random_projection(model, whole, mean), random_ranks(model)
         clean, dirty = (KVCache(p, ranks, batch=3, max_len=50) for _ in range(2))
         dirty.data.fill_(torch.nan)
-        dirty.first.fill_(7.0)
+        dirty.first.fill_(torch.nan)
         for part in tokens.split(chunks, dim=1):
             assert torch.equal(model(part, cache=clean), model(part, cache=dirty))
 
@@ -661,6 +661,23 @@ def test_projections_may_lie_on_another_device_than_the_cache_that_shrinks(model
     cache.length = 18
     cache.shrink(random_ranks(model))
     assert cache.data.device == cache.first.device == torch.device("meta")
+
+
+def test_first_tokens_that_are_not_there_are_not_read(model, tokens):
+    """Set back below them, or shrunk without them; what memory holds there may be no number."""
+    p, ranks = random_projection(model, 4, 1.0), random_ranks(model)
+    for n, plan in ((2, ranks), (0, uniform_ranks(1.0, model.config))):
+        cache = KVCache(p, plan, batch=3, max_len=24)
+        model(tokens, cache=cache)
+        cache.first[..., 3] = torch.nan
+        if n == 0:
+            cache.data.fill_(torch.nan)
+        cache.length = n
+        cache.shrink(ranks)
+        fresh = KVCache(p, ranks, batch=3, max_len=24)
+        if n:
+            model(tokens[:, :n], cache=fresh)
+        assert relative(*(model(tokens[:, n:n + 1], cache=c) for c in (cache, fresh))) < 1e-5
 
 
 def fold_all(cache, model):

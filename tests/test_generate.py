@@ -131,10 +131,14 @@ def test_folded_weights_replace_those_of_the_values(kind, tokens):
     numbers = L * ((H + K) * d * columns + hidden) + (sums * columns).sum()
     numbers += (H // K * sums * hidden).sum()
     assert sum(layer.nbytes for layer in cache.folded) == 4 * numbers
+    for layer in cache.folded:
+        assert layer.W_qkv.untyped_storage().nbytes() == layer.W_qkv.nbytes
     assert cache.first_nbytes == 4 * 3 * L * 4 * (2 * K * d + H * hidden)
     cache.length = 3
     with pytest.raises(ValueError, match="weights of first tokens were given back"):
         model(tokens[:, 3:], cache=cache)
+    cache.length = 9                        # and nothing is lost by the attempt
+    assert relative(model(tokens[:, 9:], cache=cache), expected[:, 9:]) < 1e-4
 
 
 def test_a_settled_cache_goes_back_before_its_first_tokens_with_the_models_weights(model, tokens):
