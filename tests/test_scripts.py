@@ -437,7 +437,8 @@ def test_generate_takes_the_order_that_a_training_of_no_steps_leaves(text, tmp_p
     said = capsys.readouterr()
     assert f"along the order in {tmp_path / 'ranks.json'}" in said.err
     L, K, d = shape(model)
-    assert f"{4 * 2 * L * K * d * 4:,} bytes for 4 whole first tokens" in said.err
+    outputs = model.config.num_attention_heads * model.config.hidden_size
+    assert f"{4 * 4 * L * (2 * K * d + outputs):,} bytes for 4 whole first tokens" in said.err
     p = Projection.load(tmp_path / PROJECTIONS)
     ranks = ranks_at(tmp_path / "ranks.json", model, 0.25)
     assert len(ranks.unique()) > 2
