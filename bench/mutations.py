@@ -46,13 +46,14 @@ ODD = (None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 70, -0.5, 1e-320, float("in
        "", "x", "\ud800", "4", [], [0], [[]], {}, {"a": 1})
 
 GENERATE = "generate --ckpt {0} --prompt The --tokens 20"
-KINDS = {               # file: the script that reads it
+KINDS = {               # file, where it is there: the script that reads it
     "config.json": GENERATE,
     "generation_config.json": GENERATE,
     "model.safetensors": GENERATE,
     "tokenizer.model": GENERATE,
     "tokenizer_config.json": GENERATE,
     "added_tokens.json": GENERATE,
+    "tokenizer.json": GENERATE,
     "json/tokenizer.json": GENERATE.replace("{0}", "{0}/json"),
     "out/projections.safetensors": GENERATE + " --proj {0}/out/projections.safetensors --budget .5",
     "out/ranks.json": GENERATE + " --ranks {0}/out/ranks.json",
@@ -84,11 +85,12 @@ def make_folder(folder: Path, ckpt: Path) -> None:
              for name, _ in model.named_parameters()}
     write_tensors(folder / "model.safetensors",
                   {names[name]: p for name, p in model.named_parameters()})
-    if not (folder / "tokenizer_config.json").exists():
+    if not list(folder.glob("tokenizer*.json")):
         write_json(folder / "tokenizer_config.json", {
             "add_bos_token": True, "bos_token": "<s>", "tokenizer_class": "LlamaTokenizer",
             "added_tokens_decoder": {"1": {"content": "<s>", "special": True}}})
-    write_json(folder / "added_tokens.json", {"<s>": 1})
+    own = (folder / "tokenizer.json").exists()          # with ids of its own
+    write_json(folder / "added_tokens.json", {} if own else {"<s>": 1})
     (folder / "json").mkdir()
     for file in ("config.json", "model.safetensors"):
         shutil.copy(folder / file, folder / "json")
@@ -214,6 +216,7 @@ def main():
         good, folder = Path(scratch, "good"), Path(scratch, "case")
         good.mkdir()
         make_folder(good, args.ckpt)
+        kinds = {file: command for file, command in kinds.items() if (good / file).exists()}
         expected = {}
         for file, command in kinds.items():
             shutil.copytree(good, folder)

@@ -98,15 +98,18 @@ def read_config(path: Path) -> Config:
 def parse_config(raw: dict) -> Config:
     """The settings of a config.json, old or new. Raises KeyError, TypeError or ValueError."""
     heads = int(raw["num_attention_heads"])
-    window = raw.get("sliding_window") if raw["model_type"] == "mistral" else None
+    has_window = raw["model_type"] == "mistral" and not raw.get("layer_types")  # those are full
+    window = raw.get("sliding_window") if has_window else None
     # Older files hold rope_theta at the top and rope_scaling beside it; newer ones hold both inside
     # rope_parameters.
     rope = {"rope_theta": raw.get("rope_theta") or 10000.0}
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in ("rope_parameters", "rope_scaling"):     # where both are, the last counts
         if not isinstance(raw.get(key) or {}, dict):
             raise ValueError(f"{key} is {raw[key]!r}; expected an object or null")
-        rope.update(raw.get(key) or {})
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        given = raw.get(key) or {}
+        kind = given.get("rope_type") or given.get("type") or rope.get("rope_type")
+        rope = rope | given | {"rope_type": kind}
+    rope_type = rope["rope_type"] or "default"
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise ValueError(f"partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1 is "
                          "supported")

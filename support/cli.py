@@ -133,7 +133,10 @@ class OneText(argparse.Action):
     def __call__(self, parser, args, values, option):
         if len(values) > 1:
             parser.error(f"{option}: one text at a time: sequences of a batch have one length")
-        args.prompt = sys.stdin.read() if values == ["-"] else values[0]
+        try:
+            args.prompt = sys.stdin.read() if values == ["-"] else values[0]
+        except UnicodeDecodeError as error:
+            parser.error(f"{option}: not UTF-8 text ({error})")
 
 
 def prompt_arguments(parser) -> None:

@@ -208,6 +208,7 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
     target = out / f"{path.name}.bin"
     note = target.with_suffix(".json")                  # what the .bin was made from; written last
     origin = {
+        "made": 2,                                      # raised where the same text gets other ids
         "source": str(path.resolve()),
         "bytes": path.stat().st_size,
         "modified": path.stat().st_mtime_ns,

@@ -112,13 +112,13 @@ def hold_folder(path: Path) -> None:
     path = path.resolve()
     if fcntl is None or path in HELD:
         return
-    held = os.open(path, os.O_RDONLY)
     try:
+        held = os.open(path, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"--out: {path}: another run is writing there; give one of them another folder")
-    except OSError:                         # a file system without locks
-        pass
+    except OSError:                         # a file system without locks, or not to be read
+        return
     HELD[path] = held
 
 

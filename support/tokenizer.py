@@ -54,9 +54,14 @@ def added_tokens(folder: Path, config: dict) -> dict[str, dict]:
     """Tokens that a folder adds to those of its tokenizer's file: {text: {"id", "special", …}}."""
     file = folder / "added_tokens.json"
     added = {text: {"id": id} for text, id in (read_json(file) if file.exists() else {}).items()}
-    for id, said in (config.get("added_tokens_decoder") or {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ValueError(f"{folder}: added_tokens_decoder in tokenizer_config.json is no object")
+    for id, said in decoder.items():
         said = said if isinstance(said, dict) else {"content": said}
-        added[said.get("content")] = {**said, "id": int(id) if str(id).isdecimal() else id}
+        text = said.get("content")
+        text = text if isinstance(text, str) else ""
+        added[text] = {**said, "id": int(id) if str(id).isdecimal() else id}
     for text, said in added.items():
         if not (isinstance(text, str) and text and type(said["id"]) is int and said["id"] >= 0):
             raise ValueError(f"{folder}: the added token {text!r} has the id {said['id']!r}")
@@ -98,10 +103,11 @@ class PieceTokenizer:
         self.has_prefix = pieces.encode("a") != inside.encode("a")
         self.legacy = config.get("legacy", "tokenizer_class" not in config)
         self.beginning = -1 if config.get("add_bos_token") is False else pieces.bos_id()
-        ends = [(r"\s*" if said.get("lstrip") else "") + re.escape(text)
-                + (r"\s*" if said.get("rstrip") else "")
-                for text, said in sorted(self.added.items(), key=lambda of: -len(of[0]))]
-        self.pattern = re.compile(f"({'|'.join(ends)})") if ends else None
+        longest_first = sorted(self.added.items(), key=lambda of: -len(of[0]))
+        self.ids = [said["id"] for _, said in longest_first]
+        ways = [(r"\s*" if said.get("lstrip") else "") + f"({re.escape(text)})"
+                + (r"\s*" if said.get("rstrip") else "") for text, said in longest_first]
+        self.pattern = re.compile("|".join(ways)) if ways else None
         size = pieces.get_piece_size()
         self.spelled = {said["id"]: "" if said.get("special") else text
                         for text, said in self.added.items() if said["id"] >= size}
@@ -115,16 +121,22 @@ class PieceTokenizer:
     def encode(self, text: str | list[str], num_threads: int = 0):
         if isinstance(text, str):
             return self.encode([text])[0]
-        if self.pattern is None:
-            return self.pieces.encode(text, num_threads=num_threads or 1)
-        return [self.encode_around(one) for one in text]
+        try:
+            if self.pattern is None:
+                return self.pieces.encode(text, num_threads=num_threads or 1)
+            return [self.encode_around(one) for one in text]
+        except (TypeError, RuntimeError):               # half a character, as JSON can spell it
+            raise ValueError("a text that is no Unicode") from None
 
     def encode_around(self, text: str) -> list[int]:
         """Ids of a text with added tokens in it, as transformers has them."""
-        first, *others = self.pattern.split(text)
+        found = list(self.pattern.finditer(text))
+        ends = [match.start() for match in found[1:]] + [len(text)]
+        first = text[:found[0].start()] if found else text
         ids = self.pieces.encode(first) if first else []
-        for token, part in zip(others[::2], others[1::2], strict=True):
-            ids.append(self.added.get(token, self.added.get(token.strip()))["id"])
+        for match, end in zip(found, ends, strict=True) if found else ():
+            ids.append(self.ids[match.lastindex - 1])
+            part = text[match.end():end]
             # A space begins each part where "legacy" says so; but there is one already.
             prefix = self.legacy and self.has_prefix and part and not part.startswith(" ")
             ids += self.inside.encode(" " + part if prefix else part)

@@ -380,6 +380,17 @@ def test_what_a_config_does_not_say_is_what_transformers_takes_it_for(
     assert getattr(read_config(config), setting) == value
 
 
+def test_of_two_settings_the_one_counts_that_counts_in_transformers(tmp_path):
+    """rope_scaling before rope_parameters; layers that are all full before a sliding window."""
+    config = shutil.copytree(GOLDEN / "mistral_window", tmp_path / "m") / "config.json"
+    assert read_config(config).sliding_window is not None
+    edit(config, layer_types=["full_attention", "full_attention"])
+    assert read_config(config).sliding_window is None
+    edit(config, rope_scaling={"type": "linear", "factor": 2.0})
+    with pytest.raises(ValueError, match="linear"):
+        read_config(config)
+
+
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_weights_of_any_dtype_load_into_any(stored, folder):
     """Whatever config.json says of it, or not."""

@@ -196,6 +196,18 @@ def test_a_special_token_is_not_shown_and_may_take_spaces_along(tmp_path):
     assert tokenizer.decode([4006, 4096, 4025]) == "ab"
 
 
+def test_an_added_token_may_be_white_space_or_end_with_it(tmp_path):
+    added = {"4096": {"content": "\n", "lstrip": True}, "4097": {"content": "<x> ", "rstrip": True}}
+    folder = demo_folder(tmp_path / "a", tokenizer_config={"added_tokens_decoder": added})
+    tokenizer = load_tokenizer(folder)
+    a, b = tokenizer.encode("a")[0], tokenizer.inside.encode("b")[0]
+    assert tokenizer.encode("a  \nb<x>   b") == [a, 4096, b, 4097, b]
+    with pytest.raises(ValueError, match="Unicode"):
+        tokenizer.encode("a\ud800")
+    with pytest.raises(ValueError, match="Unicode"):
+        load_tokenizer(DEMO).encode("a\ud800")
+
+
 def test_the_space_that_begins_a_text_stands_behind_a_token_where_legacy_says_so(tmp_path):
     """As in transformers 5.24 for a LLaMA's folder, where SentencePiece puts a space first."""
     from sentencepiece import SentencePieceTrainer
@@ -223,6 +235,8 @@ def test_the_space_that_begins_a_text_stands_behind_a_token_where_legacy_says_so
     ({"added_tokens": {"": 4096}}, "added token 4096"),
     ({"tokenizer_config": {"added_tokens_decoder": {"-1": {"content": TURN}}}}, "<|turn|> -1"),
     ({"tokenizer_config": {"added_tokens_decoder": {"4096": {}}}}, "added token 4096"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"4096": {"content": [1]}}}}, "added token"),
+    ({"tokenizer_config": {"added_tokens_decoder": [TURN]}}, "added_tokens_decoder"),
 ])
 def test_an_added_token_without_text_or_id_is_one_line(files, words, tmp_path):
     with pytest.raises(ValueError) as error:
