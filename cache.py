@@ -119,7 +119,7 @@ class KVCache:
         total = int(rows.sum())
         self.data = torch.empty(total * self.max_len, dtype=self.dtype, device=self.device)
         self.rows = self.data.view(total, self.max_len)
-        p = self.projection             # the kernel's tiles grow with many whole tokens
+        p = self.projection             # Triton has no float64; its tiles grow with whole tokens
         fits_kernel = self.dtype.itemsize in (2, 4) and d % LEVELS == 0 and p.whole <= d
         self.by_kernel = self.data.is_cuda and fits_kernel
         self.first = torch.zeros(L, 2, K, self.batch, d, p.whole, dtype=self.dtype,

@@ -275,8 +275,8 @@ def constants(K: int, G: int, d: int, dtype, has_mean: bool = False, whole_keys:
 
     ROWS and COLUMNS are powers of 2, 16 or more, as tensor cores have it (Triton 3.9 takes fewer
     rows too): they hold G queries, and d coordinates or the weights of first tokens behind the
-    largest rank below d. A tile is at most 32 KB of keys, values
-    and turns, or 16 tokens; Triton pipelines three.
+    largest rank below d. A tile is at most 32 KB of keys, values and turns, or 16 tokens; Triton
+    pipelines three.
     """
     columns = max(16, d, d - d // 8 + whole_values)
     sizes = {"K": K, "G": G, "D": d}

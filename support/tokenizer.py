@@ -122,9 +122,12 @@ class PieceTokenizer:
         if isinstance(text, str):
             return self.encode([text])[0]
         try:
-            if self.pattern is None:
-                return self.pieces.encode(text, num_threads=num_threads or 1)
-            return [self.encode_around(one) for one in text]
+            has_added = [self.pattern is not None and bool(self.pattern.search(one))
+                         for one in text]
+            plain = [one for one, has in zip(text, has_added, strict=True) if not has]
+            plain = iter(self.pieces.encode(plain, num_threads=num_threads or 1))
+            return [self.encode_around(one) if has else next(plain)
+                    for one, has in zip(text, has_added, strict=True)]
         except (TypeError, RuntimeError):               # half a character, as JSON can spell it
             raise ValueError("a text that is no Unicode") from None
 
@@ -132,9 +135,9 @@ class PieceTokenizer:
         """Ids of a text with added tokens in it, as transformers has them."""
         found = list(self.pattern.finditer(text))
         ends = [match.start() for match in found[1:]] + [len(text)]
-        first = text[:found[0].start()] if found else text
+        first = text[:found[0].start()]
         ids = self.pieces.encode(first) if first else []
-        for match, end in zip(found, ends, strict=True) if found else ():
+        for match, end in zip(found, ends, strict=True):
             ids.append(self.ids[match.lastindex - 1])
             part = text[match.end():end]
             # A space begins each part where "legacy" says so; but there is one already.
