@@ -468,28 +468,27 @@ def attend_rows(layout: Layout, q: Tensor, added: Tensor | None, begin: int, end
     """
     K, B, G, T, d = q.shape
     dtype, scale = q.dtype, d ** -0.5
-    q = q.reshape(K * B, G * T, d)
+    q = q.reshape(K * B, G * T, d).to(wide(dtype))
     shape, beta = (K * B, G * T, end - begin), 0 if added is None else scale
-    scores = q.new_empty(shape, dtype=wide(dtype)) if added is None else added.reshape(shape)
+    scores = q.new_empty(shape) if added is None else added.reshape(shape)
     for matrices, rows in layout.keys:
-        some, k = scores[matrices], rows[:, :, begin:end]           # k (J·B, r, tokens)
-        q_r = q[matrices, :, :k.shape[1]].to(some.dtype)
-        torch.baddbmm(some, q_r, k.to(some.dtype), beta=beta, alpha=scale, out=some)
+        some, k = scores[matrices], rows[:, :, begin:end].to(q.dtype)   # k (J·B, r, tokens)
+        torch.baddbmm(some, q[matrices, :, :k.shape[1]], k, beta=beta, alpha=scale, out=some)
     if layout.first_keys is not None and begin < layout.first_keys.shape[-1]:
-        cut = layout.first_keys[..., begin:end].flatten(0, 1).to(scores.dtype)
-        scores[..., :cut.shape[-1]].add_(torch.bmm(q.to(scores.dtype), cut), alpha=scale)
+        cut = layout.first_keys[..., begin:end].flatten(0, 1).to(q.dtype)
+        scores[..., :cut.shape[-1]].add_(torch.bmm(q, cut), alpha=scale)
 
     if unseen is not None:
         scores.unflatten(1, (G, T)).masked_fill_(unseen, float("-inf"))
-    weights = scores.softmax(-1).to(dtype)
+    weights = scores.softmax(-1)
     if layout.to_value_order is not None:
         weights = moved(weights, layout.to_value_order, B)
-    parts = [torch.bmm(weights[matrices], rows[:, :, begin:end].mT)     # (J·B, G·T, r)
-             for matrices, rows in layout.values]
+    parts = [torch.bmm(weights[matrices], rows[:, :, begin:end].to(q.dtype).mT)
+             for matrices, rows in layout.values]                   # (J·B, G·T, r)
     if begin < layout.whole_values:                                 # else none of them is seen
         seen = weights[..., :layout.whole_values - begin]
         parts.append(F.pad(seen, (begin, layout.whole_values - begin - seen.shape[-1])))
-    return join([for_row(a.unflatten(1, (G, T)), B) for a in parts], 2)
+    return join([for_row(a.unflatten(1, (G, T)), B) for a in parts], 2).to(dtype)
 
 
 def mean_scores(q: Tensor, by_mean: tuple, turns: Tensor) -> Tensor:

@@ -58,23 +58,25 @@ def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit
     totals = {name: torch.zeros(4, dtype=torch.float64) for name in hooks}
     n = text[:, 1:].numel()
     kls = {name: torch.empty(n) for name in hooks}  # of every token
-    done = passes = 0
-    progress = Progress(-(-len(text) // B) * (1 + len(hooks)), "measuring")
+    done = passed = 0
+    # Of the model and of each hook, every token goes through the layers and then has its logits.
+    progress = Progress(2 * n * (1 + len(hooks)), "measuring")
     for block in text.to(model.device).split(B):
         x, y = block[:, :-1], block[:, 1:].flatten()
         states = []                                     # the model's own, and those with each hook
         for project in (None, *hooks.values()):
             states.append(model.norm(model.hidden(x, project)).flatten(0, 1))
-            progress(passes := passes + 1, "", x.numel())
+            progress(passed := passed + len(y))
         teacher, *students = states
         for rows, log_p in log_probabilities(model, teacher):
-            likeliest = log_p.argmax(-1)
-            base += by_token(log_p, log_p, y[rows], likeliest).sum(1)       # its own KL is 0
+            p, likeliest = log_p.exp(), log_p.argmax(-1)
+            base += by_token(p, log_p, log_p, y[rows], likeliest).sum(1)    # its own KL is 0
             for name, student in zip(hooks, students, strict=True):
                 log_q = logits(student[rows], model.lm_head.weight).log_softmax(-1)
-                found = by_token(log_p, log_q, y[rows], likeliest)
+                found = by_token(p, log_p, log_q, y[rows], likeliest)
                 totals[name] += found.sum(1)
                 kls[name][done:done + len(y)][rows] = found[0].float()
+            progress(passed := passed + len(p) * len(states))
         done += len(y)
     _, perplexity, accuracy, _ = means(base, n)
     results = {}
@@ -96,13 +98,13 @@ def by_position(kl: Tensor) -> dict[str, float]:
     return {f"{a}–{b}": kl[a:b].mean().item() for a, b in stretches if b <= len(kl)}
 
 
-def by_token(log_p: Tensor, log_q: Tensor, y: Tensor, likeliest: Tensor) -> Tensor:
+def by_token(p: Tensor, log_p: Tensor, log_q: Tensor, y: Tensor, likeliest: Tensor) -> Tensor:
     """(4, n) float64 on the CPU: KL(p ‖ q), the cross-entropy of q, and 1 where q's likeliest token
     is y, is p's.
 
-    Log-probabilities are (n, vocab); y, the next token, and p's likeliest are (n,).
+    Probabilities and their logarithms are (n, vocab); y, the next token, and p's likeliest (n,).
     """
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    kl = torch.linalg.vecdot(p, log_p - log_q)
     cross_entropy = -log_q.gather(1, y[:, None])[:, 0]
     guess = log_q.argmax(-1)
     found = kl, cross_entropy, guess == y, guess == likeliest
@@ -122,10 +124,11 @@ def means(total: Tensor, n: int) -> tuple[float, float, float, float]:
 
 
 @torch.no_grad()
-def recall(model: Model, passages: Tensor, project=None) -> float:
+def recall(model: Model, passages: Tensor, project=None, after=lambda passages: None) -> float:
     """How much more often the next token is right in the second copy of passages (N, n).
 
     The accuracy over tokens 2 to n of the second copy, less that over the same tokens in the first.
+    Calls after(number of passages) for every few.
     """
     n = passages.shape[1]
     right = torch.zeros(2)
@@ -136,6 +139,7 @@ def recall(model: Model, passages: Tensor, project=None) -> float:
         hits = torch.cat(guesses).view_as(twice)[:, :-1] == twice[:, 1:]
         first, second = hits[:, :n - 1].sum(), hits[:, n:].sum()
         right += torch.stack((first, second)).cpu()
+        after(len(part))
     first, second = (right / (len(passages) * (n - 1))).tolist()
     return second - first
 
@@ -156,9 +160,15 @@ def report(model: Model, held_out: np.ndarray, curves: dict, budgets, args, pass
     full = {"kl": 0.0} | base | {"same": 1.0, "kl_99.9": 0.0}
     full["by_position"] = by_position(torch.zeros(args.seq))
     if passages is not None:
-        base["recall"] = full["recall"] = recall(model, passages)
+        progress, done = Progress(len(passages) * (1 + len(hooks)), "passages said twice"), 0
+
+        def after(some: int) -> None:
+            nonlocal done
+            progress(done := done + some)
+
+        base["recall"] = full["recall"] = recall(model, passages, None, after)
         for key, hook in hooks.items():
-            results[key]["recall"] = recall(model, passages, hook)
+            results[key]["recall"] = recall(model, passages, hook, after)
     rows = [{"budget": budget} | {name: results.get((name, budget), full) for name in curves}
             for budget in budgets]
     print_table(base, rows)

@@ -32,6 +32,7 @@ from support import cli
 
 HEADS, D = 32, 128                              # LLaMA-2-7B's
 LENGTHS = (512, 4096)
+ROOM = 128              # tokens that a cache could still take: in use, rows are not read to their end
 BUDGETS = (1.0, 0.5, 0.375, 0.25)
 WHOLE = {           # (a mean of the keys, whole tokens): name
     (False, 0): "neither",
@@ -45,7 +46,7 @@ def attention_step(budget: float, tokens: int, both):
     eye = torch.eye(D).expand(1, HEADS, D, D)
     projection = Projection(eye, eye, torch.zeros(1, HEADS, D))
     ranks = ragged_ranks(1, HEADS, D, budget)
-    cache = KVCache(projection, ranks, 1, tokens, both.dtype, both.device)
+    cache = KVCache(projection, ranks, 1, tokens + ROOM, both.dtype, both.device)
     cache.data.normal_()
     cache.length = tokens - 1
     cache.span[1].fill_(tokens)
@@ -80,7 +81,7 @@ def model_step(model: Model, budget: float, length: int, has_mean: bool = False,
     mean_k = torch.randn_like(p.mean_v) if has_mean else None
     projection = Projection(p.U_k, p.U_v, p.mean_v, mean_k, whole)
     ranks = ragged_ranks(*shape_of(model.config), budget)
-    cache = KVCache(projection, ranks, batch, length + 1, model.dtype, model.device)
+    cache = KVCache(projection, ranks, batch, length + ROOM, model.dtype, model.device)
     cache.data.normal_()
     cache.first.normal_()
     token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
@@ -89,6 +90,8 @@ def model_step(model: Model, budget: float, length: int, has_mean: bool = False,
         cache.length = length
         model(token, cache=cache)
 
+    step()
+    cache.settle()                              # as generate.py does behind the prompt
     return step
 
 
