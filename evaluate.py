@@ -375,7 +375,9 @@ def check_same_run(folder: Path, args) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'train.json'}: no config of a training")
     for name in ("ckpt", "data"):
-        before, now = config[name], getattr(args, name) or ""
+        before, now = config.get(name), getattr(args, name) or ""
+        if not isinstance(before, str):
+            raise ValueError(f"{folder / 'train.json'}: names no --{name}")
         if before and now:                              # wherever the script was called from
             before, now = Path(before).resolve(), now.resolve()
         if before != now:

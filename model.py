@@ -100,13 +100,20 @@ def linear(x: Tensor, module: nn.Linear) -> Tensor:
     return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Random numbers, but on "meta", where these would import torch._dynamo: a whole second."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Model(nn.Module):
     """A LLaMA, Mistral or Qwen decoder: `model(tokens)` gives logits."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

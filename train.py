@@ -377,7 +377,7 @@ def main():
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
-    settings = settings_of(args, OPTIONS, PATHS, tokens)
+    settings = settings_of(args, OPTIONS, PATHS, tokens, held_out)
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
     file = args.out / "train.state.safetensors"
     saved = None
@@ -386,8 +386,9 @@ def main():
             saved = read_state(file, settings)
     with cli.blame("--ckpt"):
         tensors = saved.tensors if saved else start_of(args, model, tokens, order)
-    rotation = Rotation(Projection.of(tensors, "start.", args.whole).to(device))
-    state = TrainingState(file, rotation, settings, tensors, saved)
+    with cli.blame("--resume"):
+        rotation = Rotation(Projection.of(tensors, "start.", args.whole).to(device))
+        state = TrainingState(file, rotation, settings, tensors, saved)
 
     plan = partial(uniform_ranks, config=config)        # that the report and `check` ask for
     draw = {"independent": draw_independent, "levels": draw_levels}.get(args.draw)

@@ -32,7 +32,7 @@ from support import cli
 
 HEADS, D = 32, 128                              # LLaMA-2-7B's
 LENGTHS = (512, 4096)
-ROOM = 128              # tokens that a cache could still take: in use, rows are not read to their end
+ROOM = 128              # tokens that a cache could still take: in use rows are not read to the end
 BUDGETS = (1.0, 0.5, 0.375, 0.25)
 WHOLE = {           # (a mean of the keys, whole tokens): name
     (False, 0): "neither",

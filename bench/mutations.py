@@ -1,10 +1,11 @@
 """Spoils the files that scripts read, a little and at random, and looks how the scripts take it.
 
 Each case changes one file of a small folder (a random LLaMA, a tokenizer, projections, ranks, a
-text, questions): a byte, the end, a value of the JSON. Then a script reads it, in this process.
-What may come of it: the script's own words (exit code 2, one line), or success. A traceback, a hang
-and a crash may not. Where it succeeds with another output than before, the case is counted by kind,
-and a few are shown: a value that means something else is no fault, a byte that nobody noticed is.
+text, questions): a byte, the end, a value of the JSON. Then a script reads it, in one process that
+takes case after case, and is started anew where one of them ends it. What may come of it: the
+script's own words (exit code 2, one line), or success. A traceback, a hang and a crash may not.
+Where it succeeds with another output than before, the case is counted by kind, and a few are shown:
+a value that means something else is no fault, a byte that nobody noticed is.
 
     python bench/mutations.py                       # 500 cases
     python bench/mutations.py --count 5000 --seed 3
@@ -15,6 +16,7 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import random
 import shutil
 import signal
@@ -23,6 +25,8 @@ import tempfile
 import time
 import traceback
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +193,24 @@ def run(command: str) -> tuple[str, str]:
         sys.argv = before
 
 
+def run_spoiled(good: Path, folder: Path, file: str, seed: str) -> tuple[str, str, str]:
+    """A case: what was done to the file of a copy of `good`, how the script ended, its words."""
+    shutil.rmtree(folder, ignore_errors=True)           # of a case that ended its process
+    shutil.copytree(good, folder)
+    done = spoil(folder / file, random.Random(seed))
+    return done, *run(KINDS[file].format(folder))
+
+
+def new_process() -> ProcessPoolExecutor:
+    """Spawned: a fork would take the locks of PyTorch's threads along."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin)
+
+
+def begin() -> None:
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, alarm)
+
+
 # ------------------------------------------------------------------------------
 # The script
 
@@ -206,38 +228,40 @@ def options():
 
 def main():
     args = options()
-    warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, alarm)
-    kinds = {file: command for file, command in KINDS.items()
-             if not args.kinds or any(kind in file for kind in args.kinds)}
+    begin()
+    kinds = [file for file in KINDS
+             if not args.kinds or any(kind in file for kind in args.kinds)]
     dice = random.Random(args.seed)
     counts, found = collections.defaultdict(collections.Counter), []
     with tempfile.TemporaryDirectory() as scratch:
         good, folder = Path(scratch, "good"), Path(scratch, "case")
         good.mkdir()
         make_folder(good, args.ckpt)
-        kinds = {file: command for file, command in kinds.items() if (good / file).exists()}
+        kinds = [file for file in kinds if (good / file).exists()]
         expected = {}
-        for file, command in kinds.items():
+        for file in kinds:
             shutil.copytree(good, folder)
-            expected[file] = run(command.format(folder))
+            expected[file] = run(KINDS[file].format(folder))
             shutil.rmtree(folder)
             if expected[file][0] != "ok":
                 cli.fail(f"{file}, as it should be: {expected[file]}", code=1)
+        pool = new_process()
         progress = Progress(args.count, "case")
         for case in range(args.count):
-            file = dice.choice(list(kinds))
-            shutil.copytree(good, folder)
-            done = spoil(folder / file, dice)
-            began = time.time()
-            end, said = run(kinds[file].format(folder))
-            shutil.rmtree(folder)
+            file, began = dice.choice(kinds), time.time()
+            try:
+                seed = f"{args.seed} {case}"
+                done, end, said = pool.submit(run_spoiled, good, folder, file, seed).result()
+            except BrokenProcessPool:
+                done, end, said = "", "crash", ""
+                pool = new_process()
             if end == "ok" and said != expected[file][1]:
                 end = "other output"
             counts[file][end] += 1
             if end not in ("ok", "refused"):
                 found.append((case, file, done, end, said, time.time() - began))
             progress(case + 1, f"{len(found)} to look at")
+        pool.shutdown()
     ends = sorted({end for of_file in counts.values() for end in of_file})
     print(f"\nseed {args.seed}, {args.count} cases" + "".join(f"{end:>14s}" for end in ends))
     for file in kinds:

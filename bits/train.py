@@ -299,7 +299,7 @@ def main():
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
     tokens, held_out = text_for(args, config)
-    settings = settings_of(args, OPTIONS, PATHS, tokens)
+    settings = settings_of(args, OPTIONS, PATHS, tokens, held_out)
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
     passages = held_out_passages(args, held_out, config)
     # The objective is the mean of log(KL + 0.0001): the 0.001 of train.py would hide KLs at 4 bits.
@@ -312,7 +312,8 @@ def main():
             saved = read_state(file, settings)
     with cli.blame("--ckpt"):
         rounding, moments = begin(args, model, tokens)
-    state = TrainingState(file, rounding, settings, saved.tensors if saved else {}, saved)
+    with cli.blame("--resume"):
+        state = TrainingState(file, rounding, settings, saved.tensors if saved else {}, saved)
     if not saved:
         with cli.blame("--ckpt"), torch.no_grad():
             matters, path = first_path(model, rounding(), moments, tokens, recipe)

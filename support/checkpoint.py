@@ -82,7 +82,8 @@ def read_config(path: Path) -> Config:
     except (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as error:
         raise ValueError(f"{path}: a setting has the wrong type or value ({error})") from None
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-                "num_attention_heads", "num_key_value_heads", "sliding_window"):
+                "num_attention_heads", "num_key_value_heads", "sliding_window",
+                "max_position_embeddings"):
         size = getattr(config, key)
         if size is not None and not 1 <= size < 2 ** 31:
             raise ValueError(f"{path}: {key} is {size}, not a positive size")

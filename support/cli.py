@@ -39,15 +39,21 @@ def blame(option: str):
 
 
 def run_script(main) -> None:
-    """Run a script's main; Ctrl-C, and a GPU that is too small, are said in one line."""
+    """Run a script's main; Ctrl-C, and a GPU that is too small, are said in one line.
+
+    So is an output that takes no more. One that lacks a character gets its number.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         fail("Stopped", code=130)
-    except BrokenPipeError:                 # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        if isinstance(error, BrokenPipeError):                          # `| head` has read enough
+            raise SystemExit(141) from None
+        fail(str(error))
     except torch.OutOfMemoryError:
         fail("--device: its memory does not suffice; a smaller --batch, --seq or --tokens takes "
              "less, and for train.py --accumulate or --checkpoint")

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -39,18 +40,21 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def tensor_files(path: Path) -> dict[str, Path]:
-    """Which file holds which tensor. Never a glob: some folders hold all weights twice."""
+    """Which file holds which tensor. Never a glob: some folders hold all weights twice.
+
+    Where there are a single file and an index of shards the single one counts, as in transformers.
+    """
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
-    if index.exists():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise ValueError(f"{index}: no weight_map")
-        return {name: path / file for name, file in files.items()}
-    if not single.exists():
+    if single.exists():
+        with open_safetensors(single) as file:
+            return {name: single for name in file.keys()}
+    if not index.exists():
         raise ValueError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
-    with open_safetensors(single) as file:
-        return {name: single for name in file.keys()}
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{index}: no weight_map")
+    return {name: path / file for name, file in files.items()}
 
 
 def read_json(path: str | Path) -> dict:
@@ -76,6 +80,8 @@ def written_whole(path: str | Path):
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:                # what a full disk says names no file
+        raise OSError(error.errno, error.strerror, str(part)) from None
     finally:                                # after a failure: a full disk is left no fuller
         part.unlink(missing_ok=True)
 
@@ -96,9 +102,7 @@ def check_folder(path: Path) -> None:
     """Make the folder of --out; fail before any work is done if nothing can be written there."""
     with blame("--out"):
         path.mkdir(parents=True, exist_ok=True)
-        with written_whole(path / "writable"):
-            pass
-        (path / "writable").unlink()
+        tempfile.TemporaryFile(dir=path).close()        # has no name: two runs do not collide
 
 
 HELD = {}       # folders that this process holds, and the open files by which it does

@@ -68,6 +68,14 @@ def added_tokens(folder: Path, config: dict) -> dict[str, dict]:
     return added
 
 
+def control_pieces(pieces) -> dict[str, dict]:
+    """Of a SentencePiece model what it does not find in a text: <s>, </s>, <unk>, as added tokens.
+    """
+    return {pieces.id_to_piece(id): {"id": id, "special": True}
+            for id in range(pieces.get_piece_size())
+            if pieces.is_control(id) or pieces.is_unknown(id)}
+
+
 def named_token(config: dict, name: str) -> str | None:
     """The text of bos_token or eos_token in a tokenizer_config.json."""
     token = config.get(name)
@@ -90,14 +98,17 @@ NO_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class PieceTokenizer:
-    """A tokenizer.model and the tokens that other files add to it, which are cut out of a text."""
+    """A tokenizer.model and the tokens that other files add to it, which are cut out of a text.
+
+    So are its control pieces, such as <s>, as in transformers.
+    """
 
     def __init__(self, file: Path, pieces):
         from sentencepiece import SentencePieceProcessor
         config = file.with_name("tokenizer_config.json")
         config = read_json(config) if config.exists() else {}
         self.pieces = pieces
-        self.added = added_tokens(file.parent, config)
+        self.added = control_pieces(pieces) | added_tokens(file.parent, config)
         inside = SentencePieceProcessor(model_proto=file.read_bytes() + NO_PREFIX)
         self.inside = inside                            # for what stands behind an added token
         self.has_prefix = pieces.encode("a") != inside.encode("a")

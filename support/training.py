@@ -82,9 +82,13 @@ class TrainingState:
             self.save_at = time.time() + max(every, 49 * (time.time() - began))
 
     def restore(self, learnt: dict[str, Tensor]) -> None:
-        """Put parameters and Adam's moments where `save` found them."""
+        """Put parameters and Adam's moments where `save` found them. ValueError if they are others.
+        """
         for name, parameter in self.module.named_parameters():
-            parameter.data.copy_(learnt[f"parameter.{name}"])
+            found = learnt.get(f"parameter.{name}")
+            if found is None or found.shape != parameter.shape:
+                raise ValueError(f"{self.file}: lacks {list(parameter.shape)} numbers of {name}")
+            parameter.data.copy_(found)
             adam = f"adam.{name}."
             for key in [key for key in learnt if key.startswith(adam)]:
                 moment = key.removeprefix(adam)                 # Adam keeps its step on the CPU
@@ -105,7 +109,9 @@ def read_state(file: Path, settings: dict) -> Saved:
     """What `save` wrote. ValueError if there is nothing, or a state of other settings."""
     with open_safetensors(file) as opened:
         facts = json.loads((opened.metadata() or {}).get("said", "null"))
-    if not isinstance(facts, dict) or not isinstance(facts.get("config"), dict):
+    kinds = {"config": dict, "step": int, "loss": list}
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind)
+                                              for name, kind in kinds.items()):
         raise ValueError(f"{file}: not the state of a training")
     for name, value in settings.items():
         before = facts["config"].get(name)
@@ -136,7 +142,7 @@ def named(setting: str, value) -> str:
     return f"{option} {value}"
 
 
-def settings_of(args, options: tuple, paths: tuple, tokens) -> dict:
+def settings_of(args, options: tuple, paths: tuple, tokens, held_out) -> dict:
     """The settings of a TrainingState, of the options of these names; paths in full.
 
     And, as the same path may hold something else by then, hashes of weights, text and other files.
@@ -144,7 +150,7 @@ def settings_of(args, options: tuple, paths: tuple, tokens) -> dict:
     settings = {name: getattr(args, name) for name in options}
     weights = sorted(set(tensor_files(args.ckpt).values()))
     hashes = {"ckpt_hash": fingerprint(args.ckpt / "config.json", *weights),
-              "data_hash": fingerprint(tokens)}
+              "data_hash": fingerprint(tokens, held_out)}
     for name in paths:
         path = getattr(args, name)
         settings[name] = str(path.resolve()) if path else ""

@@ -36,6 +36,7 @@ from evaluate import (
     print_table,
     read_questions,
     recall,
+    report,
     tokens_of,
 )
 from projection import Projection, uniform_ranks
@@ -46,6 +47,29 @@ from support.tokenizer import load_tokenizer
 
 # ------------------------------------------------------------------------------
 # On held-out text
+
+def test_a_report_says_how_far_it_is_through_all_of_its_work(model, monkeypatch):
+    """Layers, logits and recall, in steps that grow to the total."""
+    steps = []
+
+    class Recorder:
+        def __init__(self, total, what):
+            steps.append((what, total, []))
+
+        def __call__(self, step, *_):
+            steps[-1][2].append(step)
+
+    monkeypatch.setattr("evaluate.Progress", Recorder)
+    monkeypatch.setattr("model.CHUNK", 17)
+    tokens = np.random.default_rng(0).integers(3, 96, 200)
+    passages = torch.randint(3, 96, (20, 5))
+    args = SimpleNamespace(batch=2, seq=30, windows=5)
+    hook = random_start(model).at(uniform_ranks(0.5, model.config))
+    report(model, tokens, {"trained": lambda budget: hook}, (1.0, 0.5), args, passages)
+    assert [what for what, *_ in steps] == ["measuring", "passages said twice"]
+    for _, total, done in steps:
+        assert done == sorted(set(done)) and done[-1] == total and len(done) >= 4
+
 
 def test_the_report_is_that_of_whole_logits(model, monkeypatch):
     monkeypatch.setattr("model.CHUNK", 17)
@@ -291,6 +315,12 @@ def test_a_run_is_the_same_from_wherever_its_paths_are_given(same_run, tmp_path,
 def test_a_report_on_another_model_or_text_is_refused(same_run, before, now, option):
     with pytest.raises(ValueError, match=f"was trained with {option}"):
         same_run(before, now)
+
+
+@pytest.mark.parametrize("name", [None, 3])
+def test_a_train_json_that_names_no_folder_is_refused(same_run, name):
+    with pytest.raises(ValueError, match="names no --ckpt"):
+        same_run(before={"ckpt": name})
 
 
 def test_projections_without_a_training_are_of_any_run(tmp_path):

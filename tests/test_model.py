@@ -447,6 +447,7 @@ def test_qwen_has_no_window_unless_it_is_switched_on(tmp_path):
     ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta"),
     ({"head_dim": 8}, "shape"),
     ({"num_hidden_layers": 0}, "positive"),
+    ({"max_position_embeddings": -1}, "max_position_embeddings"),
 ])
 def test_a_config_that_is_not_supported_is_refused_by_name(folder, settings, culprit):
     edit(folder / "config.json", **settings)
@@ -476,6 +477,15 @@ def test_a_tensor_that_is_missing_or_of_another_shape_is_named(folder):
     save_file(tensors | {name: torch.zeros(3, 5)}, shard)
     with pytest.raises(ValueError, match=rf"{name}.*shape"):
         load(folder)
+
+
+def test_a_single_file_counts_where_there_is_an_index_of_shards_too(folder):
+    """As in transformers 5.24."""
+    model = load(folder)
+    tensors = {name if name.startswith("lm_head.") else f"model.{name}": torch.zeros_like(p)
+               for name, p in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors")
+    assert not any(p.any() for p in load(folder).parameters())
 
 
 @pytest.mark.parametrize("weight_map", [None, [1], {"lm_head.weight": 3}])

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,21 @@ def test_a_run_that_is_stopped_or_too_large_ends_in_one_line(error, code, words,
     assert left.value.code == code
     line, = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_output_that_takes_no_more_is_one_line():
+    made = subprocess.run(f"{sys.executable} model.py > /dev/full", shell=True, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert made.returncode == 2
+    assert "No space left" in made.stderr.splitlines()[-1] and "Traceback" not in made.stderr
+
+
+def test_an_output_that_lacks_a_character_gets_its_number():
+    code = "from support.cli import run_script; run_script(lambda: print('\u2192 caf\u00e9'))"
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert made.stdout.strip() == b"\\u2192 caf\xe9"
 
 
 def test_a_reader_that_has_read_enough_is_no_error():

@@ -188,6 +188,16 @@ def test_a_token_of_added_tokens_json_is_one_too(tmp_path):
     assert tokenizer.bos_id() == 1
 
 
+def test_control_pieces_are_found_in_a_text_whatever_other_files_say(tmp_path):
+    """Ids of transformers 5.24, of folders with and without a tokenizer_config.json."""
+    for name, files in (("alone", {}), ("named", {"tokenizer_config": LLAMA})):
+        tokenizer = load_tokenizer(demo_folder(tmp_path / name, **files))
+        assert tokenizer.encode("</s><s>") == [2, 1]
+        assert tokenizer.encode("a </s> b") == [4006, 4001, 2, 293]
+        assert tokenizer.encode("x<unk>y") == [4033, 0, 4027]
+        assert tokenizer.get_piece_size() == 4096
+
+
 def test_a_special_token_is_not_shown_and_may_take_spaces_along(tmp_path):
     turn = {"special": True, "lstrip": True, "rstrip": True}
     config = config_of(turn=turn)
