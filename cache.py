@@ -150,8 +150,7 @@ class KVCache:
             kept = kept.to(self.device)
             if p.mean_k is not None:
                 mean = p.mean_k[i].cpu()[by_key].to(self.device, wide(self.dtype))
-                a, b = mean[:, None, None, None].chunk(2, dim=-1)
-                by_mean = torch.cat((a, a), dim=-1), torch.cat((b, -b), dim=-1)
+                by_mean = by_pairs(mean)
         to_value_order = None
         if (by_key != by_value).any():
             to_value_order = self.places[0, i, by_value].to(self.device)
@@ -207,9 +206,7 @@ class KVCache:
         """ValueError unless the cache suits the model and has room for T more tokens."""
         check_room(self, model, B, T)
         if self.turns is None and self.projection.mean_k is not None:
-            angle = frequencies(model.config)[:, None] * torch.arange(self.max_len)
-            turns = torch.cat((angle.cos(), angle.sin()))           # (d, max_len)
-            self.turns = turns.to(self.device, wide(self.dtype))
+            self.turns = turn_table(model.config, self.max_len).to(self.device, wide(self.dtype))
         if self.by_kernel and T == 1:
             self.span[1].fill_(self.length + 1)
             if window := model.config.sliding_window:
@@ -500,6 +497,18 @@ def mean_scores(q: Tensor, by_mean: tuple, turns: Tensor) -> Tensor:
     """
     q = rotate(q.to(turns.dtype), *by_mean)
     return (q.flatten(0, -2) @ turns).view(*q.shape[:-1], -1)       # one product for all heads
+
+
+def turn_table(config, max_len: int) -> Tensor:
+    """cos nθ of every pair's θ and position n, and below them sin nθ: (d, max_len)."""
+    angle = frequencies(config)[:, None] * torch.arange(max_len)
+    return torch.cat((angle.cos(), angle.sin()))
+
+
+def by_pairs(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """m (K, d) as `rotate` takes it in place of cos and sin, for queries (K, B, G, T, d)."""
+    a, b = mean[:, None, None, None].chunk(2, dim=-1)
+    return torch.cat((a, a), dim=-1), torch.cat((b, -b), dim=-1)
 
 
 def turned_mean(mean: Tensor, turns: Tensor) -> Tensor:

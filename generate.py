@@ -74,7 +74,7 @@ def cache_of(args, model: Model, room: int):
         with cli.blame("--bits"):
             bits = load_bits(args.bits)
             bits.rounding.p.check_fits(model.config)
-            say_how_far("--bits", bits.positions, room)
+            say_how_far("--bits", bits.rounding.p.positions, room)
             return bits.cache(args.budget or 0.125, 1, room, model.dtype, model.device), None
     projection, ranks, smaller = plans_for(args, model, args.budget, args.shrink_to)
     say_how_far("--proj", projection.positions, room)
@@ -112,7 +112,8 @@ def main():
 
     said = [f"cache for {room} tokens: {size()}"]
     if args.bits:
-        said.append(f"{cache.newest.nbytes:,} bytes for the newest {cache.newest.shape[-1]} tokens")
+        said.append(f"{cache.newest.nbytes:,} bytes for the newest {cache.newest.shape[-1]} "
+                    f"tokens, {cache.first.nbytes:,} for {cache.whole} whole first ones")
 
     times = [time.perf_counter()]
 

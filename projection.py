@@ -151,9 +151,12 @@ class Projection:
             return files.hash_of(self.U_k, self.U_v)
         return files.hash_of(self.U_k, self.U_v, self.mean_k, text=str(self.whole))
 
-    def save(self, path: str | Path, pca=None) -> None:
-        """Write a safetensors file; plain PCA of the same text stands in it as pca_U_k, …"""
-        beside = pca.tensors("pca_") if pca else {}
+    def save(self, path: str | Path, pca=None, beside=None) -> None:
+        """Write a safetensors file; plain PCA of the same text stands in it as pca_U_k, …
+
+        beside: other tensors, by name.
+        """
+        beside = (beside or {}) | (pca.tensors("pca_") if pca else {})
         said = {"whole": str(self.whole), "positions": str(self.positions)}
         files.write_tensors(path, self.tensors() | beside, said)
 

@@ -2,10 +2,8 @@
 
     ladder      KL on held-out text of the same bits everywhere and of bits along a path, untrained;
                 of a path on the basis that train.py trained for ranks; of what bits.train trained
-    position    KL by quarters of the model's length: keys drift with their position, as RoPE turns
-                their mean; untrained, from moments over whole windows and over a quarter of them;
-                and where the newest tokens are not exact either, of which the first quarter has
-                the larger share
+    position    KL by quarters of --seq; and where the newest tokens are not exact either, of which
+                the first quarter has the larger share
     other text  how much larger the KL is on Python's sources than on its documentation, for bits
                 and for int4 and int2 with a scale per token and head, the newest group exact
     speed       a decode step behind --length tokens, against the full cache: the mean of 32, and a
@@ -28,30 +26,25 @@ from bench.equal_bytes import by_token, twice
 from bench.tools import resident
 from bits import load_bits
 from bits.rounding import FULL, GROUP, bits_at, same_bits
-from bits.start import calibrate, output_weights, query_aware
-from bits.train import TrainedRounding, first_path, path_around
+from bits.train import TrainedRounding, path_of
 from cache import KVCache
 from evaluate import describe, measure
 from model import load, log_probabilities
 from projection import Projection, uniform_ranks
+from search import Windows, find_start, positions_of, what_matters
 from support import cli
 from support.data import encode, even_windows, python_documents, text_for
 from support.plans import PROJECTIONS
 from support.tokenizer import load_tokenizer
-from train import Recipe
 
 BUDGETS = 0.25, 0.1875, 0.125, 0.09375, 0.0625
 
 
-def untrained(model, tokens, args, seq: int, start=None):
-    """A rounding of a start, by default the query-aware one, over windows of `seq`; and a path."""
-    moments = calibrate(model, tokens, args.batch * args.seq // seq, seq, args.seed)
-    start = start or query_aware(moments, output_weights(model))
-    rounding = TrainedRounding(start, moments)()
-    recipe = Recipe(steps=0, batch=args.batch, seq=args.seq, lr=0.0)        # for the paths alone
-    matters, path = first_path(model, rounding, moments, tokens, recipe)
-    path = path_around(model, rounding, moments, tokens, recipe, matters, path)     # as bits.train
-    return rounding, path
+def untrained(model, windows: Windows, start: Projection):
+    """A rounding of a start, and a path, as bits.train --steps 0 makes them."""
+    varies, asked, _ = what_matters(model, windows, start.mean_k, start.whole)
+    rounding = TrainedRounding(start, varies)()
+    return rounding, path_of(rounding, asked)
 
 
 def ladder(model, held_out, trained, by_basis: dict, args) -> None:
@@ -85,11 +78,11 @@ def kl_by_quarter(model, x: Tensor, project) -> list[float]:
     return (total / len(x)).tolist()
 
 
-def position(model, held_out, trained, by_window: dict, args) -> None:
+def position(model, held_out, trained, by_basis: dict, args) -> None:
     x = even_windows(held_out, args.windows, args.seq)[:, :-1]
-    rows = {"trained": trained.at}
-    for seq, (rounding, path) in by_window.items():
-        rows[f"untrained, windows of {seq}"] = partial(at_budget, rounding, path, model.config)
+    rows = {"trained for bits": trained.at}
+    for name, (rounding, path) in by_basis.items():
+        rows[name] = partial(at_budget, rounding, path, model.config)
     print(f"\nKL by position, quarters of {args.seq} tokens, at 12.5%; the newest {GROUP} are")
     for name, at in rows.items():
         for kept, hook in twice(at(0.125)).items():
@@ -137,7 +130,8 @@ def speed(model, trained, args) -> None:
     print(f"\nA decode step at {n:,} tokens, share of the full cache's time (float32)")
     for budget in (0.25, 0.125, 0.0625):
         packed = trained.cache(budget, 1, n + GROUP)
-        packed.data[packed.exact.nbytes:].random_(0, 256)
+        packed.data.random_(0, 256)
+        packed.first.normal_()
         packed.newest.normal_()
         ratios = []
         for _ in range(args.runs):
@@ -167,6 +161,7 @@ def main():
     cli.data_arguments(parser)
     cli.out_argument(parser)
     cli.report_arguments(parser, batch=4, seq=512)
+    cli.sweep_arguments(parser)
     count = cli.within(1, 10 ** 6)
     parser.add_argument("--length", type=count, default=4096, help="[4096]")
     parser.add_argument("--runs", type=count, default=5, help="[5]")
@@ -186,12 +181,12 @@ def main():
     memory(model, trained)
     speed(model, trained, args)
     cli.keep_freed_memory()
-    whole = untrained(model, tokens, args, args.seq)
-    on_ranks = untrained(model, tokens, args, args.seq, start)
-    by_basis = {"untrained": whole, "trained for ranks": on_ranks}
+    windows = Windows(tokens, args.sweep_windows, args.batch, args.seq,
+                      positions_of(args, model.config), args.seed)
+    by_basis = {"untrained": untrained(model, windows, find_start(model, windows, start.whole)),
+                "trained for ranks": untrained(model, windows, start)}
     ladder(model, held_out, trained, by_basis, args)
-    quarter = untrained(model, tokens, args, args.seq // 4)
-    position(model, held_out, trained, {args.seq: whole, args.seq // 4: quarter}, args)
+    position(model, held_out, trained, by_basis, args)
     if args.data is None:
         other_text(model, held_out, trained, args)
 

@@ -2,8 +2,7 @@
 
     rounding.py     a coordinate of the cache in a few bits, in place of all or none
     packed.py       a cache of those codes, and nothing else of the past
-    start.py        where training starts
-    train.py        train through the rounding, and share the bits out
+    train.py        share the bits out, and train through the rounding
 
     from bits import load_bits
     cache = load_bits("out/bits.json").cache(0.125, batch=1, max_len=512)
@@ -16,16 +15,15 @@ import torch
 from torch import Tensor
 
 from bits.packed import PackedCache
-from bits.rounding import EXACT, GROUP, Rounding, bits_at, path_of_rows, path_to_rows
+from bits.rounding import GROUP, Rounding, bits_at, path_of_rows, path_to_rows
 from support import files
 
 
 class Bits:
     """What bits.train made of a model: a Rounding and the path of its plans, for any budget."""
 
-    def __init__(self, rounding: Rounding, path: Tensor, config, positions: int = 0):
+    def __init__(self, rounding: Rounding, path: Tensor, config):
         rounding.p.check_fits(config)
-        self.positions = positions              # made at positions below; 0 where nobody said
         self.rounding, self.path, self.config = rounding, path, config
 
     def at(self, budget: float):
@@ -45,7 +43,7 @@ class Bits:
         self.rounding.save(file.with_suffix(".safetensors"))
         files.write_json(file, {
             "head_dim": self.config.head_dim,
-            "exact": EXACT,
+            "whole": self.rounding.p.whole,
             "newest": GROUP,
             "rounding": self.rounding.hash(),
             "path": path_to_rows(self.path, self.config),
@@ -56,15 +54,17 @@ def load_bits(file: str | Path) -> Bits:
     """Read OUT/bits.json and the .safetensors beside it. ValueError names the file."""
     file = Path(file)
     said = files.read_json(file)
+    if "exact" in said:
+        raise ValueError(f"{file}: of a version whose keys had another mean; run bits.train again")
     rounding = Rounding.load(file.with_suffix(".safetensors"))
     L, K, d = rounding.p.mean_v.shape
     shape = SimpleNamespace(num_hidden_layers=L, num_key_value_heads=K, head_dim=d)
     try:
-        for name, here in {"head_dim": d, "exact": EXACT, "newest": GROUP}.items():
+        for name, here in {"head_dim": d, "whole": rounding.p.whole, "newest": GROUP}.items():
             if said[name] != here:
                 raise ValueError(f"{name} {said[name]}, for {here}")
         if said.get("rounding", rounding.hash()) != rounding.hash():
             raise ValueError(f"it is of another training than {file.with_suffix('.safetensors')}")
-        return Bits(rounding, path_of_rows(said["path"], shape), shape, int(said.get("seq", 0)))
+        return Bits(rounding, path_of_rows(said["path"], shape), shape)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not what bits.train writes ({error})") from None

@@ -1,9 +1,9 @@
 """A cache of rounded coordinates, packed: what a plan of bits promises is what memory holds.
 
-The interface is that of cache.py: `model(tokens, cache=cache)`. Everything lies in one flat tensor
-of bytes, `data`: first the exact tokens, in bfloat16, then the layers, each its keys, then its
-values. Beside it lie the tokens of the newest group, in the model's dtype, however long the text:
-they become codes when their group is whole. A code lies in one field or two:
+The interface is that of cache.py: `model(tokens, cache=cache)`. Everything that grows lies in one
+flat tensor of bytes, `data`: the layers one after the other, each its keys, then its values. Beside
+it lie, however long the text, the whole first tokens and those of the newest group, in the model's
+dtype: the newest become codes when their group is complete. A code lies in one field or two:
 
     bits        1    2    3      4    6      8
     fields      1    2    2, 1   4    4, 2   8          the upper one first
@@ -15,13 +15,13 @@ each of them, and a mask, unpack it with its tokens in their order. Then the fie
 joined, and the rows brought into the order of the coordinates. A tile is unpacked while it is
 attended to, in a workspace for one; no other copy of the past exists. Attention reads codes:
 
-    q · k̂ = Σ (q U)_j Δ_j code_j + q · μ − Σ (q U)_j Δ_j top_j
+    q · k̂ = Σ (q U)_j Δ_j code_j + q · R_n m − Σ (q U)_j Δ_j top_j
     Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ            a: attention's weights, Σ a = 1
 
-What follows the first sum of a score is the same for all tokens, and softmax does not see it. A
-value's codes become coordinates v U again when they are summed, a single vector for each query;
-W_o' = Uᵀ W_o takes them (folding.py). A token that is not rounded takes part as codes that are not
-whole, x / Δ + top: the first tokens, and those of a query's own group, its newest.
+q · R_n m comes as it does for ranks (cache.py). The last sum of a score is the same for all tokens,
+and softmax does not see it. A value's codes become coordinates v U again when they are summed, a
+single vector for each query; W_o' = Uᵀ W_o takes them (`fold`). A token that is not rounded takes
+part as codes that are no whole numbers, x / Δ + top: the first tokens, and a query's own group.
 """
 import math
 from typing import NamedTuple
@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bits.rounding import EXACT, GROUP, Rounding, check_bits, to_code
-from cache import Folded, check_room, fold, in_pieces
+from bits.rounding import GROUP, Rounding, check_bits, to_code
+from cache import Folded, by_pairs, check_room, fold, in_pieces, mean_scores, turn_table
 from model import Model
 from projection import LEVELS
 
@@ -46,9 +46,10 @@ FIELDS = (1, 1, 0), (1, 3, 0), (2, 2, 0), (2, 3, 1), (2, 6, 0), (4, 4, 0), (4, 6
 class PackedCache:
     """Keys and values of `batch` sequences, up to max_len tokens, at a plan of bits (2, L, K, 8).
 
-    `data` is the one tensor that grows with max_len, uint8. `newest` (L, 2, K·batch, d, 64) holds
-    the tokens of the group that is not whole, and of the one before it: token t in place t % 64.
-    `length` may be set back as far as they go, or to 0. A pass that broke off cannot be repeated.
+    `data` is the one tensor that grows with max_len, uint8. `first` (L, 2, K·batch, d, whole) are
+    the first tokens, `newest` (L, 2, K·batch, d, 64) those of the group that is not complete and of
+    the one before it: token t in place t % 64. `length` may be set back as far as they go, or to 0.
+    A pass that broke off cannot be repeated.
     """
 
     def __init__(self, rounding: Rounding, bits: Tensor, batch: int, max_len: int,
@@ -68,31 +69,30 @@ class PackedCache:
         self._length = self.kept_from = 0       # tokens, and the first that is not rounded yet
         L, K, d = rounding.p.mean_v.shape
         self.shape = K, batch, d
+        self.whole = rounding.p.whole
+        self.turns = None                       # as in KVCache
 
         most = max(LEAST, UNPACKED // (K * batch * d))                  # tokens
         tiles = math.ceil(max_len / most)
         tokens = math.ceil(max_len / tiles)
         multiple = 64 if tokens >= LONG else 8                      # of a word's bits, or a byte's
         self.tile = math.ceil(tokens / multiple) * multiple
-        exact_shape = L, 2, K * batch, d, EXACT
-        exact_bytes = 2 * math.prod(exact_shape)
         of_token = batch * d // LEVELS * int(bits.sum())            # bits
-        packed_bytes = tiles * self.tile * of_token // 8
-        size = exact_bytes + packed_bytes
+        size = tiles * self.tile * of_token // 8
         self.data = torch.zeros(size, dtype=torch.uint8, device=device)
         self.device = self.data.device
-        exact = self.data[:exact_bytes].view(torch.bfloat16)
-        self.exact = exact.view(exact_shape)
-        newest_shape = L, 2, K * batch, d, 2 * GROUP
-        self.newest = torch.zeros(newest_shape, dtype=dtype, device=device)
+        unrounded = {"dtype": dtype, "device": device}
+        self.first = torch.zeros(L, 2, K * batch, d, self.whole, **unrounded)
+        self.newest = torch.zeros(L, 2, K * batch, d, 2 * GROUP, **unrounded)
 
         self.layers = []
-        rest = self.data[exact_bytes:]
+        rest = self.data
         for i in range(L):
             layer = PackedLayer(bits[:, i], batch, d, tiles, self.tile, rest)
             self.layers.append(layer)
             rest = rest[layer.size:]
         self.grids = [self.grid(i) for i in range(L)]
+        self.by_mean = [by_pairs(m) for m in self.projection.mean_k]
         self.folded = [None] * L
         # For one tile: its fields, its codes, and these as numbers that can be multiplied.
         fields = max(side.rows for layer in self.layers for side in layer.sides)
@@ -104,13 +104,15 @@ class PackedCache:
         self.workspace = torch.empty(K * batch * d, self.tile, dtype=self.wide, device=device)
 
     def grid(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Δ, top and μ U of the keys and the values of layer i, (2, K, 1, 1, d) each."""
-        r = self.rounding
+        """Δ, top and what W_qkv' leaves in, 0 for keys and μ U for values, of layer i.
+
+        (2, K, 1, 1, d) each.
+        """
+        r, p = self.rounding, self.projection
+        centre = p.mean_v[i][:, None] @ p.U_v[i]                    # (K, 1, d)
         both = []
-        for side in (0, 1):
-            step, top = r.grid(side, i, self.bits[side, i])
-            centre = r.mean[side][i][:, None] @ r.U[side][i]
-            both.append(torch.stack((step, top, centre)))
+        for side, left in enumerate((torch.zeros_like(centre), centre)):
+            both.append(torch.stack((*r.grid(side, i, self.bits[side, i]), left)))
         return torch.stack(both, dim=1)[:, :, :, None].unbind()
 
     # --------------------------------------------------------------------------
@@ -137,6 +139,8 @@ class PackedCache:
     def before_pass(self, model: Model, B: int, T: int) -> None:
         """ValueError unless the cache suits the model and has room for T more tokens."""
         check_room(self, model, B, T)
+        if self.turns is None:
+            self.turns = turn_table(model.config, self.max_len).to(self.device, self.wide)
 
     def after_pass(self, T: int) -> None:
         self.length += T
@@ -146,8 +150,9 @@ class PackedCache:
         if self.folded[i] is None:
             K, _, d = self.shape
             heads = torch.arange(K).repeat(2, 1)
-            self.folded[i] = fold(weights, heads, torch.full((K,), d), self.rounding.U[1][i],
-                                  self.rounding.mean[1][i])
+            p = self.projection
+            self.folded[i] = fold(weights, heads, torch.full((K,), d), p.U_v[i], p.mean_v[i],
+                                  p.mean_k[i])
         return self.folded[i]
 
     def output(self, i: int, a: Tensor) -> Tensor:
@@ -164,6 +169,7 @@ class PackedCache:
         T = qk.shape[3]
         step, _, centre = self.grids[i]
         qk = qk.transpose(0, 1).to(self.wide)                       # (K, B, G + 1, T, d)
+        raw = qk[:, :, :-1]
         turned = torch.bmm(qk.flatten(1, 3), self.rounding.U[0][i])
         turned = turned.view(qk.shape)
         scale = d ** -0.5 * step[0]
@@ -173,14 +179,15 @@ class PackedCache:
         new = torch.stack((turned[:, :, -1], v)) - centre           # (2, K, B, T, d)
         unrounded = self.append(i, new.mT.flatten(1, 2))
         unrounded = self.as_codes(i, unrounded)
+        added = mean_scores(raw * d ** -0.5, self.by_mean[i], self.turns[:, :self.length + T])
 
         if T == 1 and not window:                                   # it sees all
-            return self.attend_piece(i, q, unrounded, None, 0, self.length)
+            return self.attend_piece(i, q, added, unrounded, None, 0, self.length)
         first = max(0, self.length + 1 - window) if window else 0   # no new token sees earlier ones
         begin = self.length
         outputs = []
-        for part, _, unseen in in_pieces(q, None, 0, self.length + T, window):
-            outputs.append(self.attend_piece(i, part, unrounded, unseen, first, begin))
+        for part, some, unseen in in_pieces(q, added, 0, self.length + T, window):
+            outputs.append(self.attend_piece(i, part, some, unrounded, unseen, first, begin))
             begin += part.shape[3]
         return torch.cat(outputs, dim=1)
 
@@ -188,7 +195,7 @@ class PackedCache:
     # Writing
 
     def append(self, i: int, new: Tensor) -> Tensor:
-        """Keep coordinates (2, K·B, d, T) of T more tokens: codes of the groups that are now whole.
+        """Keep coordinates (2, K·B, d, T) of T more tokens: codes of groups that are now complete.
 
         Returns those tokens and what their first group held before, (2, K·B, d, tokens).
         """
@@ -201,26 +208,27 @@ class PackedCache:
         for start in range(max(begin, (end // GROUP - 1) * GROUP), end, GROUP):
             group = tokens[..., start - begin:][..., :GROUP]
             newest[..., start // GROUP % 2, :group.shape[-1]] = group
-        whole = tokens.shape[-1] // GROUP * GROUP
-        if whole:
-            exact = max(0, EXACT - begin)
-            self.exact[i][..., :exact] = tokens[..., :exact]
+        complete = tokens.shape[-1] // GROUP * GROUP
+        first = max(0, min(self.whole - begin, complete))           # whole ones among them
+        self.first[i][..., begin:begin + first] = tokens[..., :first]
+        if complete > first:
             step, top, _ = self.grids[i]
             K, B, _ = self.shape
-            x = tokens[..., exact:whole].to(self.wide).unflatten(1, (K, B))
+            x = tokens[..., first:complete].to(self.wide).unflatten(1, (K, B))
             codes = to_code(x.mT, step, top).mT
-            self.layers[i].write(codes.flatten(0, 3), begin + exact - EXACT)
+            self.layers[i].write(codes.flatten(0, 3), begin + first - self.whole)
         return tokens
 
     # --------------------------------------------------------------------------
     # Reading
 
-    def attend_piece(self, i: int, q: Tensor, unrounded: Tensor, unseen: Tensor | None,
-                     first: int, begin: int) -> Tensor:
+    def attend_piece(self, i: int, q: Tensor, added: Tensor, unrounded: Tensor,
+                     unseen: Tensor | None, first: int, begin: int) -> Tensor:
         """Attention of queries (K, B, G, T, d), the tokens from `begin` on: (B, T, H·d).
 
-        Queries are turned, and hold Δ and 1/√d. unrounded: what `append` returned, in units of
-        codes. unseen (T, all tokens): which ones they do not see; none sees those before `first`.
+        Queries are times U, and hold Δ and 1/√d. added (K, B, G, T, all tokens): q · R_n m / √d.
+        unrounded: what `append` returned, in units of codes. unseen (T, all tokens): which ones
+        they do not see; none sees those before `first`.
         """
         K, B, G, T, d = q.shape
         end = begin + T
@@ -234,6 +242,7 @@ class PackedCache:
         q, by_token = (x.unflatten(1, (G, T)) for x in (q, scores))         # views
         for rows, tokens, own in groups:
             by_token[:, :, rows, tokens] = q[:, :, rows] @ keys[..., own]
+        by_token += added[..., :end].flatten(0, 1)
         if unseen is not None:
             by_token.masked_fill_(unseen[:, :end], -math.inf)
         weights = scores.softmax(-1)
@@ -266,9 +275,9 @@ class PackedCache:
 
     def tiles_of(self, first: int, end: int):
         """Which tokens a tile holds, and its number, of those with tokens from `first` to `end`."""
-        if first < EXACT < end:
-            yield slice(0, EXACT), None                             # the exact ones
-        for n, start in enumerate(range(EXACT, end, self.tile)):
+        if first < self.whole and end:
+            yield slice(0, min(self.whole, end)), None              # the first ones
+        for n, start in enumerate(range(self.whole, end, self.tile)):
             stop = min(start + self.tile, end)
             if stop > first:
                 yield slice(start, stop), n
@@ -276,7 +285,7 @@ class PackedCache:
     def codes(self, i: int, side: int, tokens: slice, n: int | None) -> Tensor:
         """The codes of a tile's keys or values, (K·B, d, tokens)."""
         if n is None:
-            return self.as_codes(i, self.exact[i])[side]
+            return self.as_codes(i, self.first[i][..., tokens])[side]
         K, B, d = self.shape
         self.layers[i].sides[side].read(n, self.unpacked, self.ordered)
         codes = self.workspace.copy_(self.ordered.view(torch.uint8))

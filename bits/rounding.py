@@ -1,23 +1,23 @@
 """Bits in place of ranks: each coordinate of the cache rounded to as few bits as it deserves.
 
 Beyond the paper. A rank keeps a coordinate in 16 bits or not at all; between the two lies rounding.
-Keys and values lose their means and are turned, x = (k − μ) U. Coordinate j becomes one of 2^b
-codes:
+Keys lose their turned mean, values their mean, and both are turned by U: x = R_n (k − m) U of the
+key at position n, x = (v − μ) U. Coordinate j becomes one of 2^b codes:
 
     code = round(x / Δ + top), clamped to 0 … 2^b − 1        top = (2^b − 1) / 2
     x̂    = (code − top) Δ                                    Δ = STEP[b] · s_j
 
-The values x̂ lie evenly around zero, which is none of them (a mid-rise quantiser); but at 0 bits x̂
-is zero, and k̂ the mean. A coordinate's spread s_j belongs to the model, not to a token: it costs
-no bytes. Coordinates come in blocks of d/8, and all of a block have the same bits. A plan of bits
-is (2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the share of a 16-bit
-cache.
+and k̂ = x̂ Uᵀ + R_n m, v̂ = x̂ Uᵀ + μ. The values x̂ lie evenly around zero, which is none of them (a
+mid-rise quantiser); but at 0 bits x̂ is zero. A coordinate's spread s_j belongs to the model, not to
+a token: it costs no bytes. Coordinates come in blocks of d/8, and all of a block have the same
+bits. A plan of bits is (2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the
+share of a 16-bit cache.
 
-Two kinds of tokens are not rounded to codes: the first four of a sequence (the exact tokens), whose
-x is kept in bfloat16, for much attention goes there, and the newest. Tokens come in groups of
-32, as in KIVI (arXiv 2402.02750), and one that is whole becomes codes. But a token sees its own
-group, 1 to 32 tokens up to itself, as it is, and only of those before it the codes. Both kinds come
-on top of a budget, whatever the length.
+Two kinds of tokens are not rounded: the first ones of a sequence, which are whole as they are where
+ranks cut (projection.py), and the newest. Tokens come in groups of 32, as in KIVI (arXiv
+2402.02750), and one that is complete becomes codes. But a token sees its own group, 1 to 32 tokens
+up to itself, as it is, and only of those before it the codes. Both kinds come on top of a budget,
+whatever the length.
 
 A path lists lowerings, each of one block to its next fewer bits. It starts at 8 bits everywhere, a
 budget of 50%; a prefix makes a plan.
@@ -35,7 +35,6 @@ from search import cheapest_first
 from support import files
 
 BITS = (0, 1, 2, 3, 4, 6, 8)
-EXACT = 4               # tokens at the beginning of a sequence
 GROUP = 32              # tokens that become codes together
 FULL = 16               # bits of a number that is not rounded
 
@@ -47,20 +46,16 @@ ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 0.001040, 8: 0
 
 
 class Rounding:
-    """Projections U, the means of keys and values as they are, and the spreads of coordinates.
+    """Projections, with a mean of the keys, and the spreads of coordinates, (2, L, K, d)."""
 
-    p: Projection, with the means of values; mean_k (L, K, d); spread (2, L, K, d), keys and values.
-    """
-
-    def __init__(self, p: Projection, mean_k: Tensor, spread: Tensor):
+    def __init__(self, p: Projection, spread: Tensor):
         L, K, d = p.mean_v.shape
-        found = tuple(mean_k.shape), tuple(spread.shape)
-        if found != ((L, K, d), (2, L, K, d)):
-            raise ValueError(f"mean_k and spread of shapes {found}; expected (L, K, d) and "
-                             f"(2, L, K, d) with (L, K, d) = {(L, K, d)}")
+        if p.mean_k is None:
+            raise ValueError("no tensor mean_k")
+        if tuple(spread.shape) != (2, L, K, d):
+            raise ValueError(f"spread of shape {list(spread.shape)}; expected {[2, L, K, d]}")
         self.p = p
         self.U = p.U_k, p.U_v
-        self.mean = mean_k, p.mean_v
         self.spread = spread
 
     def at(self, bits: Tensor):
@@ -70,82 +65,65 @@ class Rounding:
         """
         check_bits(bits, self.p)
 
-        def rounded(layer: int, k: Tensor, v: Tensor):
-            k_hat = self.rounded(0, layer, k, bits[0, layer])
-            return k_hat, self.rounded(1, layer, v, bits[1, layer])
+        p = self.p
 
-        return NewestExact(rounded)
+        def round_both(layer: int, k: Tensor, v: Tensor, turn):
+            m = p.mean_k[layer][:, None].to(k)                      # (K, 1, d)
+            k_hat = self.rounded(0, layer, turn(k - m), bits[0, layer])
+            k_hat = k_hat + turn(m.expand(k.shape[1:]))
+            mean = p.mean_v[layer][:, None].to(v)
+            v_hat = self.rounded(1, layer, v - mean, bits[1, layer]) + mean
+            return p.with_whole(turn(k), k_hat), p.with_whole(v, v_hat)
+
+        return NewestExact(round_both)
 
     def rounded(self, side: int, layer: int, x: Tensor, bits: Tensor) -> Tensor:
-        """x̂ of keys or values (B, K, T, d), by the equations above."""
-        coordinates = self.coordinates(side, layer, x)
-        coordinates = self.to_grid(side, layer, coordinates, bits)
-        return self.turned_back(side, layer, coordinates).to(x)
-
-    def to_grid(self, side: int, layer: int, coordinates: Tensor, bits: Tensor) -> Tensor:
-        """Coordinates (B, K, T, d) as they are stored: rounded, but for the exact tokens."""
-        step, top = self.grid(side, layer, bits)
-        exact = coordinates[:, :, :EXACT].bfloat16()
-        code = to_code(coordinates[:, :, EXACT:], step, top)
-        rounded = (code - top) * step
-        return torch.cat((exact.to(rounded), rounded), dim=2)
-
-    def turned_back(self, side: int, layer: int, coordinates: Tensor) -> Tensor:
-        """Keys or values (B, K, T, d) of their coordinates."""
-        return coordinates @ self.U[side][layer].mT + self.mean[side][layer][:, None]
-
-    def coordinates(self, side: int, layer: int, x: Tensor) -> Tensor:
-        """(x − μ) U of keys or values (B, K, T, d)."""
+        """Keys or values (B, K, T, d) without their mean, at bits (…, K, 8) of their blocks."""
         U = self.U[side][layer]
-        mean = self.mean[side][layer][:, None]                      # (K, 1, d)
-        return (x.to(U) - mean) @ U
+        step, top = self.grid(side, layer, bits)
+        code = to_code(x.to(U) @ U, step, top)
+        return ((code - top) * step @ U.mT).to(x)
 
     def grid(self, side: int, layer: int, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Δ and top (…, K, 1, d) of a layer's keys or values at bits (…, K, 8) of its blocks."""
         return grid(bits, self.spread[side, layer])
 
-    def tensors(self) -> dict[str, Tensor]:
-        return self.p.tensors() | {"mean_k": self.mean[0], "spread": self.spread}
-
-    @staticmethod
-    def of(tensors: dict) -> "Rounding":
-        return Rounding(Projection.of(tensors), tensors["mean_k"], tensors["spread"])
-
     def to(self, device, dtype=None) -> "Rounding":
-        return Rounding.of({name: x.to(device, dtype) for name, x in self.tensors().items()})
+        return Rounding(self.p.to(device, dtype), self.spread.to(device, dtype))
 
     def hash(self) -> str:
-        return files.hash_of(*self.tensors().values())
+        """What bits.json says it was made for."""
+        return files.hash_of(*self.p.tensors().values(), self.spread, text=str(self.p.whole))
 
     def save(self, path: Path) -> None:
-        files.write_tensors(path, self.tensors())
+        """Write a safetensors file: projections as train.py writes them, and the spreads."""
+        self.p.save(path, beside={"spread": self.spread})
 
     @staticmethod
     def load(path: Path) -> "Rounding":
         """Read what `save` wrote. ValueError names the file."""
-        tensors = files.read_tensors(path)
+        p, tensors = Projection.load(path), files.read_tensors(path)
         try:
-            return Rounding.of(tensors)
+            return Rounding(p, tensors["spread"])
         except KeyError as missing:
             raise ValueError(f"{path}: no tensor {missing}; did bits.train write it?") from None
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}; did bits.train write it?") from None
 
 
 class NewestExact:
-    """The hook `project=` of rounded(layer, k, v) -> (k̂, v̂), where the newest group is exact.
+    """A hook `project=`, (layer, k, v, turn) -> (k̂, v̂), with the newest group as it is.
 
     What it gives the model in place of k and of v are pairs, for its own attention: as stored, and
     as they are.
     """
 
-    def __init__(self, rounded):
-        self.rounded = rounded
+    def __init__(self, stored):
+        self.stored = stored
 
     def __call__(self, layer: int, k: Tensor, v: Tensor, turn):
-        k = turn(k)
-        k_hat, v_hat = self.rounded(layer, k, v)
-        return (k_hat, k), (v_hat, v)
+        k_hat, v_hat = self.stored(layer, k, v, turn)
+        return (k_hat, turn(k)), (v_hat, v)
 
     @staticmethod
     def attention(q: Tensor, keys: tuple, values: tuple, window: int | None) -> Tensor:

@@ -1,148 +1,49 @@
-"""bits.train: its start, the path against a scan, what learns, what a step takes, the script."""
+"""bits.train: what bits cost, what learns, what a step takes, the files, the script."""
 import dataclasses
 import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from conftest import CKPT, DEMO, call, random_projection, relative, script, shape, small
+from conftest import CKPT, DEMO, call, random_start, relative, script, shape, small
 from safetensors.torch import load_file
-from test_rounding import random_bits, random_path, random_rounding, turn_of
+from test_rounding import random_path, random_rounding
 
 from bits import Bits, load_bits
-from bits.rounding import (
-    BITS,
-    ERROR,
-    NewestExact,
-    Rounding,
-    bits_at,
-    errors_at,
-    water_filling,
-)
-from bits.start import Read, kl_of_each, output_weights, pairs_of_columns, query_aware
-from bits.train import (
-    TrainedRounding,
-    draw_bits,
-    first_path,
-    parts_of_kl,
-    path_around,
-    scaled_errors,
-    step_memory,
-)
+from bits.rounding import BITS, ERROR, Rounding, bits_at, water_filling
+from bits.train import TrainedRounding, block_costs, draw_bits, path_of, step_memory
 from model import Model, generate, load
 from projection import Projection
+from search import Windows, mean_of_keys, what_matters
 from support.checkpoint import read_config
-from support.data import even_windows
 from support.training import TrainingState
 from train import Recipe, distil
-
-RECIPE = Recipe(steps=1, batch=3, seq=40, lr=0.1)
 
 
 @pytest.fixture
 def known(model):
-    """A model, moments of a random text, and a rounding that learns."""
-    moments = Read(model.config)
-    model.hidden(torch.randint(3, 96, (8, 40)), observe=moments)
-    return model, moments, TrainedRounding(random_projection(model), moments)
+    """A model, the sweep's two matrices over a random text, and a rounding that learns."""
+    varies, asked, _ = swept(model)
+    return model, asked, TrainedRounding(random_start(model, whole=4), varies)
 
 
-def made_up_costs(known):
-    """A rounding, its blocks' errors, what heads matter by decree, and the KL that follows.
-
-    Its hooks are the plans themselves, for that KL to be seen from.
-    """
-    model, moments, trained = known
-    with torch.no_grad():
-        rounding = trained()
-    rounding.at = lambda plan: plan
-    pairs = pairs_of_columns(moments, rounding.p, output_weights(model))
-    block = pairs.diagonal(dim1=-2, dim2=-1).unflatten(-1, (8, -1)).sum(-1)        # (2, L, K, 8)
-    matters = 0.1 + torch.rand(block.shape[:3], dtype=torch.float64)
-    matters /= block.sum(-1)
-
-    def kl_of_each(model, plans, *_):
-        found = []
-        for plan in plans:
-            error = torch.tensor([ERROR[b] for b in plan.flatten().tolist()], dtype=torch.float64)
-            found.append((matters[..., None] * block * error.view(block.shape)).sum())
-        return torch.stack(found)
-
-    return rounding, block, matters, kl_of_each
-
-
-# ------------------------------------------------------------------------------
-# The start
-
-def test_calibration_sums_the_queries_of_a_group(model):
-    L, K, d = shape(model)
-    moments, seen = Read(model.config), [[] for _ in range(L)]
-
-    def observe(layer, q, k, v, turn):
-        moments(layer, q, k, v, turn)
-        seen[layer].append(q.double())
-
-    for tokens in torch.randint(3, 96, (2, 4, 25)):
-        model.hidden(tokens, observe=observe)
-    rows = torch.stack([torch.cat(of_layer) for of_layer in seen])  # (L, B, H, T, d)
-    rows = rows.unflatten(2, (K, -1)).movedim(2, 1).reshape(L, K, -1, d)
-    assert relative(moments.qq, rows.mT @ rows) < 1e-9
-
-
-def test_the_query_aware_start_knows_the_readers(model):
-    """Directions that no query looks in, and those that W_o does not take in, come last."""
-    L, K, d = shape(model)
-    moments = Read(model.config)
-    axes = torch.arange(1, d + 1, dtype=torch.float64)
-    moments.tokens += 100
-    moments.squares += 100 * torch.eye(d)       # keys and values vary alike in all directions
-    moments.qq += 100 * torch.diag(axes)        # queries look more along later axes
-    width = K * moments.G * d
-    taken_in = axes.flip(0).repeat(K * moments.G)                   # W_o reads the first axis most
-    W_o = [torch.linalg.qr(torch.randn(width, width)).Q * taken_in for _ in range(L)]
-    start = query_aware(moments, W_o)
-    expected = torch.eye(d).expand(L, K, d, d)
-    assert relative(start.U_k.abs(), expected.flip(-1)) < 1e-5
-    assert relative(start.U_v.abs(), expected) < 1e-5
-
-
-def test_pairs_of_columns_are_what_is_read_of_what_varies(model):
-    """Against all pairs of a query and a key, and of a value and a row of W_o, one by one."""
-    L, K, d = shape(model)
-    moments, p = Read(model.config), random_projection(model)
-    G = moments.G
-    for layer in range(L):
-        q, k, v = (torch.randn(1, heads, 20, d) for heads in (K * G, K, K))
-        moments(layer, q, k, v, torch.neg)                          # RoPE: a change of all signs
-    W_o = [torch.randn(30, K * G * d) for _ in range(L)]
-    found = pairs_of_columns(moments, p, W_o)[:, -1]
-    read = (q[0].view(K, -1, d), W_o[-1].view(30, K, G, d).transpose(0, 1).reshape(K, -1, d))
-    for side, (U, cached) in enumerate(((p.U_k, -k[0]), (p.U_v, v[0]))):
-        x = (cached - cached.mean(1, keepdim=True)) @ U[-1]         # (K, 20, d)
-        y = read[side] @ U[-1]                                      # (K, …, d)
-        each = x[:, :, None] * y[:, None]                           # (K, 20, …, d): of every pair
-        expected = torch.einsum("kxyi,kxyj->kij", each, each) / 20
-        assert relative(found[side], expected) < 1e-4
-
-
-def test_the_kl_of_each_hook_is_that_over_four_windows(model):
-    tokens = np.random.default_rng(0).integers(3, 96, 900)
-    hooks = [random_rounding(model).at(random_bits(model)) for _ in range(3)]
-    found = kl_of_each(model, hooks, tokens, 3, 40)
-    text = even_windows(tokens, 4, 40)
-    assert found.tolist() == pytest.approx([log_ratio(model, text, hook) for hook in hooks], 1e-4)
+def swept(model, count: int = 8, T: int = 40):
+    windows = Windows(torch.randint(3, 96, (900,)).numpy(), count, 4, T, 1, 0)
+    return what_matters(model, windows, mean_of_keys(model, windows, 4), 4)
 
 
 # ------------------------------------------------------------------------------
 # The path
 
 def test_a_path_always_takes_bits_where_they_are_cheapest(known):
-    """Against a scan over all blocks, with weights made up."""
-    _, block, matters, _ = made_up_costs(known)
-    costs = matters[..., None] * block
+    """Against a scan over all blocks."""
+    model, asked, trained = known
+    with torch.no_grad():
+        costs = block_costs(trained(), asked)
     path = water_filling(costs)
+    with torch.no_grad():
+        assert torch.equal(path, path_of(trained(), asked))
     cost = costs.flatten()
     now = torch.full_like(cost, 8).long()
     for place, after in path.tolist():
@@ -156,106 +57,62 @@ def test_a_path_always_takes_bits_where_they_are_cheapest(known):
     assert (now == 0).all()
 
 
-def test_what_a_head_matters_is_found_where_it_is_known(known, monkeypatch):
-    """All others' 8 bits are in it: by a few hundredths too much. A dead head costs nothing."""
-    model, moments, _ = known
-    rounding, block, matters, kl_of_each = made_up_costs(known)
-    monkeypatch.setattr("bits.train.kl_of_each", kl_of_each)
-    found, path = first_path(model, rounding, moments, None, RECIPE)
-    assert relative(found, matters) < 0.1
-    assert torch.equal(path, water_filling(found[..., None] * block))
-    dead = block.clone()
-    dead[1, 0, 0] = 0                                               # nobody reads its values
-    monkeypatch.setattr("bits.train.block_errors", lambda *_: dead)
-    found, path = first_path(model, rounding, moments, None, RECIPE)
-    assert found.isfinite().all() and len(path) == 6 * block.numel()
-    costs_nothing = (dead == 0).flatten().nonzero()[:, 0]
-    first = path[:6 * 8, 0]                                         # all bits of its eight blocks
-    assert set(first.tolist()) == set(costs_nothing.tolist())
+def test_a_block_costs_what_is_asked_of_what_it_is_off(model):
+    """Against a loop over columns, for matrices and spreads of any kind; a dead head costs 0."""
+    L, K, d = shape(model)
+    r = random_rounding(model)
+    some = torch.randn(2, L, K, d, d, dtype=torch.float64)
+    asked = some @ some.mT
+    asked[1, 0, 0] = 0
+    found = block_costs(r, asked)
+    for side, U in enumerate((r.p.U_k, r.p.U_v)):
+        columns = [U[0, 0, :, c].double() for c in range(d)]
+        each = [u @ asked[side, 0, 0] @ u * r.spread[side, 0, 0, c].item() ** 2 / 2
+                for c, u in enumerate(columns)]
+        for block in range(8):
+            expected = sum(each[block * d // 8:(block + 1) * d // 8]).item()
+            assert found[side, 0, 0, block].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_around_a_plan_both_measurements_count(known, monkeypatch):
-    """The geometric mean is taken twice; and a block without a part is no disaster."""
-    model, moments, _ = known
-    rounding, block, matters, _ = made_up_costs(known)
-    around = block * matters[..., None] * (0.5 + torch.rand(block.shape, dtype=torch.float64))
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_cost_of_small_errors_is_the_kl_that_they_make(model, side):
+    """Errors of a known variance along one column, of which nothing else knows, in float64."""
+    model = model.double()
+    L, K, d = shape(model)
+    text = torch.randint(3, 96, (64, 41))
+    windows = Windows(torch.randint(3, 96, (900,)).numpy(), 2, 2, 40, 1, 0)
+    windows.text, windows.starts = text[:, :-1], torch.zeros(64, dtype=torch.long)
+    windows.batch = 16
+    _, asked, _ = what_matters(model, windows, torch.zeros(L, K, d), 4)
+    u, size = torch.nn.functional.normalize(torch.randn(d, dtype=torch.float64), dim=0), 0.03
 
-    def decreed(model, rounding, plan, *_):
-        return around * errors_at(plan)
+    def noisy(layer, k, v, turn):
+        both = [turn(k), v]
+        if layer == 0:
+            error = size * torch.randn(*k.shape[:3], 1, dtype=torch.float64) * u
+            error[:, 1:] = 0
+            error[:, :, :4] = 0
+            both[side] = both[side] + error
+        return both
 
-    monkeypatch.setattr("bits.train.parts_of_kl", decreed)
-    start = water_filling(matters[..., None] * block)
-    found = path_around(model, rounding, moments, None, RECIPE, matters, start)
-    expected = (matters[..., None] * block) ** 0.25 * around ** 0.75
-    assert torch.equal(found, water_filling(expected))
-    around[0, 0, 0] = -around[0, 0, 0]                              # noise
-    around[1, 0, 0] = 0
-    found = path_around(model, rounding, moments, None, RECIPE, matters, start)
-    assert len(found) == len(start)
-
-
-def test_parts_of_kl_are_its_slopes(known):
-    """Against differences of the KL, each block's errors held fixed and scaled, in float64.
-
-    Attention's backward pass keeps its denominators in float32 on a CPU.
-    """
-    model, moments, trained = known
-    model = model.to(dtype=torch.float64)
     with torch.no_grad():
-        rounding = trained(torch.float64)
-    plan = random_bits(model)
-    tokens = np.random.default_rng().integers(3, 96, 3 * 40 + 1)
-    text = even_windows(tokens, 3, 40)
-    errors = {}
-
-    def record(layer, k, v):
-        hats = rounding.at(plan).rounded(layer, k, v)
-        for side, (x_hat, x) in enumerate(zip(hats, (k, v), strict=True)):
-            errors[side, layer] = (x_hat - x) @ rounding.U[side][layer]
-        return hats
-
-    def kl(scale):
-        def scaled(layer, k, v):
-            hats = []
-            for side, x in enumerate((k, v)):
-                factor = scale[side, layer].repeat_interleave(x.shape[-1] // 8, -1)[:, None]
-                hats.append(x + (factor * errors[side, layer]) @ rounding.U[side][layer].mT)
-            return hats
-
-        return log_ratio(model, text, NewestExact(scaled))
-
-    log_ratio(model, text, NewestExact(record))
-    parts = parts_of_kl(model, rounding, plan, tokens, RECIPE) / text[:, 1:].numel()
-    assert parts.shape == plan.shape
-    for place in torch.randperm(plan.numel())[:6].tolist():
-        step = torch.zeros(plan.shape, dtype=torch.float64)
-        step.view(-1)[place] = 1e-4
-        slope = (kl(1 + step) - kl(1 - step)) / 2e-4
-        assert parts.view(-1)[place].item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
-    same = scaled_errors(rounding, plan, torch.ones(plan.shape))
-    x = torch.randn(2, 2, *shape(model)[1:], 9, dtype=torch.float64).transpose(-1, -2)
-    x = *x, turn_of(model, 9, torch.float64)
-    for pair, expected in zip(same(0, *x), rounding.at(plan)(0, *x), strict=True):
-        for found, other in zip(pair, expected, strict=True):
-            assert relative(found, other) < 1e-12
+        kl = [distil(model, text, noisy, Recipe(1, 64, 40, 0.1))[1].mean() for _ in range(20)]
+    found = torch.stack(kl).mean().item() * 40 / 36                 # per token that has an error
+    expected = (u @ asked[side, 0, 0] @ u).item() * size ** 2 / 2
+    assert found == pytest.approx(expected, rel=0.25)
 
 
-@torch.no_grad()
-def log_ratio(model, text, project) -> float:
-    """Σ p log(p / q) of a hook against the model, the mean over tokens."""
-    p = model(text[:, :-1]).double().log_softmax(-1)
-    q = model(text[:, :-1], project).double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
-
+# ------------------------------------------------------------------------------
+# What learns
 
 def test_spreads_follow_the_rotation(known):
-    """At the start and after a turn they are the standard deviations of the turned text."""
-    _, moments, trained = known
+    """At the start and after a turn they are the deviations of the turned text."""
+    _, _, trained = known
     with torch.no_grad():
         trained.rotation.A_k.normal_(std=0.3)
         r = trained()
-        cov, _ = moments.covariance()
-        expected = (r.p.U_k.double().mT @ cov @ r.p.U_k.double()).diagonal(dim1=-2, dim2=-1).sqrt()
+        U, varies = r.p.U_k.double(), trained.varies[0].double()
+        expected = (U.mT @ varies @ U).diagonal(dim1=-2, dim2=-1).sqrt()
         assert relative(r.spread[0], expected) < 1e-4
 
 
@@ -290,11 +147,9 @@ def kept_for_backward(c, batch: int, seq: int, dtype) -> int:
     The largest buffers are those of the layers, keys and values as stored and as they are.
     """
     model = Model(c).to(dtype).requires_grad_(False)
-    moments = Read(c)
-    with torch.no_grad():
-        model.hidden(torch.randint(c.vocab_size, (2, 64)), observe=moments)
-    trained = TrainedRounding(random_projection(model), moments)
-    L, K, _ = shape(model)
+    L, K, d = shape(model)
+    start = random_rounding(model).p.to("cpu", torch.float32)
+    trained = TrainedRounding(start, torch.eye(d).expand(2, L, K, d, d))
     path = water_filling(torch.rand(2, L, K, 8, dtype=torch.float64))
     hook = trained.at(draw_bits(batch, c, torch.Generator().manual_seed(0), path))
     model.rope.rows(0, seq, dtype, model.device)
@@ -341,8 +196,7 @@ def test_bits_are_read_as_they_were_written(model, tmp_path):
     bits = saved(model, tmp_path / "bits.json", seq=60)
     again = load_bits(tmp_path / "bits.json")
     assert torch.equal(again.path, bits.path)
-    for name, tensor in bits.rounding.tensors().items():
-        assert torch.equal(again.rounding.tensors()[name], tensor)
+    assert again.rounding.hash() == bits.rounding.hash()
     assert torch.equal(again.plan(0.125), bits_at(bits.path, model.config, 0.125))
 
 
@@ -360,9 +214,13 @@ def test_files_of_two_trainings_are_refused(model, tmp_path, of_other):
 
 def test_no_tensor_of_another_training_goes_unnoticed(model, tmp_path):
     bits = saved(model, tmp_path / "bits.json")
-    for name, tensor in bits.rounding.tensors().items():
-        other = bits.rounding.tensors() | {name: tensor * 1.001}
-        Rounding.of(other).save(tmp_path / "bits.safetensors")
+    p, spread = bits.rounding.p, bits.rounding.spread
+    others = [Rounding(p, spread * 1.001)]
+    for name, tensor in p.tensors().items():
+        other = Projection.of(p.tensors() | {name: tensor * 1.001}, whole=4)
+        others.append(Rounding(other, spread))
+    for other in others:
+        other.save(tmp_path / "bits.safetensors")
         with pytest.raises(ValueError, match="another training"):
             load_bits(tmp_path / "bits.json")
     bits.rounding.save(tmp_path / "bits.safetensors")
@@ -379,7 +237,8 @@ def test_a_file_that_does_not_say_for_which_tensors_is_read(model, tmp_path):
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
-    ({"head_dim": 5}, "head_dim 5"), ({"exact": 2}, "exact 2"), ({"newest": 0}, "newest 0"),
+    ({"head_dim": 5}, "head_dim 5"), ({"whole": 2}, "whole 2"), ({"newest": 0}, "newest 0"),
+    ({"exact": 4}, "run bits.train again"),
     ({"path": [[1]]}, "not a path"), ({"path": None}, "not what"), ({"rounding": 7}, "another")])
 def test_a_spoilt_file_is_named(model, tmp_path, spoil, words):
     saved(model, tmp_path / "bits.json", **spoil)
@@ -391,7 +250,7 @@ def test_a_spoilt_file_is_named(model, tmp_path, spoil, words):
 # ------------------------------------------------------------------------------
 # The script
 
-QUICK = "--seq", 60, "--steps", 12, "--windows", 4, "--passages", 4
+QUICK = "--seq", 60, "--steps", 12, "--windows", 4, "--passages", 4, "--sweep-windows", 8
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +299,7 @@ def test_a_resumed_run_ends_where_the_undisturbed_one_does(
 def test_the_script_leaves_what_its_reader_reads(made):
     model = load(CKPT)
     said = json.loads((made / "bits.json").read_text())
-    assert said["head_dim"] == model.config.head_dim and said["exact"] == 4
+    assert said["head_dim"] == model.config.head_dim and said["whole"] == 4
     assert len(said["loss"]) == 12
     kl = [row["kl"] for row in said["budgets"]]
     assert kl == sorted(kl) and kl[0] < 0.1 * kl[-1]
@@ -472,10 +331,7 @@ def test_a_report_says_what_each_plan_takes(made):
 
 def test_a_training_goes_to_the_folder_of_the_projections_that_it_starts_from(
         trained, tmp_path, monkeypatch):
-    """They are its start, and no file but its own is written there.
-
-    What they have of a mean of the keys, and of whole tokens, is not for bits.
-    """
+    """They are its start, and no file but its own is written there."""
     (tmp_path / "elsewhere").mkdir()
     folder = tmp_path / "made"
     shutil.copytree(trained / "out", folder)
@@ -490,7 +346,7 @@ def test_a_training_goes_to_the_folder_of_the_projections_that_it_starts_from(
     assert {name: after[name] for name in before} == before
     start, learnt = load_file(proj), load_file(folder / "bits.safetensors")
     assert (start["U_k"] - learnt["U_k"]).abs().max() < 1e-5
-    assert Projection.load(proj).whole == 4
+    assert torch.equal(start["mean_k"], learnt["mean_k"])
     model, bits = load(CKPT), load_bits(folder / "bits.json")
     tokens = torch.randint(3, 96, (2, 54))
     cache = bits.cache(0.4, batch=2, max_len=54)
@@ -521,7 +377,7 @@ def test_wrong_input_is_said_in_one_line(made, trained, tmp_path, refusal):
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path):
-    """Its path too, whose parts of the KL every process measures on windows of its own."""
+    """Its path too, for which every process has windows of its own."""
     options = ["--ckpt", CKPT, "--data", trained / "tokens.npy", "--dtype", "float64"]
     options += ["--seq", 60, "--steps", 4, "--windows", 4, "--passages", 0]
     one, two = tmp_path / "one", tmp_path / "two"

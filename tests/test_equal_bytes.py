@@ -90,9 +90,7 @@ def test_bits_are_measured_with_the_newest_group_exact_and_without(model):
     hooks = twice(r.at(bits))
     assert torch.equal(model(tokens, project=hooks["exact"]), model(tokens, project=r.at(bits)))
 
-    def stored(layer, k, v, turn):
-        return tuple(r.rounded(side, layer, x, bits[side, layer])
-                     for side, x in enumerate((turn(k), v)))
-
-    assert torch.equal(model(tokens, project=hooks["stored"]), model(tokens, project=stored))
-    assert relative(model(tokens, project=stored), model(tokens, project=r.at(bits))) > 1e-2
+    expected, found = model(tokens), model(tokens, project=hooks["stored"])
+    assert relative(model(tokens, project=r.at(bits))[:, :GROUP], expected[:, :GROUP]) < 1e-5
+    assert relative(found[:, :4], expected[:, :4]) < 1e-5           # whole tokens
+    assert relative(found[:, 4:GROUP], expected[:, 4:GROUP]) > 1e-2

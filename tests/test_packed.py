@@ -10,7 +10,7 @@ from test_rounding import random_bits, random_rounding
 
 from bits import packed
 from bits.packed import PackedCache
-from bits.rounding import EXACT, GROUP, same_bits
+from bits.rounding import GROUP, same_bits
 
 CHUNKS = (1, 2, 9, 1, 1, 50, 1, 40)
 
@@ -69,6 +69,19 @@ def test_any_batch_window_and_tile_has_the_logits_of_the_hook(
         double, several_tiles, batch, window, least):
     several_tiles(least)
     check_logits(double, batch, window, least)
+
+
+@pytest.mark.parametrize("whole", [0, 1, 40])
+def test_any_number_of_whole_tokens_has_the_logits_of_the_hook(double, several_tiles, whole):
+    """More of them than a group has, too; and behind a length that was set back."""
+    several_tiles(16)
+    r, bits = random_rounding(double, torch.float64, whole), random_bits(double)
+    tokens = torch.randint(3, 96, (2, sum(CHUNKS)))
+    cache = PackedCache(r, bits, 2, sum(CHUNKS), torch.float64)
+    expected = double(tokens, project=r.at(bits))
+    assert relative(read_in(double, cache, tokens), expected) < 1e-10
+    cache.length = 0
+    assert relative(read_in(double, cache, tokens, (33, 50, 22)), expected) < 1e-10
 
 
 def test_each_number_of_bits_is_written_and_read(double):
@@ -241,18 +254,18 @@ def test_bytes_are_what_the_plan_says(model, monkeypatch):
     r, bits = random_rounding(model), random_bits(model)
     L, K, d = r.p.mean_v.shape
     cache = PackedCache(r, bits, 2, 64)
-    exact = 2 * L * K * d * EXACT * 2 * 2
     per_token = bits.sum().item() * (d // 8) / 8
-    assert cache.data.nbytes == exact + 2 * 64 * per_token
+    assert cache.data.nbytes == 2 * 64 * per_token
+    assert cache.first.shape == (L, 2, 2 * K, d, 4) and cache.first.dtype == torch.float32
     for max_len in (80, 2500):          # up to whole bytes of bits; in long tiles whole words
         cache = PackedCache(r, bits, 1, max_len)
-        allocated = (cache.data.nbytes - exact / 2) / per_token
+        allocated = cache.data.nbytes / per_token
         assert max_len <= allocated < 1.06 * max_len + 8
         if max_len < packed.LONG:
             assert allocated == max_len
     monkeypatch.setattr(packed, "UNPACKED", 0)
     cache = PackedCache(r, bits, 1, 2500)
-    allocated = (cache.data.nbytes - exact / 2) / per_token
+    allocated = cache.data.nbytes / per_token
     assert 2500 <= allocated < 2500 + 10 * 8
 
 

@@ -8,7 +8,6 @@ from conftest import random_projection, relative, shape
 from bits.rounding import (
     BITS,
     ERROR,
-    EXACT,
     GROUP,
     STEP,
     NewestExact,
@@ -25,14 +24,13 @@ from model import rotate
 from projection import Projection
 
 
-def random_rounding(model, dtype=torch.float32) -> Rounding:
+def random_rounding(model, dtype=torch.float32, whole: int = 4) -> Rounding:
     L, K, d = shape(model)
-    tensors = random_projection(model).to(None, dtype).tensors()
+    tensors = random_projection(model, whole, mean=1.0).to(None, dtype).tensors()
     for name in ("U_k", "U_v"):
         tensors[name] = torch.linalg.qr(tensors[name]).Q            # orthogonal in that dtype
-    p = Projection.of(tensors)
     spread = 0.2 + torch.rand(2, L, K, d)
-    return Rounding(p, torch.randn(L, K, d, dtype=dtype), spread.to(dtype))
+    return Rounding(Projection.of(tensors, whole=whole), spread.to(dtype))
 
 
 def turn_of(model, T: int, dtype=torch.float32):
@@ -76,18 +74,20 @@ def test_steps_are_the_best_for_a_normal_distribution():
 
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_the_hook_rounds_number_by_number(model, batch):
-    """Against a loop over coordinates in plain Python; keys are rounded behind RoPE."""
+    """Against a loop over coordinates in plain Python; keys lose their mean before RoPE."""
     L, K, d = shape(model)
     r, bits = random_rounding(model, torch.float64), random_bits(model, *batch)
-    k, v = torch.randn(2, 2, K, EXACT + 2, d, dtype=torch.float64)
-    turn = turn_of(model, EXACT + 2, torch.float64)
+    k, v = torch.randn(2, 2, K, 6, d, dtype=torch.float64)
+    turn = turn_of(model, 6, torch.float64)
     (k_hat, _), (v_hat, _) = r.at(bits)(L - 1, k, v, turn)
-    for side, (U, mean, x, found) in enumerate(((r.p.U_k, r.mean[0], turn(k), k_hat),
-                                                (r.p.U_v, r.p.mean_v, v, v_hat))):
-        b, h, t = 1, K - 1, EXACT + 1
+    turned_mean = turn(r.p.mean_k[L - 1][:, None].expand(K, 6, d))
+    for side, (U, mean, x, found) in enumerate((
+            (r.p.U_k, turned_mean, turn(k), k_hat),
+            (r.p.U_v, r.p.mean_v[L - 1][:, None].expand(K, 6, d), v, v_hat))):
+        b, h, t = 1, K - 1, 5
         of_head = bits[side, L - 1][(b,) * len(batch)][h]
-        y = (x[b, h, t] - mean[L - 1, h]) @ U[L - 1, h]
-        expected = mean[L - 1, h].clone()
+        y = (x[b, h, t] - mean[h, t]) @ U[L - 1, h]
+        expected = mean[h, t].clone()
         for j in range(d):
             n = int(of_head[j // (d // 8)])
             step = STEP[n] * r.spread[side, L - 1, h, j].item()
@@ -97,25 +97,26 @@ def test_the_hook_rounds_number_by_number(model, batch):
         assert torch.allclose(found[b, h, t], expected, atol=1e-6)
 
 
-def test_the_first_tokens_are_exact_in_bfloat16_and_the_newest_in_any(model):
+@pytest.mark.parametrize("whole", [0, 4])
+def test_the_first_tokens_and_the_newest_are_as_they_are(model, whole):
     L, K, d = shape(model)
     k, v = torch.randn(2, 2, K, 9, d)
     turn = turn_of(model, 9)
-    pairs = random_rounding(model).at(same_bits(0, model.config))(0, k, v, turn)
+    pairs = random_rounding(model, whole=whole).at(same_bits(0, model.config))(0, k, v, turn)
     for (stored, as_is), x in zip(pairs, (turn(k), v), strict=True):
-        assert torch.allclose(stored[:, :, :EXACT], x[:, :, :EXACT], atol=0.1)
-        assert not torch.equal(stored[:, :, :EXACT], x[:, :, :EXACT])
+        assert torch.equal(stored[:, :, :whole], x[:, :, :whole])
+        assert not torch.equal(stored[:, :, whole], x[:, :, whole])
         assert torch.equal(as_is, x)
 
 
 def test_nothing_is_left_of_zero_bits_but_the_mean(model):
     _, K, d = shape(model)
     r = random_rounding(model)
-    x = torch.randn(2, K, 9, d)
-    (k_hat, _), (v_hat, _) = r.at(same_bits(0, model.config))(0, x, x, turn_of(model, 9))
-    for mean, found in zip(r.mean, (k_hat, v_hat), strict=True):
-        expected = mean[0][:, None].expand_as(found)
-        assert torch.allclose(found[:, :, EXACT:], expected[:, :, EXACT:])
+    x, turn = torch.randn(2, K, 9, d), turn_of(model, 9)
+    (k_hat, _), (v_hat, _) = r.at(same_bits(0, model.config))(0, x, x, turn)
+    m, mean = (mean[0][:, None].expand_as(x) for mean in (r.p.mean_k, r.p.mean_v))
+    assert torch.allclose(k_hat[:, :, 4:], turn(m)[:, :, 4:], atol=1e-6)
+    assert torch.allclose(v_hat[:, :, 4:], mean[:, :, 4:])
 
 
 def test_the_gradient_goes_straight_through_and_stops_at_the_clamp():
@@ -131,13 +132,13 @@ def test_at_zero_bits_nothing_but_the_mean_has_a_gradient(model):
     r = random_rounding(model)
     r.U[0].requires_grad_()
     r.spread.requires_grad_()
-    r.mean[0].requires_grad_()
+    r.p.mean_k.requires_grad_()
     x = 0.1 * torch.randn(2, K, 9, d)
     (k_hat, _), _ = r.at(same_bits(0, model.config))(0, x, x, turn_of(model, 9))
-    k_hat[:, :, EXACT:].square().sum().backward()
+    k_hat[:, :, 4:].square().sum().backward()
     assert r.U[0].grad.abs().max() < 1e-4
     assert r.spread.grad is None or r.spread.grad.abs().max() == 0
-    assert r.mean[0].grad[0].abs().min() > 0
+    assert r.p.mean_k.grad[0].abs().min() > 0
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.31, 0.01])
@@ -192,9 +193,21 @@ def test_bits_of_another_shape_or_number_are_refused(model):
 
 def test_a_rounding_is_read_as_it_was_written(model, tmp_path):
     r = random_rounding(model)
+    r.p.positions = 77
     r.save(tmp_path / "bits.safetensors")
     again = Rounding.load(tmp_path / "bits.safetensors")
-    assert all(torch.equal(x, again.tensors()[name]) for name, x in r.tensors().items())
+    assert all(torch.equal(x, again.p.tensors()[name]) for name, x in r.p.tensors().items())
+    assert torch.equal(again.spread, r.spread) and again.hash() == r.hash()
+    assert (again.p.whole, again.p.positions) == (4, 77)
+
+
+def test_a_rounding_needs_a_mean_of_the_keys(model, tmp_path):
+    p = random_projection(model)
+    with pytest.raises(ValueError, match="mean_k"):
+        Rounding(p, torch.ones(2, *p.mean_v.shape))
+    p.save(tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match="p.safetensors: no tensor 'spread'"):
+        Rounding.load(tmp_path / "p.safetensors")
 
 
 @pytest.mark.parametrize("window", [None, 7, 40])
