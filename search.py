@@ -252,18 +252,26 @@ def drawn_gradients(model: Model, states: Tensor, generator) -> Tensor:
 
 @torch.no_grad()
 def find_start(model: Model, windows: Windows, whole: int) -> Projection:
-    """A start that asks what varies, and what the model's answer hangs on: two passes and a sweep.
+    """The first sweep: a start that asks what varies, and what the model's answer hangs on.
 
-    U₀ are the eigenvectors of C_x / tr C_x + C_g / tr C_g, as `what_matters` gives them.
+    U₀ are the eigenvectors of C_x / tr C_x + C_g / tr C_g over all tokens but the first `whole`:
+    C_x is E[xᵀx] of keys, x = R (k − m), and the covariance of values; C_g is E[gᵀg].
     """
     mean_k = mean_of_keys(model, windows, whole)
-    return start_of(*what_matters(model, windows, mean_k, whole), mean_k, whole)
-
-
-def start_of(varies: Tensor, asked: Tensor, mean_v: Tensor, mean_k: Tensor, whole: int):
-    """The Projection of `find_start` from what it found."""
-    U_k, U_v = leading(unit_trace(varies) + unit_trace(asked))
-    return Projection(U_k, U_v, mean_v, mean_k, whole)
+    moments = Moments(model.config, model.device)
+    by_gradient = torch.zeros_like(moments.squares)                 # Σ gᵀg
+    for draw, side, layer, g, x in sweep(model, windows, mean_k, None, whole, "first sweep"):
+        g = g.double()
+        by_gradient[side, layer] += (g.mT @ g).sum(0)
+        if draw == 0:
+            moments.add(side, layer, x)
+    moments.sum_over_processes()
+    processes.sum_over(by_gradient)
+    # Second moments of keys, not covariances: of what is cut only R m is put back. A mean left in x
+    # must be kept, or its loss would shift all scores but those of whole tokens.
+    varies = torch.stack((moments.second()[0], moments.covariance()[1]))
+    U_k, U_v = leading(unit_trace(varies) + unit_trace(by_gradient))
+    return Projection(U_k, U_v, moments.mean()[1].float(), mean_k, whole)
 
 
 @torch.no_grad()
@@ -284,29 +292,6 @@ def mean_of_keys(model: Model, windows: Windows, whole: int) -> Tensor:
         progress(number, "", windows.text[batch].numel())
     mean_k = processes.sum_over(mean_k) / processes.sum_over(count).to(model.device)
     return mean_k.float()
-
-
-@torch.no_grad()
-def what_matters(model: Model, windows: Windows, mean_k: Tensor, whole: int):
-    """The first sweep: C_x and C_g (2, L, K, d, d) float64, and the mean of values (L, K, d).
-
-    Over all tokens but the first `whole`. C_x is E[xᵀx] of keys, x = R (k − m), and the covariance
-    of values: what varies. C_g is E[gᵀg] of the gradients of `sweep`: what the answer hangs on.
-    """
-    moments = Moments(model.config, model.device)
-    by_gradient = torch.zeros_like(moments.squares)                 # Σ gᵀg
-    for draw, side, layer, g, x in sweep(model, windows, mean_k, None, whole, "first sweep"):
-        g = g.double()
-        by_gradient[side, layer] += (g.mT @ g).sum(0)
-        if draw == 0:
-            moments.add(side, layer, x)
-    moments.sum_over_processes()
-    processes.sum_over(by_gradient)
-    # Second moments of keys, not covariances: of what is cut only R m is put back. A mean left in x
-    # must be kept, or its loss would shift all scores but those of whole tokens.
-    varies = torch.stack((moments.second()[0], moments.covariance()[1]))
-    asked = by_gradient / (DRAWS * moments.tokens[..., None])
-    return varies, asked, moments.mean()[1].float()
 
 
 def unit_trace(matrix: Tensor) -> Tensor:

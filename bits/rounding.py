@@ -5,13 +5,13 @@ Keys lose their turned mean, values their mean, and both are turned by U: x = R_
 key at position n, x = (v − μ) U. Coordinate j becomes one of 2^b codes:
 
     code = round(x / Δ + top), clamped to 0 … 2^b − 1        top = (2^b − 1) / 2
-    x̂    = (code − top) Δ                                    Δ = STEP[b] · s_j
+    x̂    = (code − top) Δ
 
 and k̂ = x̂ Uᵀ + R_n m, v̂ = x̂ Uᵀ + μ. The values x̂ lie evenly around zero, which is none of them (a
-mid-rise quantiser); but at 0 bits x̂ is zero. A coordinate's spread s_j belongs to the model, not to
-a token: it costs no bytes. Coordinates come in blocks of d/8, and all of a block have the same
-bits. A plan of bits is (2, L, K, 8), one of BITS for each block; its mean / 16 is its budget, the
-share of a 16-bit cache.
+mid-rise quantiser); but at 0 bits x̂ is zero. Each coordinate has a step Δ of its own for each
+number of bits. Steps belong to the model, not to a token: they cost no bytes. Coordinates come in
+blocks of d/8, and all of a block have the same bits. A plan of bits is (2, L, K, 8), one of BITS
+for each block; its mean / 16 is its budget, the share of a 16-bit cache.
 
 Two kinds of tokens are not rounded: the first ones of a sequence, which are whole as they are where
 ranks cut (projection.py), and the newest. Tokens come in groups of 32, as in KIVI (arXiv
@@ -22,7 +22,6 @@ whatever the length.
 A path lists lowerings, each of one block to its next fewer bits. It starts at 8 bits everywhere, a
 budget of 50%; a prefix makes a plan.
 """
-import math
 from pathlib import Path
 
 import numpy as np
@@ -38,25 +37,24 @@ BITS = (0, 1, 2, 3, 4, 6, 8)
 GROUP = 32              # tokens that become codes together
 FULL = 16               # bits of a number that is not rounded
 
-# Of b bits, for a normal distribution with a spread of 1: the step with the least mean square
-# error, and that error, as J. Max computes them in "Quantizing for Minimum Distortion"
-# (1960); tests/test_rounding.py integrates them.
-STEP = {0: 1.0, 1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 6: 0.1041, 8: 0.0308}
-ERROR = {0: 1.0, 1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 6: 0.001040, 8: 0.0000877}
+# For each of BITS the step with the least mean square error for a normal distribution with a
+# deviation of 1, as J. Max computes it in "Quantizing for Minimum Distortion" (1960);
+# tests/test_rounding.py integrates. At 0 bits it is any.
+NORMAL = (1.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1041, 0.0308)
 
 
 class Rounding:
-    """Projections, with a mean of the keys, and the spreads of coordinates, (2, L, K, d)."""
+    """Projections, with a mean of the keys, and steps (2, L, K, d, 7): Δ for each of BITS."""
 
-    def __init__(self, p: Projection, spread: Tensor):
-        L, K, d = p.mean_v.shape
+    def __init__(self, p: Projection, steps: Tensor):
+        shape = 2, *p.mean_v.shape, len(BITS)
         if p.mean_k is None:
             raise ValueError("no tensor mean_k")
-        if tuple(spread.shape) != (2, L, K, d):
-            raise ValueError(f"spread of shape {list(spread.shape)}; expected {[2, L, K, d]}")
+        if tuple(steps.shape) != shape:
+            raise ValueError(f"steps of shape {list(steps.shape)}; expected {list(shape)}")
         self.p = p
         self.U = p.U_k, p.U_v
-        self.spread = spread
+        self.steps = steps
 
     def at(self, bits: Tensor):
         """The hook `project=` that simulates a plan, with an attention of its own.
@@ -80,31 +78,30 @@ class Rounding:
     def rounded(self, side: int, layer: int, x: Tensor, bits: Tensor) -> Tensor:
         """Keys or values (B, K, T, d) without their mean, at bits (…, K, 8) of their blocks."""
         U = self.U[side][layer]
-        step, top = self.grid(side, layer, bits)
-        code = to_code(x.to(U) @ U, step, top)
-        return ((code - top) * step @ U.mT).to(x)
+        x_hat = on_grid(x.to(U) @ U, *self.grid(side, layer, bits))
+        return (x_hat @ U.mT).to(x)
 
     def grid(self, side: int, layer: int, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Δ and top (…, K, 1, d) of a layer's keys or values at bits (…, K, 8) of its blocks."""
-        return grid(bits, self.spread[side, layer])
+        return grid(bits, self.steps[side, layer])
 
     def to(self, device, dtype=None) -> "Rounding":
-        return Rounding(self.p.to(device, dtype), self.spread.to(device, dtype))
+        return Rounding(self.p.to(device, dtype), self.steps.to(device, dtype))
 
     def hash(self) -> str:
         """What bits.json says it was made for."""
-        return files.hash_of(*self.p.tensors().values(), self.spread, text=str(self.p.whole))
+        return files.hash_of(*self.p.tensors().values(), self.steps, text=str(self.p.whole))
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: projections as train.py writes them, and the spreads."""
-        self.p.save(path, beside={"spread": self.spread})
+        """Write a safetensors file: projections as train.py writes them, and the steps."""
+        self.p.save(path, beside={"steps": self.steps})
 
     @staticmethod
     def load(path: Path) -> "Rounding":
         """Read what `save` wrote. ValueError names the file."""
         p, tensors = Projection.load(path), files.read_tensors(path)
         try:
-            return Rounding(p, tensors["spread"])
+            return Rounding(p, tensors["steps"].float())
         except KeyError as missing:
             raise ValueError(f"{path}: no tensor {missing}; did bits.train write it?") from None
         except ValueError as error:
@@ -140,15 +137,18 @@ class NewestExact:
         return torch.cat(outputs, dim=2)
 
 
-def grid(bits: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Δ and top, (…, K, 1, d), for bits (…, K, 8) of blocks of coordinates with spread (K, d)."""
-    d = spread.shape[-1]
-    bits = bits.to(spread.device).repeat_interleave(d // LEVELS, -1)
-    steps = [STEP.get(b, 0.0) for b in range(max(BITS) + 1)]
-    steps = torch.tensor(steps).to(spread)
-    step = steps[bits] * spread                                     # (…, K, d)
-    top = (2.0 ** bits.to(spread) - 1) / 2
+def grid(bits: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Δ and top, (…, K, 1, d), for bits (…, K, 8) of blocks of coordinates with steps (K, d, 7)."""
+    bits = bits.to(steps.device).repeat_interleave(steps.shape[-2] // LEVELS, -1)   # (…, K, d)
+    which = torch.searchsorted(torch.tensor(BITS, device=bits.device), bits)
+    step = steps.expand(*bits.shape, -1).gather(-1, which[..., None])[..., 0]
+    top = (2.0 ** bits.to(steps) - 1) / 2
     return step[..., None, :], top[..., None, :]
+
+
+def on_grid(x: Tensor, step: Tensor, top: Tensor) -> Tensor:
+    """x̂ of coordinates x (…, T, d)."""
+    return (to_code(x, step, top) - top) * step
 
 
 def to_code(x: Tensor, step: Tensor, top: Tensor) -> Tensor:
@@ -214,18 +214,10 @@ def bits_at(path: Tensor, config, budget: float) -> Tensor:
     return flat.view_as(plan)
 
 
-def errors_at(bits: Tensor) -> Tensor:
-    """The mean square error of a coordinate with a spread of 1, at bits of any shape."""
-    errors = [ERROR.get(b, math.nan) for b in range(max(BITS) + 1)]
-    return torch.tensor(errors, dtype=torch.float64)[bits]
-
-
 def water_filling(costs: Tensor) -> Tensor:
-    """The path of blocks that cost `costs` (2, L, K, 8) × errors_at their bits."""
-    bits = torch.tensor(BITS)
-    per_bit = -errors_at(bits).diff() / bits.diff()                 # of lowerings to 0, …, 6
-    steps = costs.flatten()[:, None] * per_bit.flip(0)              # (places, 6), 8 first
-    place = cheapest_first(steps)
+    """The path of blocks with costs (2, L, K, 8, 7) at each of BITS, the cheapest bit first."""
+    per_bit = -costs.diff(dim=-1) / torch.tensor(BITS).diff()       # of lowerings to 0, …, 6
+    place = cheapest_first(per_bit.flatten(0, -2).flip(-1))         # (places, 6), 8 first
     return torch.stack((place, after_each(place)), dim=1)
 
 

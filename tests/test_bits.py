@@ -1,6 +1,7 @@
 """bits.train: what bits cost, what learns, what a step takes, the files, the script."""
 import dataclasses
 import json
+import math
 import os
 import shutil
 
@@ -11,113 +12,203 @@ from safetensors.torch import load_file
 from test_rounding import random_path, random_rounding
 
 from bits import Bits, load_bits
-from bits.rounding import BITS, ERROR, Rounding, bits_at, water_filling
-from bits.train import TrainedRounding, block_costs, draw_bits, path_of, step_memory
+from bits.rounding import BITS, NORMAL, Rounding, bits_at, on_grid, water_filling
+from bits.train import (
+    FACTORS,
+    TrainedRounding,
+    block_costs,
+    deviations,
+    draw_bits,
+    find_path,
+    first_steps,
+    shrink_and_noise,
+    step_memory,
+    what_is_asked,
+)
 from model import Model, generate, load
 from projection import Projection
-from search import Windows, mean_of_keys, what_matters
+from search import DRAWS, Windows, sweep
 from support.checkpoint import read_config
 from support.training import TrainingState
 from train import Recipe, distil
 
 
+def random_windows(count: int = 8, T: int = 40) -> Windows:
+    return Windows(torch.randint(3, 96, (900,)).numpy(), count, 4, T, 1, 0)
+
+
 @pytest.fixture
 def known(model):
-    """A model, the sweep's two matrices over a random text, and a rounding that learns."""
-    varies, asked, _ = swept(model)
-    return model, asked, TrainedRounding(random_start(model, whole=4), varies)
-
-
-def swept(model, count: int = 8, T: int = 40):
-    windows = Windows(torch.randint(3, 96, (900,)).numpy(), count, 4, T, 1, 0)
-    return what_matters(model, windows, mean_of_keys(model, windows, 4), 4)
+    """A model, windows, what they ask, and a rounding that learns."""
+    windows, start = random_windows(), random_start(model, whole=4)
+    asked = what_is_asked(model, windows, start)
+    steps = first_steps(model, windows, start, asked)
+    return model, windows, asked, TrainedRounding(start, asked.varies, steps)
 
 
 # ------------------------------------------------------------------------------
 # The path
 
 def test_a_path_always_takes_bits_where_they_are_cheapest(known):
-    """Against a scan over all blocks."""
-    model, asked, trained = known
+    """Against a scan over all blocks; a step that is cheaper than the one before it goes with it.
+    """
+    model, windows, asked, trained = known
     with torch.no_grad():
-        costs = block_costs(trained(), asked)
+        rounding = trained()
+    shrink, noise = shrink_and_noise(model, windows, rounding.p, rounding.steps[None])
+    costs = block_costs(asked, shrink[0], noise[0])
     path = water_filling(costs)
-    with torch.no_grad():
-        assert torch.equal(path, path_of(trained(), asked))
-    cost = costs.flatten()
-    now = torch.full_like(cost, 8).long()
+    assert torch.equal(path, find_path(model, windows, rounding, asked))
+    costs, now, worst = costs.flatten(0, -2), [6] * costs[..., 0].numel(), {}
     for place, after in path.tolist():
-        prices = []
-        for c, b in zip(cost.tolist(), now.tolist(), strict=True):
-            less = BITS[max(0, BITS.index(b) - 1)]
-            prices.append(c * (ERROR[less] - ERROR[b]) / (b - less) if b else float("inf"))
-        assert prices[place] == pytest.approx(min(prices), rel=1e-6)
-        assert after == BITS[BITS.index(now[place].item()) - 1]
-        now[place] = after
-    assert (now == 0).all()
+        prices = {}
+        for block, b in enumerate(now):
+            if b:
+                step = (costs[block, b - 1] - costs[block, b]) / (BITS[b] - BITS[b - 1])
+                prices[block] = max(step.item(), worst.get(block, -math.inf))
+        assert prices[place] <= min(prices.values()) * (1 + 1e-9) + 1e-30
+        worst[place] = prices[place]
+        now[place] -= 1
+        assert after == BITS[now[place]]
+    assert not any(now)
 
 
-def test_a_block_costs_what_is_asked_of_what_it_is_off(model):
-    """Against a loop over columns, for matrices and spreads of any kind; a dead head costs 0."""
+def test_a_sweep_sums_what_it_is_said_to(known):
+    """Against what `sweep` yields, column by column."""
+    model, windows, asked, trained = known
+    p = trained.rotation.start
     L, K, d = shape(model)
-    r = random_rounding(model)
-    some = torch.randn(2, L, K, d, d, dtype=torch.float64)
-    asked = some @ some.mT
-    asked[1, 0, 0] = 0
-    found = block_costs(r, asked)
-    for side, U in enumerate((r.p.U_k, r.p.U_v)):
-        columns = [U[0, 0, :, c].double() for c in range(d)]
-        each = [u @ asked[side, 0, 0] @ u * r.spread[side, 0, 0, c].item() ** 2 / 2
-                for c, u in enumerate(columns)]
-        for block in range(8):
-            expected = sum(each[block * d // 8:(block + 1) * d // 8]).item()
-            assert found[side, 0, 0, block].item() == pytest.approx(expected, rel=1e-5)
+    rows = {}
+    for draw, *place, g, x in sweep(model, windows, p.mean_k, p.mean_v, p.whole, ""):
+        rows.setdefault(tuple(place), []).append((draw, g.double(), x.double()))
+    n = windows.text.numel() * DRAWS
+    for side, U in enumerate((p.U_k, p.U_v)):
+        for c in (0, d // 8, d - 1):
+            u = U[-1, -1, :, c].double()
+            g = torch.cat([g[:, -1] @ u for _, g, _ in rows[side, L - 1]])      # (draws · N, T)
+            x = torch.cat([x[:, -1] @ u for _, _, x in rows[side, L - 1]])
+            assert asked.gradient[side, -1, -1, c].item() == pytest.approx(
+                g.square().sum().item() / n, rel=1e-4)
+            assert asked.cut[side, -1, -1, c].item() == pytest.approx(
+                (g * x).sum(1).square().sum().item() / n, rel=1e-4)
+        block = U[-1, -1, :, :d // 8].double()
+        sums = [((g[:, -1] @ block) * (x[:, -1] @ block)).sum((1, 2))
+                for _, g, x in rows[side, L - 1]]
+        assert asked.cut_of_block[side, -1, -1, 0].item() == pytest.approx(
+            torch.cat(sums).square().sum().item() / n, rel=1e-4)
+        seen = torch.cat([x[:, -1].flatten(0, 1) for draw, _, x in rows[side, L - 1] if draw == 0])
+        assert relative(asked.varies[side, -1, -1], seen.mT @ seen / len(seen)) < 1e-6
 
 
+def test_rounding_shrinks_and_adds_noise(known):
+    """ρ and E[n²] of x̂ = (1 − ρ) x + n, as a regression over all tokens has them."""
+    model, windows, _, trained = known
+    with torch.no_grad():
+        rounding = trained()
+    p, seen = rounding.p, []
+
+    def observe(layer, q, k, v, turn):
+        if layer == 0:
+            seen.append([turn(k - p.mean_k[0][:, None]), v - p.mean_v[0][:, None]])
+
+    for batch in windows:
+        windows.states(model, batch, observe=observe)
+    shrink, noise = shrink_and_noise(model, windows, p, rounding.steps[None])
+    assert (shrink[..., 0] == 1).all() and (noise[..., 0] == 0).all()   # 0 bits
+    for side, U in enumerate((p.U_k, p.U_v)):
+        x = torch.cat([of_batch[side][:, 0, 4:].flatten(0, 1) for of_batch in seen]) @ U[0, 0]
+        for which, b in enumerate(BITS[1:], 1):
+            step, top = rounding.steps[side, 0, 0, :, which], torch.tensor((2 ** b - 1) / 2)
+            x_hat = on_grid(x, step, top)
+            rho = 1 - (x * x_hat).sum(0) / x.square().sum(0)
+            n = (x_hat - (1 - rho) * x).square().mean(0)
+            assert relative(shrink[0, side, 0, 0, :, which], rho) < 2e-2
+            assert relative(noise[0, side, 0, 0, :, which], n) < 2e-2
+
+
+def test_a_block_costs_what_its_columns_do(known):
+    """With one ρ for all columns it is that of cutting them together, and their noise."""
+    model, _, asked, _ = known
+    L, K, d = shape(model)
+    noise = torch.rand(2, L, K, d, 7, dtype=torch.float64)
+    shrink = torch.rand(7, dtype=torch.float64).expand(2, L, K, d, 7)
+    found = block_costs(asked, shrink, noise)
+    eighth = slice(d // 8, 2 * (d // 8))
+    for b in range(7):
+        of_noise = (asked.gradient[1, 0, 0, eighth] * noise[1, 0, 0, eighth, b]).sum()
+        together = asked.cut_of_block[1, 0, 0, 1] * shrink[0, 0, 0, 0, b] ** 2
+        assert found[1, 0, 0, 1, b].item() == pytest.approx((of_noise + together).item() / 2)
+
+
+def test_the_step_that_costs_least_is_taken(known):
+    model, windows, asked, trained = known
+    p = trained.rotation.start
+    steps = first_steps(model, windows, p, asked)
+    factors = steps / deviations(p, asked.varies)[..., None] / torch.tensor(NORMAL)
+    assert (factors[..., None] - torch.tensor(FACTORS)).abs().amin(-1).max() < 1e-4
+
+    def cost(steps):
+        shrink, noise = (x[0] for x in shrink_and_noise(model, windows, p, steps[None]))
+        return asked.gradient[..., None] * noise + asked.cut[..., None] * shrink ** 2
+
+    least = cost(steps)
+    for other in (steps / factors, steps / factors * 2):
+        assert (least <= cost(other) * 1.02 + 1e-30).all()             # a code may have flipped
+
+
+@pytest.mark.parametrize("kind", ["noise", "shrinking"])
 @pytest.mark.parametrize("side", [0, 1])
-def test_the_cost_of_small_errors_is_the_kl_that_they_make(model, side):
-    """Errors of a known variance along one column, of which nothing else knows, in float64."""
+def test_the_cost_of_small_errors_is_the_kl_that_they_make(model, side, kind):
+    """Along one column of one head: noise of a known variance, or a little less of x; float64."""
     model = model.double()
-    L, K, d = shape(model)
-    text = torch.randint(3, 96, (64, 41))
-    windows = Windows(torch.randint(3, 96, (900,)).numpy(), 2, 2, 40, 1, 0)
-    windows.text, windows.starts = text[:, :-1], torch.zeros(64, dtype=torch.long)
+    windows = random_windows(64)
     windows.batch = 16
-    _, asked, _ = what_matters(model, windows, torch.zeros(L, K, d), 4)
-    u, size = torch.nn.functional.normalize(torch.randn(d, dtype=torch.float64), dim=0), 0.03
+    text = torch.cat((windows.text, windows.text[:, :1]), dim=1)
+    p = random_start(model.float(), whole=4).to(None, torch.float64)
+    model = model.double()
+    asked = what_is_asked(model, windows, p)
+    u, size = (p.U_k, p.U_v)[side][0, 0, :, 0], 0.03
 
-    def noisy(layer, k, v, turn):
+    def changed(layer, k, v, turn):
         both = [turn(k), v]
         if layer == 0:
-            error = size * torch.randn(*k.shape[:3], 1, dtype=torch.float64) * u
+            means = [turn(p.mean_k[0][:, None].expand(k.shape[1:])), p.mean_v[0][:, None]]
+            x = ((both[side] - means[side]) @ u)[..., None]
+            error = size * torch.randn_like(x) if kind == "noise" else -size * x
+            error = error * u
             error[:, 1:] = 0
             error[:, :, :4] = 0
             both[side] = both[side] + error
         return both
 
     with torch.no_grad():
-        kl = [distil(model, text, noisy, Recipe(1, 64, 40, 0.1))[1].mean() for _ in range(20)]
-    found = torch.stack(kl).mean().item() * 40 / 36                 # per token that has an error
-    expected = (u @ asked[side, 0, 0] @ u).item() * size ** 2 / 2
-    assert found == pytest.approx(expected, rel=0.25)
+        kl = [distil(model, text, changed, Recipe(1, 64, 40, 0.1))[1].mean()
+              for _ in range(20 if kind == "noise" else 1)]
+    per_token = (asked.gradient if kind == "noise" else asked.cut)[side, 0, 0, 0].item()
+    found = torch.stack(kl).mean().item()
+    assert found == pytest.approx(per_token * size ** 2 / 2, rel=0.3)
 
 
 # ------------------------------------------------------------------------------
 # What learns
 
-def test_spreads_follow_the_rotation(known):
-    """At the start and after a turn they are the deviations of the turned text."""
-    _, _, trained = known
+def test_steps_follow_the_rotation(known):
+    """At the start they are those found; after a turn they go with the turned text's deviations."""
+    _, _, asked, trained = known
     with torch.no_grad():
+        before = trained()
         trained.rotation.A_k.normal_(std=0.3)
         r = trained()
-        U, varies = r.p.U_k.double(), trained.varies[0].double()
-        expected = (U.mT @ varies @ U).diagonal(dim1=-2, dim2=-1).sqrt()
-        assert relative(r.spread[0], expected) < 1e-4
+    of_each = []
+    for rounding in (before, r):
+        U, varies = rounding.p.U_k.double(), asked.varies[0]
+        deviation = (U.mT @ varies @ U).diagonal(dim1=-2, dim2=-1).sqrt()
+        of_each.append(rounding.steps[0] / deviation[..., None])
+    assert relative(*of_each) < 1e-4
 
 
 def test_everything_learns(known, tokens):
-    model, _, trained = known
+    model, _, _, trained = known
     path = random_path(model)
     bits = draw_bits(3, model.config, torch.Generator().manual_seed(0), path)
     tokens = tokens.repeat(1, 2)                                    # more than one group
@@ -149,8 +240,9 @@ def kept_for_backward(c, batch: int, seq: int, dtype) -> int:
     model = Model(c).to(dtype).requires_grad_(False)
     L, K, d = shape(model)
     start = random_rounding(model).p.to("cpu", torch.float32)
-    trained = TrainedRounding(start, torch.eye(d).expand(2, L, K, d, d))
-    path = water_filling(torch.rand(2, L, K, 8, dtype=torch.float64))
+    steps = torch.ones(2, L, K, d, 7)
+    trained = TrainedRounding(start, torch.eye(d).expand(2, L, K, d, d), steps)
+    path = water_filling(torch.rand(2, L, K, 8, 7, dtype=torch.float64).sort(descending=True)[0])
     hook = trained.at(draw_bits(batch, c, torch.Generator().manual_seed(0), path))
     model.rope.rows(0, seq, dtype, model.device)
     apart = {x.untyped_storage().data_ptr()
@@ -214,11 +306,11 @@ def test_files_of_two_trainings_are_refused(model, tmp_path, of_other):
 
 def test_no_tensor_of_another_training_goes_unnoticed(model, tmp_path):
     bits = saved(model, tmp_path / "bits.json")
-    p, spread = bits.rounding.p, bits.rounding.spread
-    others = [Rounding(p, spread * 1.001)]
+    p, steps = bits.rounding.p, bits.rounding.steps
+    others = [Rounding(p, steps * 1.001)]
     for name, tensor in p.tensors().items():
         other = Projection.of(p.tensors() | {name: tensor * 1.001}, whole=4)
-        others.append(Rounding(other, spread))
+        others.append(Rounding(other, steps))
     for other in others:
         other.save(tmp_path / "bits.safetensors")
         with pytest.raises(ValueError, match="another training"):
