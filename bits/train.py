@@ -241,7 +241,7 @@ def draw_picture(rows: list[dict], path) -> None:
 def options():
     parser = cli.arguments(__doc__, several=True)
     cli.data_arguments(parser)
-    cli.report_arguments(parser)
+    cli.report_arguments(parser, batch=4, seq=512)
     cli.passage_arguments(parser)
     cli.out_argument(parser, "the folder of --proj, else out")
     cli.sweep_arguments(parser)

@@ -7,7 +7,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import CKPT, DEMO, call, random_start, relative, script, shape, small
+from conftest import (
+    CKPT,
+    DEMO,
+    call,
+    random_projection,
+    random_start,
+    relative,
+    script,
+    shape,
+    small,
+)
 from safetensors.torch import load_file
 from test_rounding import random_path, random_rounding
 
@@ -445,6 +455,22 @@ def test_a_training_goes_to_the_folder_of_the_projections_that_it_starts_from(
     found = torch.cat([model(part, cache=cache) for part in tokens.split((40, 1, 13), 1)], 1)
     close = (found - model(tokens, project=bits.at(0.4))).abs().amax(-1) < 1e-3
     assert close.double().mean() > 0.8
+
+
+def test_projections_without_a_mean_of_the_keys_get_one_and_no_step_need_be_taken(
+        trained, tmp_path):
+    """As those of --recipe paper; their U stays as it is."""
+    model = load(CKPT)
+    random_projection(model).save(tmp_path / "projections.safetensors")
+    call("bits.train", *small(trained), "--seq", 60, "--steps", 0, "--windows", 2, "--passages", 0,
+         "--sweep-windows", 8, "--proj", tmp_path / "projections.safetensors")
+    start, made = Projection.load(tmp_path / "projections.safetensors"), load_bits(
+        tmp_path / "bits.json").rounding.p
+    assert made.whole == 4 and made.mean_k.abs().max() > 0
+    assert (start.U_k - made.U_k).abs().max() < 1e-5
+    assert made.positions == min(8192, model.config.max_position_embeddings)
+    said = json.loads((tmp_path / "bits.json").read_text())
+    assert said["loss"] == [] and len(said["budgets"]) == 10
 
 
 def test_wrong_input_is_said_in_one_line(made, trained, tmp_path, refusal):
