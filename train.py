@@ -397,7 +397,8 @@ def main():
         plan = partial(plan_at, tensors["order"], config)
 
     recipe = recipe_of(args)
-    forecast = Forecast(args, device, args.steps - state.step)
+    hooks = 6 * (4 if args.draw == "along" else 2)      # of the report: six budgets of each curve
+    forecast = Forecast(args, device, args.steps - state.step, hooks)
 
     def after_step(step: int) -> None:
         if processes.RANK:

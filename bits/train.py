@@ -59,6 +59,7 @@ from support.data import held_out_passages, set_apart, text_for
 from support.pictures import picture, show_bytes
 from support.progress import Progress
 from support.training import (
+    Forecast,
     TrainingState,
     peak_memory,
     prepare_training,
@@ -251,7 +252,7 @@ def options():
     add("--steps", type=cli.within(0, 10 ** 7), default=120, help="0: the path alone [120]")
     add("--lr", type=cli.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
-    parser.set_defaults(checkpoint=None)
+    parser.set_defaults(checkpoint=None, accumulate=1, check_every=100)
     args = parser.parse_args()
     args.out = args.out or (args.proj.parent if args.proj else Path("out"))
     return args
@@ -353,13 +354,18 @@ def main():
     print(f"Calibrated, with a path of {len(state.tensors['path'])} lowerings, in "
           f"{time.time() - began:.0f} s", flush=True)
 
+    forecast = Forecast(args, device, args.steps - state.step, len(SHARES))
+
     def draw(B: int, config, generator: Generator) -> Tensor:
         return draw_bits(B, config, generator, state.tensors["path"])
 
     def after_step(step: int) -> None:
         if step in (args.steps // 4, args.steps // 2):
             new_path(what_is_asked(model, windows, learnt(state, model, args).rounding.p))
-        if processes.RANK == 0 and len(valid) and (step % 100 == 0 or step == args.steps):
+        if processes.RANK == 0:
+            forecast()
+        at_check = step == args.steps or step % args.check_every == 0
+        if processes.RANK == 0 and len(valid) and at_check:
             bits = learnt(state, model, args)
             hooks = {f"{budget:.2%}": bits.at(budget) for budget in (0.25, 0.125, 0.0625)}
             check(state, model, valid, hooks, recipe)

@@ -251,13 +251,13 @@ class Forecast:
     """Called after each step of a training: after the fourth it says what the run will take.
 
     Beside its steps a run is what went before them, validations, four passes of a batch each, and
-    the report: one for the model, and for every curve one at each of six budgets. A step is about
-    8/3 of a pass.
+    the report: one for the model, and one for each of its `hooks`. A step is about 8/3 of a pass.
+    left: steps to go, fewer where a run is resumed.
     """
 
-    def __init__(self, args, device: torch.device, left: int):
+    def __init__(self, args, device: torch.device, left: int, hooks: int):
         self.args, self.device = args, device
-        self.left = left                                # steps, fewer where a run is resumed
+        self.left, self.hooks = left, hooks
         self.before = time.time() - BEGAN
         self.warm = self.done = 0
 
@@ -271,8 +271,7 @@ class Forecast:
     def say(self, step: float) -> None:
         args = self.args
         one_pass = step * 3 / 8 / args.accumulate
-        hooks = 6 * (4 if args.draw == "along" else 2)
-        report = math.ceil(args.windows / args.batch) * (1 + hooks)
+        report = math.ceil(args.windows / args.batch) * (1 + self.hooks)
         validation = 4 * math.ceil(8 / args.batch)
         around = self.before + one_pass * (report + validation)
         each = step + one_pass * validation / args.check_every
