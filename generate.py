@@ -93,6 +93,7 @@ def say_how_far(option: str, positions: int, room: int) -> None:
 def main():
     args = options()
     device, dtype = cli.prepare(args)
+    cli.keep_freed_memory()
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
         tokenizer = load_tokenizer(args.ckpt, model.config.vocab_size)

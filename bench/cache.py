@@ -192,6 +192,7 @@ def main():
     parser.add_argument("--batch", type=count, default=1, help="sequences of a whole step [1]")
     args = parser.parse_args()
     device, dtype = cli.prepare(args)
+    cli.keep_freed_memory()
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     theirs = their_model(args.ckpt, model) if importlib.util.find_spec("transformers") else None
