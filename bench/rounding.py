@@ -25,13 +25,14 @@ sys.path.insert(0, str(ROOT))
 from bench.equal_bytes import by_token, twice
 from bench.tools import resident
 from bits import load_bits
+from bits.costs import find_path, first_steps, what_is_asked
 from bits.rounding import FULL, GROUP, bits_at, same_bits
-from bits.train import TrainedRounding, path_of
+from bits.train import TrainedRounding
 from cache import KVCache
 from evaluate import describe, measure
 from model import load, log_probabilities
 from projection import Projection, uniform_ranks
-from search import Windows, find_start, positions_of, what_matters
+from search import Windows, find_start, positions_of
 from support import cli
 from support.data import encode, even_windows, python_documents, text_for
 from support.plans import PROJECTIONS
@@ -42,9 +43,10 @@ BUDGETS = 0.25, 0.1875, 0.125, 0.09375, 0.0625
 
 def untrained(model, windows: Windows, start: Projection):
     """A rounding of a start, and a path, as bits.train --steps 0 makes them."""
-    varies, asked, _ = what_matters(model, windows, start.mean_k, start.whole)
-    rounding = TrainedRounding(start, varies)()
-    return rounding, path_of(rounding, asked)
+    asked = what_is_asked(model, windows, start)
+    steps = first_steps(model, windows, start, asked)
+    rounding = TrainedRounding(start, asked.varies, steps)()
+    return rounding, find_path(model, windows, rounding, asked)
 
 
 def ladder(model, held_out, trained, by_basis: dict, args) -> None:

@@ -2,7 +2,8 @@
 
     rounding.py     a coordinate of the cache in a few bits, in place of all or none
     packed.py       a cache of those codes, and nothing else of the past
-    train.py        share the bits out, and train through the rounding
+    costs.py        what a coordinate costs in so many bits
+    train.py        train through the rounding
 
     from bits import load_bits
     cache = load_bits("out/bits.json").cache(0.125, batch=1, max_len=512)

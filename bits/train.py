@@ -3,19 +3,8 @@
 Beyond the paper. rounding.py rounds a coordinate to few bits; which ones deserve how many is the
 question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a block of d/8.
 
-  costs       A coordinate in few bits is noisy, and smaller than it was: x̂ = (1 − ρ) x + n, with n
-              of no correlation to x; at 0 bits ρ is 1. KL is to second order half the square of
-              what the gradient g makes of that over a window (find_order, search.py). Noise knows
-              nothing of other tokens' noise, and its squares add up; −ρ x is what a rank cuts off,
-              and is squared when it has been summed. Per token a coordinate costs
-
-                  ½ (E[g²] E[n²] + ρ² E[(Σ_s g_s x_s)²] / T)
-
-              where g and x come from a sweep of backward passes for U as it is.
-  steps       Of each coordinate, for each number of bits: the cheapest of a few multiples of the
-              step that is best for a normal distribution. Keys have far outliers.
-  path        Bits are taken where they cost least, from 8 down to nothing (water_filling); a
-              prefix of the path makes a plan for any budget.
+  path        Bits are taken where they cost least, from 8 down to nothing (costs.py); a prefix of
+              the path makes a plan for any budget.
   training    is train.py's own loop, with plans of random budgets along the path. Rounding has no
               gradient, so that of x is taken for it, up to the last code; beyond it there is none.
               What learns: all entries of A (rounding sees turns within a block too), means and
@@ -28,36 +17,25 @@ The start is the first chapter's, or the projections in --proj, trained for rank
     python -m bits.train --proj out/projections.safetensors --steps 0       # no training: a sweep
     python generate.py --bits out/bits.json --budget 0.125 --prompt "Return the "
 """
-import itertools
 import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from bits import Bits
-from bits.rounding import (
-    BITS,
-    FULL,
-    GROUP,
-    NORMAL,
-    Rounding,
-    bits_at,
-    on_grid,
-    water_filling,
-)
+from bits.costs import Asked, deviations, find_path, first_steps, what_is_asked
+from bits.rounding import FULL, GROUP, Rounding, bits_at
 from evaluate import describe, report
 from model import Model, load, wide
-from projection import LEVELS, Moments, Projection, Rotation, check_levels, shape_of
-from search import DRAWS, Windows, find_start, mean_of_keys, positions_of, sweep
+from projection import Projection, Rotation, check_levels
+from search import Windows, find_start, mean_of_keys, positions_of
 from support import cli, processes
 from support.checkpoint import read_config
 from support.data import held_out_passages, set_apart, text_for
 from support.pictures import picture, show_bytes
-from support.progress import Progress
 from support.training import (
     Forecast,
     TrainingState,
@@ -69,109 +47,6 @@ from support.training import (
 from train import VALID, Recipe, check, one_of_each, train
 
 SHARES = (0.5, 0.375, 0.28125, 0.25, 0.1875, 0.15625, 0.125, 0.09375, 0.0625, 0.046875)
-
-
-FACTORS = 1.0, 1.2, 1.5, 2.0, 2.8, 4.0      # multiples of NORMAL that are tried
-TRIED = 8                                   # windows that they are tried on
-
-
-class Asked(NamedTuple):
-    """What a sweep says of coordinates along the columns of U, (2, L, K, …) float64."""
-    varies: Tensor                      # (…, d, d): E[xᵀx], not along U
-    gradient: Tensor                    # (…, d): E[g²]
-    cut: Tensor                         # (…, d): E[(Σ_s g_s x_s)²] / T
-    cut_of_block: Tensor                # (…, 8): the same of Σ_c over a block
-
-    @staticmethod
-    def of(tensors: dict) -> "Asked":
-        return Asked(*(tensors[name] for name in Asked._fields))
-
-
-@torch.no_grad()
-def what_is_asked(model: Model, windows: Windows, p: Projection) -> Asked:
-    """A sweep for U as it is."""
-    moments = Moments(model.config, model.device)
-    L, K, d = shape_of(model.config)
-    gradient = torch.zeros(2, L, K, d, dtype=torch.float64, device=model.device)
-    cut, cut_of_block = torch.zeros_like(gradient), torch.zeros_like(gradient[..., :LEVELS])
-    U = p.U_k, p.U_v
-    for draw, side, layer, g, x in sweep(model, windows, p.mean_k, p.mean_v, p.whole, "sweep"):
-        if draw == 0:
-            moments.add(side, layer, x)
-        U_l = U[side][layer].to(g)
-        g = g @ U_l                                                 # (B, K, T, d)
-        A = (g * (x.to(g) @ U_l)).sum(2).double()                   # (B, K, d)
-        gradient[side, layer] += g.double().square().sum((0, 2))
-        cut[side, layer] += A.square().sum(0)
-        cut_of_block[side, layer] += A.unflatten(-1, (LEVELS, -1)).sum(-1).square().sum(0)
-    n = windows.text.numel() * DRAWS
-    sums = (processes.sum_over(total) / n for total in (gradient, cut, cut_of_block))
-    return Asked(moments.sum_over_processes().second(), *sums)
-
-
-@torch.no_grad()
-def shrink_and_noise(model: Model, windows: Windows, p: Projection, steps: Tensor):
-    """ρ and E[n²], (n, 2, L, K, d, 7) float64 each, of n tries of steps, (n, 2, L, K, d, 7)."""
-    by_x, square = torch.zeros(2, *steps.shape, dtype=torch.float64, device=model.device)
-    tops = [torch.full((steps.shape[-2],), (2 ** b - 1) / 2).to(steps) for b in BITS]
-    of_x = torch.zeros_like(by_x[0, ..., 0])
-
-    def observe(layer: int, _, k: Tensor, v: Tensor, turn) -> None:
-        k = turn(k - p.mean_k[layer][:, None].to(k))
-        v = v - p.mean_v[layer][:, None].to(v)
-        for side, (x, U) in enumerate(((k, p.U_k), (v, p.U_v))):
-            x = x[:, :, p.whole:].to(U) @ U[layer]                  # (B, K, T, d)
-            of_x[side, layer] += x.square().sum((0, 2))
-            for n, of_try in enumerate(steps[:, side, layer, :, None]):     # (K, 1, d, 7)
-                for b, (step, top) in enumerate(zip(of_try.unbind(-1), tops, strict=True)):
-                    x_hat = on_grid(x, step, top)
-                    by_x[n, side, layer, ..., b] += (x * x_hat).sum((0, 2))
-                    square[n, side, layer, ..., b] += x_hat.square().sum((0, 2))
-        count.add_(x[:, 0, :, 0].numel() / model.config.num_hidden_layers)
-
-    count = torch.zeros(1, dtype=torch.float64)
-    enough = math.ceil(TRIED / windows.batch / processes.WORLD)
-    progress = Progress(enough, "trying steps")
-    for number, batch in enumerate(itertools.islice(windows, enough), 1):
-        windows.states(model, batch, observe=observe)
-        progress(number, "", windows.text[batch].numel())
-    count, by_x, square, of_x = (processes.sum_over(x) for x in (count, by_x, square, of_x))
-    of_x = of_x[..., None].clamp(min=1e-30)
-    kept = by_x / of_x                                              # 1 − ρ
-    return 1 - kept, (square - kept * by_x) / count.to(model.device)
-
-
-def first_steps(model: Model, windows: Windows, p: Projection, asked: Asked) -> Tensor:
-    """The cheapest of FACTORS for each coordinate and number of bits: steps (2, L, K, d, 7)."""
-    normal = deviations(p, asked.varies)[..., None] * torch.tensor(NORMAL).to(p.mean_v)
-    tries = torch.stack([factor * normal for factor in FACTORS])
-    shrink, noise = shrink_and_noise(model, windows, p, tries)
-    costs = asked.gradient[..., None] * noise + asked.cut[..., None] * shrink ** 2
-    return tries.gather(0, costs.argmin(0, keepdim=True))[0]
-
-
-def deviations(p: Projection, varies: Tensor) -> Tensor:
-    """√E[x²] (2, L, K, d) along the columns of U, of E[xᵀx] (2, L, K, d, d)."""
-    U = torch.stack((p.U_k, p.U_v))
-    return (U * (varies.to(U) @ U)).sum(-2).clamp(min=1e-12).sqrt()
-
-
-def block_costs(asked: Asked, shrink: Tensor, noise: Tensor) -> Tensor:
-    """What blocks cost at each of BITS, (2, L, K, 8, 7): noise of coordinates, and a common ρ²."""
-    def of_block(by_column: Tensor) -> Tensor:
-        return by_column.unflatten(3, (LEVELS, -1)).sum(4)
-
-    cut = asked.cut[..., None]
-    common = of_block(cut * shrink ** 2) / of_block(cut).clamp(min=1e-30)
-    of_noise = of_block(asked.gradient[..., None] * noise)
-    return (of_noise + asked.cut_of_block[..., None] * common).cpu() / 2
-
-
-@torch.no_grad()
-def find_path(model: Model, windows: Windows, rounding: Rounding, asked: Asked) -> Tensor:
-    """Lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits after."""
-    found = shrink_and_noise(model, windows, rounding.p, rounding.steps[None])
-    return water_filling(block_costs(asked, *(x[0] for x in found)))
 
 
 # ------------------------------------------------------------------------------

@@ -22,19 +22,17 @@ from safetensors.torch import load_file
 from test_rounding import random_path, random_rounding
 
 from bits import Bits, load_bits
-from bits.rounding import BITS, NORMAL, Rounding, bits_at, on_grid, water_filling
-from bits.train import (
+from bits.costs import (
     FACTORS,
-    TrainedRounding,
     block_costs,
     deviations,
-    draw_bits,
     find_path,
     first_steps,
     shrink_and_noise,
-    step_memory,
     what_is_asked,
 )
+from bits.rounding import BITS, NORMAL, Rounding, bits_at, on_grid, water_filling
+from bits.train import TrainedRounding, draw_bits, step_memory
 from model import Model, generate, load
 from projection import Projection
 from search import DRAWS, Windows, sweep
