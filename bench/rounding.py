@@ -27,7 +27,7 @@ from bench.tools import resident
 from bits import load_bits
 from bits.costs import find_path, first_steps, what_is_asked
 from bits.rounding import FULL, GROUP, bits_at, same_bits
-from bits.train import TrainedRounding
+from bits.train import TrainedRounding, with_mean
 from cache import KVCache
 from evaluate import describe, measure
 from model import load, log_probabilities
@@ -141,9 +141,9 @@ def speed(model, trained, args) -> None:
             ratios.append(ours / its)
         ratios.sort()
         median = ratios[len(ratios) // 2]
+        held = (packed.newest.numel() + packed.first.numel()) * 2           # in 16 bits
         print(f"  {budget:7.2%}  {median:.3f} [{ratios[0]:.3f} … {ratios[-1]:.3f}]   "
-              f"{packed.data.nbytes + packed.newest.nbytes:,} bytes for {full.data.nbytes // 2:,} "
-              "in 16 bits")
+              f"{packed.data.nbytes + held:,} bytes for {full.data.nbytes // 2:,} in 16 bits")
 
 
 def memory(model, trained, tokens: int = 65536) -> None:
@@ -176,6 +176,7 @@ def main():
         model = load(args.ckpt)
     with cli.blame("--out"):
         trained = load_bits(args.out / "bits.json")
+        trained.rounding.p.check_fits(model.config)
         start = Projection.load(args.out / PROJECTIONS)
         start.check_fits(model.config)
     print(describe(args.ckpt, model))
@@ -185,6 +186,7 @@ def main():
     cli.keep_freed_memory()
     windows = Windows(tokens, args.sweep_windows, args.batch, args.seq,
                       positions_of(args, model.config), args.seed)
+    start = with_mean(start, model, windows)
     by_basis = {"untrained": untrained(model, windows, find_start(model, windows, start.whole)),
                 "trained for ranks": untrained(model, windows, start)}
     ladder(model, held_out, trained, by_basis, args)

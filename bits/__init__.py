@@ -63,8 +63,8 @@ def load_bits(file: str | Path) -> Bits:
     try:
         for name, here in {"head_dim": d, "whole": rounding.p.whole, "newest": GROUP}.items():
             if said[name] != here:
-                raise ValueError(f"{name} {said[name]}, for {here}")
-        if said.get("rounding", rounding.hash()) != rounding.hash():
+                raise ValueError(f"{name} {said[name]!r}, for {here}")
+        if said["rounding"] != rounding.hash():
             raise ValueError(f"it is of another training than {file.with_suffix('.safetensors')}")
         return Bits(rounding, path_of_rows(said["path"], shape), shape)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,17 +1,19 @@
 """What a coordinate costs in so many bits: its steps, and the path of lowerings.
 
 A coordinate in few bits is noisy, and smaller than it was: x̂ = (1 − ρ) x + n, with n of no
-correlation to x; at 0 bits ρ is 1. KL is to second order half the square of what the gradient g
-makes of that over a window (find_order, search.py). Noise knows nothing of other tokens' noise, and
-its squares add up; −ρ x is what a rank cuts off, and is squared when it has been summed. Per token
-a coordinate costs
+correlation to x; at 0 bits ρ is 1. KL is to second order half the mean square of what that adds to
+log p(y), y drawn from the model, over a window: the sum of gradients g times errors (find_order,
+search.py). Noise knows nothing of other tokens' noise, and its squares add up; −ρ x is what a rank
+cuts off, and is squared when it has been summed. Per token a coordinate costs
 
     ½ (E[g²] E[n²] + ρ² E[(Σ_s g_s x_s)²] / T)
 
 where g and x come from a sweep of backward passes for U as it is (what_is_asked), ρ and n from
-rounding the same text (shrink_and_noise). So each coordinate gets, for each number of bits, the
-cheapest of a few multiples of the step that is best for a normal distribution: keys have far
-outliers (first_steps). And bits are taken from blocks where they cost least (find_path).
+rounding the same text (shrink_and_noise). All tokens are taken to be codes for all queries. So each
+coordinate gets, for each number of bits, the cheapest of a few multiples of the Δ that is best for
+a normal distribution: keys have far outliers (first_steps). A block costs its coordinates' noise,
+and one ρ² for all times what cutting all of them would (block_costs). Bits are taken from blocks
+where they cost least (find_path).
 """
 import itertools
 import math
@@ -32,8 +34,8 @@ TRIED = 8                                   # windows that they are tried on
 
 
 class Asked(NamedTuple):
-    """What a sweep says of coordinates along the columns of U, (2, L, K, …) float64."""
-    varies: Tensor                      # (…, d, d): E[xᵀx], not along U
+    """What a sweep says, (2, L, K, …) float64; all but `varies` along the columns of U."""
+    varies: Tensor                      # (…, d, d): E[xᵀx] of keys and values without their means
     gradient: Tensor                    # (…, d): E[g²]
     cut: Tensor                         # (…, d): E[(Σ_s g_s x_s)²] / T
     cut_of_block: Tensor                # (…, 8): the same of Σ_c over a block
@@ -66,8 +68,9 @@ def what_is_asked(model: Model, windows: Windows, p: Projection) -> Asked:
 
 
 @torch.no_grad()
-def shrink_and_noise(model: Model, windows: Windows, p: Projection, steps: Tensor):
-    """ρ and E[n²], (n, 2, L, K, d, 7) float64 each, of n tries of steps, (n, 2, L, K, d, 7)."""
+def shrink_and_noise(model: Model, windows: Windows, p: Projection, steps: Tensor, what: str):
+    """ρ and E[n²], (tries, 2, L, K, d, 7) float64 each, of several steps, of the same shape."""
+    count = torch.zeros(1, dtype=torch.float64)
     by_x, square = torch.zeros(2, *steps.shape, dtype=torch.float64, device=model.device)
     tops = [torch.full((steps.shape[-2],), (2 ** b - 1) / 2).to(steps) for b in BITS]
     of_x = torch.zeros_like(by_x[0, ..., 0])
@@ -75,19 +78,22 @@ def shrink_and_noise(model: Model, windows: Windows, p: Projection, steps: Tenso
     def observe(layer: int, _, k: Tensor, v: Tensor, turn) -> None:
         k = turn(k - p.mean_k[layer][:, None].to(k))
         v = v - p.mean_v[layer][:, None].to(v)
-        for side, (x, U) in enumerate(((k, p.U_k), (v, p.U_v))):
-            x = x[:, :, p.whole:].to(U) @ U[layer]                  # (B, K, T, d)
-            of_x[side, layer] += x.square().sum((0, 2))
-            for n, of_try in enumerate(steps[:, side, layer, :, None]):     # (K, 1, d, 7)
-                for b, (step, top) in enumerate(zip(of_try.unbind(-1), tops, strict=True)):
-                    x_hat = on_grid(x, step, top)
-                    by_x[n, side, layer, ..., b] += (x * x_hat).sum((0, 2))
-                    square[n, side, layer, ..., b] += x_hat.square().sum((0, 2))
-        count.add_(x[:, 0, :, 0].numel() / model.config.num_hidden_layers)
+        count.add_(k[:, 0, p.whole:, 0].numel() / model.config.num_hidden_layers)
+        # At 8 bits noise is a small difference of sums: float64, whatever the model's products are.
+        with torch.autocast(k.device.type, enabled=False):
+            for side, (x, U) in enumerate(((k, p.U_k), (v, p.U_v))):
+                measure(side, layer, x[:, :, p.whole:].to(U) @ U[layer])
 
-    count = torch.zeros(1, dtype=torch.float64)
-    enough = math.ceil(TRIED / windows.batch / processes.WORLD)
-    progress = Progress(enough, "trying steps")
+    def measure(side: int, layer: int, x: Tensor) -> None:          # (B, K, T, d)
+        of_x[side, layer] += x.double().square().sum((0, 2))
+        for i, of_try in enumerate(steps[:, side, layer, :, None]):         # (K, 1, d, 7)
+            for b, (step, top) in enumerate(zip(of_try.unbind(-1), tops, strict=True)):
+                x_hat = on_grid(x, step, top).double()
+                by_x[i, side, layer, ..., b] += (x * x_hat).sum((0, 2))
+                square[i, side, layer, ..., b] += x_hat.square().sum((0, 2))
+
+    enough = min(math.ceil(TRIED / windows.batch / processes.WORLD), len(windows))
+    progress = Progress(enough, what)
     for number, batch in enumerate(itertools.islice(windows, enough), 1):
         windows.states(model, batch, observe=observe)
         progress(number, "", windows.text[batch].numel())
@@ -101,7 +107,7 @@ def first_steps(model: Model, windows: Windows, p: Projection, asked: Asked) -> 
     """The cheapest of FACTORS for each coordinate and number of bits: steps (2, L, K, d, 7)."""
     normal = deviations(p, asked.varies)[..., None] * torch.tensor(NORMAL).to(p.mean_v)
     tries = torch.stack([factor * normal for factor in FACTORS])
-    shrink, noise = shrink_and_noise(model, windows, p, tries)
+    shrink, noise = shrink_and_noise(model, windows, p, tries, "trying steps")
     costs = asked.gradient[..., None] * noise + asked.cut[..., None] * shrink ** 2
     return tries.gather(0, costs.argmin(0, keepdim=True))[0]
 
@@ -126,5 +132,5 @@ def block_costs(asked: Asked, shrink: Tensor, noise: Tensor) -> Tensor:
 @torch.no_grad()
 def find_path(model: Model, windows: Windows, rounding: Rounding, asked: Asked) -> Tensor:
     """Lowerings (n, 2): the place of a block in the flattened (2, L, K, 8), and its bits after."""
-    found = shrink_and_noise(model, windows, rounding.p, rounding.steps[None])
+    found = shrink_and_noise(model, windows, rounding.p, rounding.steps[None], "measuring errors")
     return water_filling(block_costs(asked, *(x[0] for x in found)))

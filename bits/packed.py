@@ -2,8 +2,8 @@
 
 The interface is that of cache.py: `model(tokens, cache=cache)`. Everything that grows lies in one
 flat tensor of bytes, `data`: the layers one after the other, each its keys, then its values. Beside
-it lie, however long the text, the whole first tokens and those of the newest group, in the model's
-dtype: the newest become codes when their group is complete. A code lies in one field or two:
+it lie, however long the text, the whole first tokens and those of the two newest groups, in the
+model's dtype: a group becomes codes when it is complete. A code lies in one field or two:
 
     bits        1    2    3      4    6      8
     fields      1    2    2, 1   4    4, 2   8          the upper one first
@@ -66,7 +66,7 @@ class PackedCache:
         self.rounding = rounding.to(device, self.wide)
         self.projection = self.rounding.p
         self.bits, self.batch, self.max_len = bits, batch, max_len
-        self._length = self.kept_from = 0       # tokens, and the first that is not rounded yet
+        self._length = self.kept_from = 0       # tokens, and the first of those held as they are
         L, K, d = rounding.p.mean_v.shape
         self.shape = K, batch, d
         self.whole = rounding.p.whole
@@ -124,14 +124,14 @@ class PackedCache:
 
     @length.setter
     def length(self, n: int) -> None:
-        """Rewind: what follows token n − 1 is forgotten. ValueError where n's group is rounded.
+        """Rewind: what follows token n − 1 is forgotten. ValueError where n's group is codes alone.
 
         Set ahead, a cache holds whatever numbers lie there (benchmarks).
         """
         if not 0 <= n <= self.max_len:
             raise ValueError(f"length {n} of a cache for 0 to {self.max_len} tokens")
         if 0 < n < self.kept_from:
-            raise ValueError(f"length {n}: tokens before {self.kept_from} are rounded; a cache "
+            raise ValueError(f"length {n}: tokens before {self.kept_from} are codes alone; a cache "
                              f"of bits with {self.length} goes back to {self.kept_from}, or to 0")
         self._length = n
         self.kept_from = max(self.kept_from, (n // GROUP - 1) * GROUP) if n else 0

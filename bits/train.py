@@ -8,7 +8,7 @@ question of ranks again, with more answers: 0, 1, 2, 3, 4, 6 or 8 bits for a blo
   training    is train.py's own loop, with plans of random budgets along the path. Rounding has no
               gradient, so that of x is taken for it, up to the last code; beyond it there is none.
               What learns: all entries of A (rounding sees turns within a block too), means and
-              steps. The path is found anew after a quarter of the steps, and after half of them.
+              the Δ. The path is found anew after a quarter of the training, and after half of it.
   objective   the mean of log(KL + 0.0001): 0.001, as in train.py, would hide the KLs at 4 bits.
 
 The start is the first chapter's, or the projections in --proj, trained for ranks.
@@ -124,7 +124,7 @@ def options():
     cli.amp_argument(parser)
     add = parser.add_argument
     add("--proj", type=Path, help="projections to start from [the start of train.py]")
-    add("--steps", type=cli.within(0, 10 ** 7), default=120, help="0: the path alone [120]")
+    add("--steps", type=cli.within(0, 10 ** 7), default=120, help="0: no training [120]")
     add("--lr", type=cli.within(0.0, 1e6), help="Adam's peak rate [0.75 / head_dim]")
     add("--resume", action="store_true", help="continue the training that stopped in --out")
     parser.set_defaults(checkpoint=None, accumulate=1, check_every=100)
@@ -136,14 +136,23 @@ def options():
 WHOLE = 4               # first tokens, where --proj says nothing of them
 
 
+def with_mean(p: Projection, model: Model, windows: Windows) -> Projection:
+    """Projections with a mean of the keys and whole tokens; those of --recipe paper have neither.
+    """
+    if p.mean_k is not None:
+        return p
+    return Projection(p.U_k, p.U_v, p.mean_v, mean_of_keys(model, windows, WHOLE).cpu(), WHOLE)
+
+
 def begin(args, model: Model, windows: Windows) -> dict[str, Tensor]:
     """What a training begins with, for its state: a start, what is asked of it, and its steps."""
     if args.proj:
         with cli.blame("--proj"):
             start = Projection.load(args.proj)
             start.check_fits(model.config)
-        if start.mean_k is None:                        # of --recipe paper
-            start.whole, start.mean_k = WHOLE, mean_of_keys(model, windows, WHOLE)
+        if args.seq <= start.whole:
+            cli.fail(f"--seq {args.seq}: all are whole first tokens of --proj; take longer windows")
+        start = with_mean(start, model, windows)
     else:
         start = find_start(model, windows, WHOLE)
     start = start.to(model.device, wide(model.dtype))
@@ -164,17 +173,17 @@ def learnt(state: TrainingState, model: Model, args) -> Bits:
 def finish(state: TrainingState, model: Model, held_out, args, passages) -> None:
     """Save, report, and save with the report."""
     bits, file = learnt(state, model, args), args.out / "bits.json"
-    unrounded = bits.rounding.p.whole + GROUP
+    on_top = bits.rounding.p.whole + 2 * GROUP          # tokens held as they are
     said = {"seq": args.seq, "loss": state.facts["loss"]}
     with cli.blame("--out"):
         bits.save(file, said)                           # whatever becomes of the report
-    print(f"\nWindows of {args.seq} tokens; up to {GROUP} newest ones and the first "
-          f"{bits.rounding.p.whole} come on top, {unrounded / args.seq:.1%}")
+    print(f"\nWindows of {args.seq} tokens; the {2 * GROUP} newest and the first "
+          f"{bits.rounding.p.whole} come on top, {on_top / args.seq:.1%}")
     _, rows = report(model, held_out, {"bits": bits.at}, SHARES, args, passages)
     flat = []
     for row in rows:
         share = bits.plan(row["budget"]).double().mean().item() / FULL
-        in_all = share + unrounded / args.seq
+        in_all = share + on_top / args.seq
         flat.append({"budget": share, "in_all": in_all} | row["bits"])
     with cli.blame("--out"):
         bits.save(file, said | {"budgets": flat})
@@ -219,6 +228,8 @@ def main():
         varies, steps = (tensors[name].to(device) for name in ("varies", "steps"))
         rounding = TrainedRounding(start, varies, steps)
         state = TrainingState(file, rounding, settings, tensors, saved)
+        if saved and "path" not in tensors:
+            raise ValueError(f"{file}: no path")
 
     def new_path(asked: Asked) -> None:
         with torch.no_grad():
@@ -226,8 +237,8 @@ def main():
 
     if not saved:
         new_path(Asked.of(tensors))
-    print(f"Calibrated, with a path of {len(state.tensors['path'])} lowerings, in "
-          f"{time.time() - began:.0f} s", flush=True)
+        print(f"Calibrated, with a path of {len(tensors['path'])} lowerings, in "
+              f"{time.time() - began:.0f} s", flush=True)
 
     forecast = Forecast(args, device, args.steps - state.step, len(SHARES))
 

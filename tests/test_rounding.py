@@ -201,6 +201,14 @@ def test_a_rounding_is_read_as_it_was_written(model, tmp_path):
     assert (again.p.whole, again.p.positions) == (4, 77)
 
 
+@pytest.mark.parametrize("step", [0.0, -1.0, math.nan, math.inf])
+def test_steps_are_positive_numbers(model, step):
+    r = random_rounding(model)
+    r.steps[1, 0, 0, 0, 3] = step
+    with pytest.raises(ValueError, match="steps"):
+        Rounding(r.p, r.steps)
+
+
 def test_a_rounding_needs_a_mean_of_the_keys(model, tmp_path):
     p = random_projection(model)
     with pytest.raises(ValueError, match="mean_k"):
