@@ -9,6 +9,8 @@ they combine. This script measures them with one yardstick, the bytes of a token
                     largest: a scale and a zero for each token, head and side
     intN turned     the same behind one random rotation for all heads, which spreads outliers
     KIVI N          keys by channel over groups of 32 tokens, values by token (arXiv 2402.02750)
+    q8_0, q4_0      llama.cpp's: 32 neighbours of a token and head share a scale in 16 bits, no
+                    zero; "turned" behind a Hadamard matrix of the head's width
     ranks x int4    the coordinates that a plan keeps, in 4 bits with a scale and a zero
     bits            as bits.train trained them, if --out has bits.json
 
@@ -74,6 +76,32 @@ def by_token(layer: int, k: Tensor, v: Tensor, turn, bits: int, Q: Tensor | None
     return rounded(k @ Q, bits, -1) @ Q.T, rounded(v @ Q, bits, -1) @ Q.T
 
 
+def in_blocks(x: Tensor, bits: int) -> Tensor:
+    """x as llama.cpp has it: 8 bits around 0, or 4 whose lowest level is what lies furthest out."""
+    blocks = x.unflatten(-1, (-1, 32))
+    furthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scale = (furthest.abs() / 127 if bits == 8 else furthest / -8).half().float()
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    safe = torch.where(scale == 0, 1.0, scale)
+    return ((blocks / safe).round().clamp(low, high) * scale).flatten(-2)
+
+
+def by_block(layer: int, k: Tensor, v: Tensor, turn, bits: int, Q: Tensor | None = None):
+    """The hook of q8_0 and q4_0, behind a rotation Q, if there is one."""
+    k = turn(k)
+    if Q is None:
+        return in_blocks(k, bits), in_blocks(v, bits)
+    return in_blocks(k @ Q, bits) @ Q.T, in_blocks(v @ Q, bits) @ Q.T
+
+
+def hadamard(d: int) -> Tensor:
+    """Sylvester's matrix over √d, of d a power of two."""
+    H = torch.ones(1, 1)
+    while len(H) < d:
+        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
+    return H / d ** 0.5
+
+
 def by_rank_and_token(layer: int, k: Tensor, v: Tensor, turn, p: Projection, ranks: Tensor,
                       bits: int):
     """The hook of ranks x intN: coordinates rounded; means come back, and first tokens stay whole.
@@ -116,6 +144,12 @@ def candidates(args, config) -> list:
         share = (bits + scales / d) / FULL
         rows.append((f"int{bits}", share, partial(by_token, bits=bits)))
         rows.append((f"int{bits} turned", share, partial(by_token, bits=bits, Q=Q)))
+    for bits in (8, 4) if d % 32 == 0 else ():
+        share = (bits + FULL / 32) / FULL
+        rows.append((f"q{bits}_0", share, partial(by_block, bits=bits)))
+        if d & (d - 1) == 0:
+            H = hadamard(d)
+            rows.append((f"q{bits}_0 turned", share, partial(by_block, bits=bits, Q=H)))
     for bits in (4, 2):                             # half of the scales by channel, half by token
         share = (bits + scales * (1 / GROUP + 1 / d) / 2) / FULL
         rows.append((f"KIVI {bits}", share, partial(by_group, bits=bits)))
@@ -151,6 +185,7 @@ CURVES = {      # names without their numbers: label, colour, marker
     "ranks": ("ranks: trained along their order", "C2", "^"),
     "int": ("int8 to int2, a scale per token and head", "C7", "s"),
     "KIVI": ("KIVI, 4 and 2 bits", "C5", "P"),
+    "q_ turned": ("llama.cpp's q8_0 and q4_0, turned", "C9", "X"),
     "ranks x int": ("those ranks in int4", "C8", "v"),
     "bits": ("bits: trained for them", "C4", "D"),
 }

@@ -6,7 +6,15 @@ import torch
 from conftest import random_projection, random_ranks, relative
 from test_rounding import random_bits, random_rounding
 
-from bench.equal_bytes import by_group, by_rank_and_token, by_token, rounded, twice
+from bench.equal_bytes import (
+    by_group,
+    by_rank_and_token,
+    by_token,
+    hadamard,
+    in_blocks,
+    rounded,
+    twice,
+)
 from bits.rounding import GROUP
 
 
@@ -60,6 +68,26 @@ def test_kivi_rounds_keys_by_channel_and_group_and_values_by_token():
         assert torch.equal(k_hat[:, :, group], rounded(k[:, :, group], 2, 2))
     assert (k_hat - k)[..., 4:].abs().max() < 2                     # the others do not suffer
     assert torch.equal(v_hat, rounded(v, 2, -1))
+
+
+def test_blocks_are_those_of_llama_cpp():
+    """Against its two reference routines in plain Python; a block of zeros stays one."""
+    x = torch.randn(3, 64)
+    x[0, :32] = 0
+    for bits in (8, 4):
+        found = in_blocks(x, bits)
+        for row, of_row in zip(x, found, strict=True):
+            for block in (slice(0, 32), slice(32, 64)):
+                numbers = row[block].tolist()
+                furthest = max(numbers, key=abs)
+                scale = abs(furthest) / 127 if bits == 8 else furthest / -8
+                scale = torch.tensor(scale).half().item()
+                for number, other in zip(numbers, of_row[block].tolist(), strict=True):
+                    level = number / scale if scale else 0
+                    level = round(level) if bits == 8 else min(int(level + 8.5), 15) - 8
+                    assert other == pytest.approx(level * scale, abs=1e-6)
+    H = hadamard(64)
+    assert torch.allclose(H @ H.T, torch.eye(64), atol=1e-6)
 
 
 def test_the_newest_group_is_exact_and_those_before_are_not(model):
