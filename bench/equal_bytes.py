@@ -182,18 +182,18 @@ def candidates(args, config) -> list:
 # The report
 
 CURVES = {      # names without their numbers: label, colour, marker
-    "ranks": ("ranks: trained along their order", "C2", "^"),
+    "ranks": ("ranks, along their order", "C2", "^"),
     "int": ("int8 to int2, a scale per token and head", "C7", "s"),
     "KIVI": ("KIVI, 4 and 2 bits", "C5", "P"),
     "q_ turned": ("llama.cpp's q8_0 and q4_0, turned", "C9", "X"),
     "ranks x int": ("those ranks in int4", "C8", "v"),
-    "bits": ("bits: trained for them", "C4", "D"),
+    "bits": ("bits", "C4", "D"),
 }
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """KL and recall against bytes: lines with the newest group exact, dots with it stored."""
-    with picture(path, columns=2, width=11, height=4.5) as (distance, memory):
+    with picture(path, columns=2, width=11, height=5) as (distance, memory):
         for curve, (label, color, marker) in CURVES.items():
             mine = [row for row in rows if re.sub(r"[\d.%]+", "", row["name"]).split() ==
                     curve.split()]
@@ -207,7 +207,9 @@ def draw(rows: list[dict], path: Path) -> None:
                 memory.plot(x, [100 * row[found]["recall"] for row in mine], **style)
         distance.set(yscale="log", ylabel="KL to the base model, nats per token")
         memory.set(ylim=(0, 105), ylabel="recall, % of the model's own")
-        distance.legend(title="lines: the newest group exact; dots: stored")
+        handles, labels = memory.get_legend_handles_labels()
+        memory.figure.legend(handles, labels, loc="outside lower center", ncols=3,
+                             title="lines: the newest group exact; dots: stored")
         for axis in (distance, memory):
             show_bytes(axis)
 
