@@ -236,13 +236,16 @@ class PackedCache:
         tiles = list(self.tiles_of(first, (end - 1) // GROUP * GROUP))      # all groups before
         keys, values = unrounded[:, :, None]                        # (K·B, 1, d, tokens)
         q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
-        scores = q.new_zeros(K * B, G * T, end)
+        added = added[..., :end].flatten(0, 1)                      # (K·B, G, T, end)
+        scores = added.flatten(1, 2)
+        if T > 1:           # one token's own group is in no tile, so its scores need no copy
+            scores = scores.clone()
         for tokens, n in tiles:
-            scores[..., tokens] = q @ self.codes(i, 0, tokens, n)
+            scores[..., tokens].baddbmm_(q, self.codes(i, 0, tokens, n))
         q, by_token = (x.unflatten(1, (G, T)) for x in (q, scores))         # views
         for rows, tokens, own in groups:
-            by_token[:, :, rows, tokens] = q[:, :, rows] @ keys[..., own]
-        by_token += added[..., :end].flatten(0, 1)
+            of_own = q[:, :, rows] @ keys[..., own]
+            by_token[:, :, rows, tokens] = of_own.add_(added[:, :, rows, tokens])
         if unseen is not None:
             by_token.masked_fill_(unseen[:, :end], -math.inf)
         weights = scores.softmax(-1)
