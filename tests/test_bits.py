@@ -11,6 +11,7 @@ from conftest import (
     CKPT,
     DEMO,
     call,
+    mean_kl,
     random_projection,
     random_start,
     relative,
@@ -19,6 +20,7 @@ from conftest import (
     small,
 )
 from safetensors.torch import load_file
+from test_cache import with_large_biases
 from test_rounding import random_path, random_rounding
 
 from bits import Bits, load_bits
@@ -31,11 +33,11 @@ from bits.costs import (
     shrink_and_noise,
     what_is_asked,
 )
-from bits.rounding import BITS, NORMAL, Rounding, bits_at, on_grid, water_filling
+from bits.rounding import BITS, NORMAL, Rounding, bits_at, on_grid, same_bits, water_filling
 from bits.train import TrainedRounding, draw_bits, step_memory
 from model import Model, generate, load
 from projection import Projection
-from search import DRAWS, Windows, sweep
+from search import DRAWS, Windows, find_start, sweep
 from support.checkpoint import read_config
 from support.training import TrainingState
 from train import Recipe, distil
@@ -510,3 +512,31 @@ def test_two_processes_are_one_with_twice_the_batch(trained, tmp_path):
     assert a["path"] == b["path"]
     assert a["loss"][:2] == pytest.approx(b["loss"][:2], rel=1e-9)
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)          # a code may have flipped
+
+
+# ------------------------------------------------------------------------------
+# Keys with a large mean
+
+def test_biases_of_600_cost_nothing_at_3_bits_once_they_are_the_mean():
+    """Not even far behind the positions that bits were made at. With another mean they cost a lot.
+    """
+    held_out, kls = torch.randint(3, 96, (16, 40)), {}
+    tokens = torch.randint(3, 96, (900,)).numpy()
+    for size in (0, 600):
+        model, mean_k = with_large_biases(size)
+        bits = same_bits(3, model.config)
+        windows = Windows(tokens, 16, 8, 40, 1, 0)
+        p = find_start(model, windows, 4)
+        for factor in (1, 0):
+            p.mean_k = factor * mean_k
+            asked = what_is_asked(model, windows, p)
+            stored = Rounding(p, first_steps(model, windows, p, asked)).at(bits).stored
+            for start in (0, 200):
+                log_p, log_q = (
+                    model.lm_head(model.norm(model.hidden(held_out, project, start=start)))
+                    for project in (None, stored))
+                kl = mean_kl(log_p.log_softmax(-1), log_q.log_softmax(-1))
+                kls.setdefault((size, factor), []).append(kl)
+    usual, large, without = (torch.tensor(kls[key]) for key in ((0, 1), (600, 1), (600, 0)))
+    assert (large < 1.6 * usual).all()              # bases and steps are of other random numbers
+    assert (without > 2 * usual).all()
