@@ -38,7 +38,7 @@ def their_model(path: Path, model: Model):
     try:
         import transformers
     except ImportError:
-        cli.fail("bench/generate.py: transformers is not installed; pip install transformers")
+        cli.fail("transformers is not installed: pip install transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
