@@ -51,7 +51,7 @@ from support.plans import PROJECTIONS, read_ranks
 # ------------------------------------------------------------------------------
 # Rounding
 
-def rounded(x: Tensor, bits: int, dim: int, kept: Tensor | None = None) -> Tensor:
+def rounded(x: Tensor, bits: int, dim: int = -1, kept: Tensor | None = None) -> Tensor:
     """x as 2^bits levels between its least and its largest along dim; scale and zero in 16 bits.
 
     kept: which numbers are stored; the others are zero, and stay so.
@@ -68,12 +68,13 @@ def rounded(x: Tensor, bits: int, dim: int, kept: Tensor | None = None) -> Tenso
     return y if kept is None else y * kept
 
 
-def by_token(layer: int, k: Tensor, v: Tensor, turn, bits: int, Q: Tensor | None = None):
-    """The hook `project=` of intN, behind a rotation Q, if there is one."""
+def by_token(layer: int, k: Tensor, v: Tensor, turn, bits: int, Q: Tensor | None = None,
+             stored=rounded):
+    """The hook `project=` of intN, or of `stored`, behind a rotation Q, if there is one."""
     k = turn(k)
     if Q is None:
-        return rounded(k, bits, -1), rounded(v, bits, -1)
-    return rounded(k @ Q, bits, -1) @ Q.T, rounded(v @ Q, bits, -1) @ Q.T
+        return stored(k, bits), stored(v, bits)
+    return stored(k @ Q, bits) @ Q.T, stored(v @ Q, bits) @ Q.T
 
 
 def in_blocks(x: Tensor, bits: int) -> Tensor:
@@ -84,14 +85,6 @@ def in_blocks(x: Tensor, bits: int) -> Tensor:
     low, high = (-127, 127) if bits == 8 else (-8, 7)
     safe = torch.where(scale == 0, 1.0, scale)
     return ((blocks / safe).round().clamp(low, high) * scale).flatten(-2)
-
-
-def by_block(layer: int, k: Tensor, v: Tensor, turn, bits: int, Q: Tensor | None = None):
-    """The hook of q8_0 and q4_0, behind a rotation Q, if there is one."""
-    k = turn(k)
-    if Q is None:
-        return in_blocks(k, bits), in_blocks(v, bits)
-    return in_blocks(k @ Q, bits) @ Q.T, in_blocks(v @ Q, bits) @ Q.T
 
 
 def hadamard(d: int) -> Tensor:
@@ -146,10 +139,10 @@ def candidates(args, config) -> list:
         rows.append((f"int{bits} turned", share, partial(by_token, bits=bits, Q=Q)))
     for bits in (8, 4) if d % 32 == 0 else ():
         share = (bits + FULL / 32) / FULL
-        rows.append((f"q{bits}_0", share, partial(by_block, bits=bits)))
+        rows.append((f"q{bits}_0", share, partial(by_token, bits=bits, stored=in_blocks)))
         if d & (d - 1) == 0:
-            H = hadamard(d)
-            rows.append((f"q{bits}_0 turned", share, partial(by_block, bits=bits, Q=H)))
+            hook = partial(by_token, bits=bits, Q=hadamard(d), stored=in_blocks)
+            rows.append((f"q{bits}_0 turned", share, hook))
     for bits in (4, 2):                             # half of the scales by channel, half by token
         share = (bits + scales * (1 / GROUP + 1 / d) / 2) / FULL
         rows.append((f"KIVI {bits}", share, partial(by_group, bits=bits)))

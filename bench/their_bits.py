@@ -14,6 +14,7 @@ KL is the distance from the model, in nats per token. Bits are those in --out.
     ../theirs/bin/python bench/their_bits.py --ckpt DIR --out DIR
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -116,16 +117,19 @@ def main():
         cache = bits.cache(share, 1, args.seq, dtype, device)
         return lambda x: model(x, cache=cache)
 
-    rows = {name: (lambda name=name: their_forward(name)) for name in BACKENDS}
-    rows |= {f"bits, {share:.2%}": (lambda share=share: our_forward(share)) for share in SHARES}
+    # By name: what makes a fresh cache, and the bytes of so many tokens.
+    rows = {name: (partial(their_forward, name), partial(their_bytes, theirs.config, *of))
+            for name, of in BACKENDS.items()}
+    rows |= {f"bits, {share:.2%}": (partial(our_forward, share), partial(our_bytes, bits, share))
+             for share in SHARES}
     totals = {name: [] for name in rows}
     progress, done = Progress(len(text) * len(rows), "windows"), 0
     for window in text:
         x, y = window[:-1], window[1:]
         log_p = model(x[None])[0].float().log_softmax(-1)
         p, likeliest = log_p.exp(), log_p.argmax(-1)
-        for name, forward in rows.items():
-            log_q = by_groups(forward(), x)
+        for name, (fresh, _) in rows.items():
+            log_q = by_groups(fresh(), x)
             totals[name].append(by_token(p, log_p, log_q, y, likeliest))
             progress(done := done + 1)
 
@@ -133,11 +137,7 @@ def main():
           + "".join(f"{n:>9,}" for n in LENGTHS) + "        KL   99.9%   same likeliest")
     for name, found in totals.items():
         kl, _, _, same = torch.cat(found, dim=1)
-        if name in BACKENDS:
-            shares = [their_bytes(theirs.config, *BACKENDS[name], n) for n in LENGTHS]
-        else:
-            shares = [our_bytes(bits, float(name.split()[1][:-1]) / 100, n) for n in LENGTHS]
-        shown = "".join(f"{share:9.2%}" for share in shares)
+        shown = "".join(f"{rows[name][1](n):9.2%}" for n in LENGTHS)
         print(f"  {name:22s}{shown}   {kl.mean():.5f}  {kl.quantile(0.999):6.3f}   "
               f"{same.mean():.2%}", flush=True)
 

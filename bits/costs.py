@@ -40,10 +40,6 @@ class Asked(NamedTuple):
     cut: Tensor                         # (…, d): E[(Σ_s g_s x_s)²] / T
     cut_of_block: Tensor                # (…, 8): the same of Σ_c over a block
 
-    @staticmethod
-    def of(tensors: dict) -> "Asked":
-        return Asked(*(tensors[name] for name in Asked._fields))
-
 
 @torch.no_grad()
 def what_is_asked(model: Model, windows: Windows, p: Projection) -> Asked:

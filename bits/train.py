@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from bits import Bits
-from bits.costs import Asked, deviations, find_path, first_steps, what_is_asked
+from bits.costs import deviations, find_path, first_steps, what_is_asked
 from bits.rounding import FULL, GROUP, Rounding, bits_at
 from evaluate import describe, report
 from model import Model, load, wide
@@ -108,7 +108,7 @@ def draw_picture(rows: list[dict], path) -> None:
     """KL against bytes."""
     with picture(path, width=6) as axis:
         x = [100 * row["budget"] for row in rows]
-        axis.plot(x, [row["kl"] for row in rows], color="C4", marker="D", label="bits, trained")
+        axis.plot(x, [row["kl"] for row in rows], color="C4", marker="D", label="bits")
         axis.set(yscale="log", ylabel="KL to the base model, nats per token")
         show_bytes(axis)
         axis.legend()
@@ -145,7 +145,7 @@ def with_mean(p: Projection, model: Model, windows: Windows) -> Projection:
 
 
 def begin(args, model: Model, windows: Windows) -> dict[str, Tensor]:
-    """What a training begins with, for its state: a start, what is asked of it, and its steps."""
+    """What a training begins with, for its state: a start, its steps, and a path."""
     if args.proj:
         with cli.blame("--proj"):
             start = Projection.load(args.proj)
@@ -157,8 +157,10 @@ def begin(args, model: Model, windows: Windows) -> dict[str, Tensor]:
         start = find_start(model, windows, WHOLE)
     start = start.to(model.device, wide(model.dtype))
     asked = what_is_asked(model, windows, start)
-    return start.tensors("start.") | asked._asdict() | {
-        "whole": torch.tensor(start.whole), "steps": first_steps(model, windows, start, asked)}
+    steps = first_steps(model, windows, start, asked)
+    return start.tensors("start.") | {
+        "whole": torch.tensor(start.whole), "varies": asked.varies, "steps": steps,
+        "path": find_path(model, windows, Rounding(start, steps), asked)}
 
 
 @torch.no_grad()
@@ -228,26 +230,21 @@ def main():
         varies, steps = (tensors[name].to(device) for name in ("varies", "steps"))
         rounding = TrainedRounding(start, varies, steps)
         state = TrainingState(file, rounding, settings, tensors, saved)
-        if saved and "path" not in tensors:
-            raise ValueError(f"{file}: no path")
-
-    def new_path(asked: Asked) -> None:
-        with torch.no_grad():
-            tensors["path"] = find_path(model, windows, rounding(), asked)
-
+        lowerings = len(tensors["path"])
     if not saved:
-        new_path(Asked.of(tensors))
-        print(f"Calibrated, with a path of {len(tensors['path'])} lowerings, in "
+        print(f"Calibrated, with a path of {lowerings} lowerings, in "
               f"{time.time() - began:.0f} s", flush=True)
 
     forecast = Forecast(args, device, args.steps - state.step, len(SHARES))
 
     def draw(B: int, config, generator: Generator) -> Tensor:
-        return draw_bits(B, config, generator, state.tensors["path"])
+        return draw_bits(B, config, generator, tensors["path"])
 
     def after_step(step: int) -> None:
         if step in (args.steps // 4, args.steps // 2):
-            new_path(what_is_asked(model, windows, learnt(state, model, args).rounding.p))
+            now = learnt(state, model, args).rounding
+            asked = what_is_asked(model, windows, now.p)
+            tensors["path"] = find_path(model, windows, now, asked)
         if processes.RANK == 0:
             forecast()
         at_check = step == args.steps or step % args.check_every == 0
