@@ -169,9 +169,11 @@ def test_the_step_that_costs_least_is_taken(known):
 @pytest.mark.parametrize("kind", ["noise", "shrinking"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_the_cost_of_small_errors_is_the_kl_that_they_make(model, side, kind):
-    """Along one column of one head: noise of a known variance, or a little less of x; float64."""
-    model = model.double()
-    windows = random_windows(64)
+    """Along one column of one head: noise of a known variance, or a little less of x; float64.
+
+    640 windows: the two sides then differ by 5% (one deviation over seeds), with 64 by 16.
+    """
+    windows = random_windows(640)
     windows.batch = 16
     text = torch.cat((windows.text, windows.text[:, :1]), dim=1)
     p = random_start(model.float(), whole=4).to(None, torch.float64)
@@ -193,10 +195,10 @@ def test_the_cost_of_small_errors_is_the_kl_that_they_make(model, side, kind):
 
     with torch.no_grad():
         kl = [distil(model, text, changed, Recipe(1, 64, 40, 0.1))[1].mean()
-              for _ in range(20 if kind == "noise" else 1)]
+              for _ in range(2 if kind == "noise" else 1)]
     per_token = (asked.gradient if kind == "noise" else asked.cut)[side, 0, 0, 0].item()
     found = torch.stack(kl).mean().item()
-    assert found == pytest.approx(per_token * size ** 2 / 2, rel=0.3)
+    assert found == pytest.approx(per_token * size ** 2 / 2, rel=0.25)
 
 
 # ------------------------------------------------------------------------------
