@@ -246,9 +246,9 @@ OPTIONS = ("recipe", "draw", "ce", "steps", "batch", "seq", "lr", "accumulate", 
 PATHS = ("ckpt", "data", "ranks")
 
 
-def options() -> argparse.Namespace:
+def options(doc: str) -> argparse.Namespace:
     """The command line, checked as far as it can be before any file is opened."""
-    parser = cli.arguments(__doc__, several=True)
+    parser = cli.arguments(doc, several=True)
     cli.data_arguments(parser)
     cli.out_argument(parser)
     cli.report_arguments(parser, windows=32)
@@ -358,8 +358,9 @@ def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
     print(f"Saved {args.out / PROJECTIONS}, {file} and {file.with_suffix('.png')}")
 
 
-def main():
-    args = options()
+def main(doc=__doc__, read_config=read_config, load=load):
+    """adapters/ has a `load` of its own, and what goes with it."""
+    args = options(doc)
     with cli.blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
         check_levels(config.head_dim)

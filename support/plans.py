@@ -105,6 +105,16 @@ def order_in(file: Path, projection: Projection, config) -> Tensor | None:
     return found.order
 
 
+def order_beside(proj: Path, projection: Projection, config) -> tuple[Path, Tensor | None]:
+    """The order for projections in the file `proj`: that of search.py, else of their training."""
+    where = proj.with_name("ranks.json")
+    order = order_in(where, projection, config)
+    if order is None:
+        where = proj.with_name("train.json")
+        order = trained_order(proj, config)
+    return where, order
+
+
 UNSAID = "does not say for which projections; taken to be for these"
 
 
@@ -146,11 +156,7 @@ def plans_for(args, model: Model, *budgets: float | None):
         said = f", which {UNSAID}" if found.projections is None else ""
     else:
         with blame("--proj"):
-            where = proj.with_name("ranks.json")
-            order = order_in(where, projection, config)
-            if order is None:
-                where = proj.with_name("train.json")
-                order = trained_order(proj, config)
+            where, order = order_beside(proj, projection, config)
     plans = []
     for budget in budgets:
         if budget is None:

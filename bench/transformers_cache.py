@@ -1,0 +1,56 @@
+"""A step of transformers' generate with MatryoshkaCache, against its own DynamicCache.
+
+    pip install transformers==5.24.0
+    python bench/transformers_cache.py --ckpt ../smollm2
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from adapters.transformers_cache import MatryoshkaCache
+from bench.tools import ratio, spread, timed
+from support import cli
+
+ROTATIONS = ROOT / "rotations" / "smollm2-135m" / "projections.safetensors"
+
+
+@torch.inference_mode()
+def main():
+    parser = cli.arguments(__doc__)
+    add = parser.add_argument
+    add("--tokens", type=cli.within(8, 10 ** 6), default=1024, help="in the cache [1024]")
+    add("--rounds", type=cli.within(1, 1000), default=5, help="[5]")
+    args = parser.parse_args()
+    device, dtype = cli.prepare(args)
+    cli.keep_freed_memory()
+    model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=dtype).to(device).eval()
+    caches = {"DynamicCache": DynamicCache(config=model.config)}
+    for budget in (1.0, 0.5, 0.25):
+        caches[f"{budget:.0%}"] = MatryoshkaCache(model, ROTATIONS, budget=budget)
+    prompt = torch.randint(1000, (1, args.tokens), device=device)
+    token = prompt[:, :1]
+
+    def step(cache):
+        def run():
+            model(token, past_key_values=cache)
+            cache.crop(-1)
+        return run
+
+    for cache in caches.values():
+        model(prompt, past_key_values=cache, logits_to_keep=1)
+    seconds = timed([step(cache) for cache in caches.values()], args.rounds, 10)
+    print(f"{args.tokens} tokens, {dtype}: milliseconds of a step, and of DynamicCache's")
+    for (name, cache), of in zip(caches.items(), seconds, strict=True):
+        kept = cache.nbytes if isinstance(cache, MatryoshkaCache) else sum(
+            x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+        print(f"{name:>13s} {spread([1e3 * s for s in of], '.1f')}  {ratio(of, seconds[0])}  "
+              f"{kept:,} bytes stay")
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

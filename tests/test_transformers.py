@@ -1,0 +1,395 @@
+"""adapters/transformers_cache.py against model.py and cache.py, and against transformers alone."""
+import gc
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, random_projection, script
+
+pytest.importorskip("transformers")
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, logging
+
+from adapters.transformers_cache import Adapted, MatryoshkaCache, Rope, calibrate, far
+from model import load
+from projection import Projection, shape_of, uniform_ranks
+from search import Windows, find_order, find_start
+
+logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")
+KINDS = ["llama_mha", "llama_gqa_tied_llama3", "mistral_window", "qwen2", "qwen3"]
+
+
+def theirs(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def ragged(config):
+    L, K, d = shape_of(config)
+    return d // 8 * torch.randint(1, 9, (2, L, K))
+
+
+def made(kind: str, **more):
+    """A random model of a kind that model.py may refuse, its weights large enough to matter."""
+    said = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(said | more))).eval()
+    with torch.no_grad():
+        for x in model.parameters():
+            x.copy_(x + 0.1 * torch.randn_like(x) if x.ndim == 1 else 4 * x)
+    return model
+
+
+def gemma3(**more):
+    return made("gemma3_text", **({"head_dim": 16, "sliding_window": 8, "layer_types": [
+        "sliding_attention", "full_attention"] * 2} | more))
+
+
+def logits_of(model, p, ranks, tokens):
+    """With keys and values projected, and no cache."""
+    adapted = Adapted(model)
+    with torch.no_grad():
+        states = adapted.norm(adapted.hidden(tokens, p.at(ranks)))
+        return states @ adapted.lm_head.weight.T
+
+
+@torch.no_grad()
+def in_parts(model, cache, tokens, parts, **more):
+    return torch.cat([model(part, past_key_values=cache, **more).logits
+                      for part in tokens.split(parts, dim=1)], dim=1)
+
+
+# ------------------------------------------------------------------------------
+# The same as model.py and cache.py
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("whole", [0, 3])
+def test_logits_are_those_of_the_projected_model(kind, whole, tokens):
+    mine, model = load(GOLDEN / kind), theirs(GOLDEN / kind)
+    p = random_projection(mine, whole, mean=1.0)
+    for ranks in (ragged(mine.config), uniform_ranks(0.125, mine.config)):
+        expected = mine(tokens, project=p.at(ranks))
+        found = in_parts(model, MatryoshkaCache(model, p, ranks=ranks), tokens, [2, 9, 1, 1, 8])
+        assert torch.allclose(found, expected, atol=2e-5 * expected.abs().max())
+        assert far(expected, mine(tokens)) > 1e-3
+
+
+def test_a_full_plan_is_the_model_to_the_bit(tokens):
+    model = theirs(GOLDEN / "qwen2")
+    p = random_projection(load(GOLDEN / "qwen2"), 2, mean=1.0)
+    cache = MatryoshkaCache(model, p, budget=1.0)
+    parts = [5, 1, 15]
+    assert torch.equal(in_parts(model, cache, tokens, parts),
+                       in_parts(model, DynamicCache(config=model.config), tokens, parts))
+
+
+def test_keys_before_rope_are_those_of_the_model(tokens):
+    """What a hook is shown as k, and its `turn`, against the model's own products and rotation."""
+    for model, k_of in ((theirs(GOLDEN / "llama_gqa_tied_llama3"), "k_proj"), (gemma3(), "k_norm")):
+        adapted, seen, before = Adapted(model), {}, {}
+        for i, layer in enumerate(model.model.layers):
+            getattr(layer.self_attn, k_of).register_forward_hook(
+                lambda _, args, out, i=i: before.update({i: out}))
+        K, d = adapted.config.num_key_value_heads, adapted.config.head_dim
+        adapted.hidden(tokens, observe=lambda i, q, k, v, turn: seen.update({i: (k, turn(k))}),
+                       start=torch.tensor([0, 300, 41]))
+        for i, k in before.items():
+            k = k if k.ndim == 4 else k.view(*tokens.shape, K, d).transpose(1, 2)
+            assert torch.allclose(seen[i][0], k, atol=1e-4)
+            assert not torch.allclose(seen[i][1], k, atol=1e-2)
+
+
+def test_bfloat16(tokens):
+    model = theirs(GOLDEN / "llama_mha")
+    p, ranks = random_projection(load(GOLDEN / "llama_mha"), 2, mean=1.0), None
+    ranks = ragged(Adapted(model).config)
+    expected = in_parts(model, MatryoshkaCache(model, p, ranks=ranks), tokens, [12, 9])
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama_mha", dtype=torch.bfloat16)
+    cache = MatryoshkaCache(model, p, ranks=ranks)
+    found = in_parts(model, cache, tokens, [12, 9])
+    assert far(found.float(), expected) < 0.04
+    assert cache.layers[0].keys.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------
+# Models that model.py refuses
+
+OTHERS = {
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8,
+                    "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "phi": {}, "olmo2": {}, "stablelm": {}, "glm": {"head_dim": 16}, "cohere2": {
+        "head_dim": 16, "sliding_window": 8}, "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_models(kind):
+    """Partial and interleaved RoPE, two thetas, none, biased heads, scaled logits, windows."""
+    model, tokens = made(kind, **OTHERS[kind]), torch.randint(3, 96, (2, 29))
+    adapted = Adapted(model)
+    p, ranks = random_projection(adapted, 3, mean=0.5), ragged(adapted.config)
+    expected = logits_of(model, p, ranks, tokens)
+    found = in_parts(model, MatryoshkaCache(model, p, ranks=ranks), tokens, [13, 1, 1, 6, 8])
+    assert far(found, expected) < 1e-5
+    with torch.no_grad():
+        own = model(tokens).logits
+        full = logits_of(model, p, uniform_ranks(1.0, adapted.config), tokens)
+    assert far(full, own) < 1e-5 and far(expected, own) > 1e-2
+
+
+@pytest.mark.parametrize(("kind", "more", "said"), [
+    ("gemma2", {"head_dim": 16}, "bends its logits"),
+    ("llama4_text", {"head_dim": 16, "num_local_experts": 2}, "layers of chunked_attention"),
+    ("qwen3_next", {}, "layers of linear_attention"),
+    ("gpt2", {"n_embd": 64, "n_head": 4}, "RoPE is not where"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+     "RoPE of the kind dynamic"),
+])
+def test_models_that_are_refused(kind, more, said):
+    with pytest.raises(ValueError, match=said):
+        Adapted(made(kind, **more))
+
+
+def test_another_rope_than_the_model_has_is_noticed(monkeypatch):
+    model = theirs(GOLDEN / "llama_mha")
+    monkeypatch.setattr(Rope, "turn_back", lambda self, x, rows: x * rows[0])
+    with pytest.raises(ValueError, match="how positions turn the keys of layer 0"):
+        Adapted(model)
+
+
+# ------------------------------------------------------------------------------
+# Batches
+
+LENGTHS = (5, 12, 2)
+
+
+def padded(tokens):
+    """Texts of LENGTHS, padded on the left; their mask, and positions as `generate` has them."""
+    n = max(LENGTHS)
+    mask = torch.tensor([[0] * (n - length) + [1] * length for length in LENGTHS])
+    ids = torch.zeros_like(mask)
+    for row, length in enumerate(LENGTHS):
+        ids[row, n - length:] = tokens[row, :length]
+    return ids, mask, (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+
+
+@pytest.mark.parametrize("make", [lambda: theirs(GOLDEN / "llama_gqa_tied_llama3"), gemma3])
+@pytest.mark.parametrize("parts", [[12], [3, 8, 1]])
+def test_each_text_of_a_padded_batch_is_as_alone(make, parts, tokens):
+    model = make()
+    adapted = Adapted(model)
+    p, ranks = random_projection(adapted, 3, mean=0.5), ragged(adapted.config)
+    ids, mask, positions = padded(tokens)
+    more = torch.randint(3, 96, (3, 1))
+    cache, n, found = MatryoshkaCache(model, p, ranks=ranks), 0, []
+    with torch.no_grad():
+        for part in parts:                      # pads may fill a whole part
+            now = slice(n, n := n + part)
+            found.append(model(ids[:, now], attention_mask=mask[:, :n], past_key_values=cache,
+                               position_ids=positions[:, now]).logits)
+        found.append(model(more, attention_mask=torch.cat((mask, mask[:, -1:]), 1),
+                           past_key_values=cache, position_ids=positions[:, -1:] + 1).logits)
+        found = torch.cat(found, dim=1)
+        for row, length in enumerate(LENGTHS):
+            text = torch.cat((tokens[row:row + 1, :length], more[row:row + 1]), dim=1)
+            alone = in_parts(model, MatryoshkaCache(model, p, ranks=ranks), text, [length, 1])
+            assert far(found[row:row + 1, -length - 1:], alone) < 1e-5
+
+
+def test_generate_of_a_padded_batch(tokens):
+    model = theirs(GOLDEN / "llama_mha")
+    p, ranks = random_projection(load(GOLDEN / "llama_mha"), 2, mean=1.0), None
+    ranks = ragged(Adapted(model).config)
+    ids, mask, _ = padded(tokens)
+    said = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    together = model.generate(ids, attention_mask=mask, **said,
+                              past_key_values=MatryoshkaCache(model, p, ranks=ranks))
+    for row, length in enumerate(LENGTHS):
+        alone = model.generate(tokens[row:row + 1, :length], **said,
+                               past_key_values=MatryoshkaCache(model, p, ranks=ranks))
+        assert torch.equal(together[row, -8:], alone[0, -8:])
+
+
+def test_padding_without_positions_is_refused(tokens):
+    model = theirs(GOLDEN / "llama_mha")
+    cache = MatryoshkaCache(model, random_projection(Adapted(model)), budget=0.5)
+    ids, mask, positions = padded(tokens)
+    with pytest.raises(ValueError, match="needs position_ids"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="must count up"):
+        model(ids, attention_mask=mask, past_key_values=cache, position_ids=positions.flip(1))
+    model(ids, attention_mask=torch.ones_like(mask), past_key_values=cache)
+
+
+def test_a_text_at_another_position(tokens):
+    """Whole tokens are its first, and keys are turned to where it lies."""
+    model = theirs(GOLDEN / "llama_mha")
+    p = random_projection(Adapted(model), 3, mean=1.0)
+    mine, ranks = load(GOLDEN / "llama_mha"), ragged(Adapted(model).config)
+    start = torch.tensor([7, 0, 30])
+    cache = MatryoshkaCache(model, p, ranks=ranks)
+    positions = start[:, None] + torch.arange(tokens.shape[1])
+    with torch.no_grad():
+        found = torch.cat([model(part, position_ids=place, past_key_values=cache).logits
+                           for part, place in zip(tokens.split([2, 19], 1),
+                                                  positions.split([2, 19], 1), strict=True)], 1)
+    states = mine.norm(mine.hidden(tokens, p.at(ranks), start=start))
+    assert torch.allclose(found, states @ mine.lm_head.weight.T, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------
+# What users do with a cache
+
+@pytest.mark.parametrize("back", [1, 6, 19, 21])
+def test_crop(back, tokens):
+    """Also to fewer tokens than are whole, and to none."""
+    model = theirs(GOLDEN / "llama_mha")
+    p = random_projection(Adapted(model), 4, mean=1.0)
+    ranks, other = ragged(Adapted(model).config), torch.randint(3, 96, (3, 9))
+    cache = MatryoshkaCache(model, p, ranks=ranks)
+    in_parts(model, cache, tokens, [21])
+    cache.crop(-back)
+    found = in_parts(model, cache, other, [4, 5])
+    both = torch.cat((tokens[:, :21 - back], other), dim=1)
+    expected = in_parts(model, MatryoshkaCache(model, p, ranks=ranks), both, [both.shape[1]])
+    assert far(found, expected[:, -9:]) < 1e-5
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    again = in_parts(model, cache, both, [both.shape[1]])
+    assert torch.equal(again, expected)
+
+
+def test_crop_into_padding(tokens):
+    model = theirs(GOLDEN / "llama_mha")
+    p = random_projection(Adapted(model), 2, mean=1.0)
+    ids, mask, positions = padded(tokens)
+    caches = [MatryoshkaCache(model, p, budget=0.5) for _ in range(2)]
+    found = []
+    for cache, back in zip(caches, (0, 9), strict=True):        # three columns are left: two pads
+        model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        cache.crop(-back)
+        left = 12 - back
+        found.append(model(ids[:, left:] if back else ids[:, -1:], attention_mask=mask if back else
+                           torch.cat((mask, mask[:, -1:]), 1), past_key_values=cache,
+                           position_ids=positions[:, left:] if back else positions[:, -1:] + 1))
+    expected = model(ids, attention_mask=mask, position_ids=positions,
+                     past_key_values=MatryoshkaCache(model, p, budget=0.5))
+    seen = mask[:, 3:, None].bool()
+    assert far(found[1].logits * seen, expected.logits[:, 3:] * seen) < 1e-5
+
+
+def test_beams_keep_their_own_tokens(tokens):
+    model = theirs(GOLDEN / "llama_mha")
+    p, more = random_projection(Adapted(model), 4, mean=1.0), torch.randint(3, 96, (3, 1))
+    idx = torch.tensor([2, 0, 0])
+    for change, rows in ((lambda c: c.reorder_cache(idx), idx),
+                         (lambda c: c.batch_select_indices(idx), idx)):
+        cache = MatryoshkaCache(model, p, budget=0.5)
+        in_parts(model, cache, tokens, [21])
+        change(cache)
+        whole = torch.cat((tokens[rows], more), dim=1)
+        fresh = in_parts(model, MatryoshkaCache(model, p, budget=0.5), whole, [22])
+        assert far(in_parts(model, cache, more, [1]), fresh[:, -1:]) < 1e-5
+    said = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = MatryoshkaCache(model, p, budget=0.5)
+    found = model.generate(tokens[:2], num_beams=3, past_key_values=cache, **said)
+    one_by_one = [model.generate(row[None], num_beams=3, **said, past_key_values=MatryoshkaCache(
+        model, p, budget=0.5)) for row in tokens[:2]]
+    assert torch.equal(found, torch.cat(one_by_one))
+
+
+def test_two_caches_of_one_model(tokens):
+    model = theirs(GOLDEN / "llama_mha")
+    p = random_projection(Adapted(model), 2, mean=1.0)
+    caches = [MatryoshkaCache(model, p, budget=b) for b in (0.25, 0.75)]
+    found = [[model(part, past_key_values=cache).logits for cache in caches]
+             for part in tokens.split([10, 1, 10], dim=1)]
+    for number, budget in enumerate((0.25, 0.75)):
+        alone = in_parts(model, MatryoshkaCache(model, p, budget=budget), tokens, [10, 1, 10])
+        assert torch.equal(torch.cat([of[number] for of in found], dim=1), alone)
+    other = theirs(GOLDEN / "llama_mha")
+    with pytest.raises(ValueError, match="made for another model"):
+        other(tokens, past_key_values=MatryoshkaCache(model, p, budget=0.5))
+
+
+# ------------------------------------------------------------------------------
+# Bytes
+
+@pytest.mark.parametrize("make", [lambda: theirs(GOLDEN / "qwen2"), gemma3])
+def test_bytes_are_the_plan_and_first_tokens(make, tokens):
+    model = make()
+    adapted = Adapted(model)
+    L, K, d = shape_of(adapted.config)
+    p, ranks = random_projection(adapted, 3, mean=0.5), ragged(adapted.config)
+    ranks[:, 0] = d                             # a layer that stays as it is has no first tokens
+    cache = MatryoshkaCache(model, p, ranks=ranks)
+    in_parts(model, cache, tokens, [9, 1, 11])
+    B, n = tokens.shape
+    window = getattr(model.config, "sliding_window", None)
+    kinds = getattr(model.config, "layer_types", ["full_attention"] * L)
+    kept = [window - 1 if kind == "sliding_attention" and window else n for kind in kinds]
+    expected = sum(B * 4 * kept[i] * int(ranks[:, i].sum()) for i in range(L))
+    partly = sum((ranks[side, i] < d).any().item() for side in (0, 1) for i in range(L))
+    expected += 4 * B * K * p.whole * d * partly
+    assert cache.nbytes == expected
+    stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+              for layer in cache.layers for x in (layer.keys, layer.values)}
+    firsts = sum(x.nbytes for sides in cache.first for x in sides if x is not None)
+    assert sum(stored.values()) + firsts == expected
+
+
+def test_nothing_of_full_width_outlives_a_pass(tokens):
+    model = theirs(GOLDEN / "llama_mha")
+    adapted = Adapted(model)
+    _, K, d = shape_of(adapted.config)
+    cache = MatryoshkaCache(model, random_projection(adapted, 2, mean=1.0), budget=0.5)
+    many = tokens.repeat(1, 20)
+    with torch.no_grad():
+        model.model(many, past_key_values=cache)
+    gc.collect()
+    alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)
+             and x.shape[-3:] == (K, many.shape[1], d)]
+    assert not alive
+
+
+# ------------------------------------------------------------------------------
+# Calibration
+
+def test_calibrate_is_search(tokens):
+    """The same start and order as of model.py's own sweeps; signs of columns are free."""
+    mine, model = load(GOLDEN / "llama_gqa_tied_llama3"), theirs(GOLDEN / "llama_gqa_tied_llama3")
+    text = torch.randint(3, 96, (900,)).numpy()
+    windows = Windows(text, 8, 4, 32, 256, 0)
+    start = find_start(mine, windows, 3)
+    p, order = calibrate(model, text, whole=3, windows=8, batch=4, seq=32, positions=256)
+    assert torch.allclose(p.mean_k, start.mean_k, atol=1e-4) and p.whole == 3
+    for name in ("U_k", "U_v"):
+        alike = (getattr(p, name).mT @ getattr(start, name)).diagonal(dim1=-2, dim2=-1).abs()
+        assert alike.min() > 0.99
+    expected = find_order(mine, start, windows)
+    assert len(order) == len(expected) and torch.equal(order.bincount(), expected.bincount())
+    assert (order == expected).double().mean() > 0.9
+
+
+def test_the_script_writes_what_train_writes(tmp_path):
+    text = tmp_path / "tokens.npy"
+    np.save(text, np.random.default_rng(0).integers(3, 96, 4000).astype(np.uint16))
+    folder, few = GOLDEN / "llama_gqa_tied_llama3", [
+        "--data", str(text), "--seq", "32", "--batch", "4", "--sweep-windows", "8",
+        "--windows", "4"]
+    outs = [tmp_path / "theirs", tmp_path / "mine"]
+    script("adapters/transformers_cache.py", str(folder), *few, "--out", str(outs[0]))
+    script("train.py", "--ckpt", str(folder), "--steps", "0", *few, "--out", str(outs[1]))
+    files = [sorted(x.name for x in out.iterdir()) for out in outs]
+    assert files[0] == files[1] and "ranks.json" in files[0]
+    kls = [[row["trained_ordered"]["kl"] for row in json.loads((out / "train.json").read_text())[
+        "budgets"]] for out in outs]
+    assert kls[0] == pytest.approx(kls[1], rel=0.05)
+    model = theirs(folder)
+    p = Projection.load(outs[0] / "projections.safetensors")
+    cache = MatryoshkaCache(model, outs[0] / "projections.safetensors", budget=0.5)
+    L, K, d = shape_of(Adapted(model).config)
+    of_plan = [U.shape[1] for sides in cache.sides for side in sides for U in side.U]
+    assert sum(of_plan) == L * K * d and len(set(of_plan)) > 1 and p.whole == 4
