@@ -288,9 +288,9 @@ class MatryoshkaCache(DynamicCache):
         return k_hat, v_hat
 
     def turned_mean(self, i: int, begin: int, n: int) -> Tensor:
-        """R_n m of layer i at columns begin … begin + n − 1: (K, B or 1, n, d), a tensor of its own.
+        """R_n m of layer i at columns begin … begin + n − 1, a tensor of its own; zeros without m.
 
-        Zeros where there is no mean.
+        (K, B or 1, n, d)
         """
         p = self.projection
         if p.mean_k is None:
