@@ -6,7 +6,7 @@ attends to what it gets back. So a cache may keep coordinates of both and give b
 
     from adapters.transformers_cache import MatryoshkaCache
     cache = MatryoshkaCache(model, "out/projections.safetensors", budget=0.5)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)
 
 For a LLaMA, Mistral or Qwen the projections are those of train.py; for any model, also one that
 model.py refuses, this file as a script is train.py around transformers' own model, and without
@@ -184,8 +184,7 @@ class MatryoshkaCache(DynamicCache):
     def __init__(self, model, projections: Projection | str | Path, budget: float | None = None,
                  ranks: Tensor | None = None):
         super().__init__(config=model.config)
-        self.rope = rope_of(model)
-        config = self.rope.config
+        config = self.watch(model)
         check_levels(config.head_dim)
         if isinstance(projections, Projection):
             p, order = projections, None
@@ -198,16 +197,20 @@ class MatryoshkaCache(DynamicCache):
         if ranks is None:
             ranks = uniform_ranks(budget, config) if order is None else plan_at(order, config,
                                                                                 budget)
-        L, K, d = shape_of(config)
-        check_ranks(ranks, L, K, d)
+        check_ranks(ranks, *shape_of(config))
         self.projection = p = p.to(model.device, wide(model.dtype))
         self.sides = [[Side(U[i], ranks[side, i]) for side, U in enumerate((p.U_k, p.U_v))]
-                      for i in range(L)]
+                      for i in range(config.num_hidden_layers)]
         self.cut_off = [torch.stack([m - m @ U @ U.T for m, U in zip(means, of[1].U, strict=True)])
                         for means, of in zip(p.mean_v, self.sides, strict=True)]   # μ (I − P)
-        self.first = [[None, None] for _ in range(L)]           # (B, K, whole, d) each
+
+    def watch(self, model) -> Shape:
+        """See passes of this model from now on; its shape."""
+        self.rope = rope_of(model)
+        self.first = [[None, None] for _ in self.rope.turned]   # (B, K, whole, d) each
         self.start = self.base = None       # column and position of texts' first tokens, (B, 1)
         self.tables = {}                    # of a pass: cos and sin, for all layers
+        return self.rope.config
 
     @property
     def nbytes(self) -> int:
@@ -410,8 +413,6 @@ class Adapted:
             W = torch.cat((self.lm_head.weight, self.bias[:, None]), dim=1)
             self.lm_head = SimpleNamespace(weight=W)
         self.device, self.dtype, self.parameters = model.device, model.dtype, model.parameters
-        parameters = inspect.signature(model.forward).parameters
-        self.name_of_cache = "cache" if "cache" in parameters else "past_key_values"
         self.scale = 1.0
         try:
             self.check()
@@ -453,12 +454,10 @@ class Adapted:
         return (lambda x: self.rope.turn(x, rows)), self.rope.turn_back(k, rows)
 
     def run(self, tokens: Tensor, positions: Tensor, hook) -> Tensor:
-        cache = {}
-        if hook is not None:
-            cache = {self.name_of_cache: Hooked(self.model.config, hook)}
+        cache = None if hook is None else Hooked(self.model.config, hook)
         positions = positions.expand(len(tokens), -1)
-        return self.model.base_model(tokens, position_ids=positions, use_cache=hook is not None,
-                                     **cache).last_hidden_state
+        return self.model.base_model(tokens, position_ids=positions, cache=cache,
+                                     use_cache=cache is not None).last_hidden_state
 
     @torch.no_grad()
     def check(self, n: int = 12) -> None:

@@ -1,7 +1,7 @@
 """Which models of transformers adapters/transformers_cache.py takes, seen on tiny random ones.
 
 Of each kind in a few seconds: the logits with the cache, fed in parts, against those with keys and
-values projected in one pass; what is turned (RoPE), and how logits are scaled. Or why it is refused.
+values projected in one pass; which layers have RoPE, how logits are scaled. Or why it is refused.
 
     pip install transformers==5.24.0
     python bench/architectures.py
@@ -53,7 +53,7 @@ def tried(kind: str, more: dict) -> str:
     tokens = torch.randint(3, 96, (2, 29))
     expected = adapted.norm(adapted.hidden(tokens, p.at(ranks))) @ adapted.lm_head.weight.T
     cache = MatryoshkaCache(model, p, ranks=ranks)
-    found = [model(part, past_key_values=cache).logits for part in tokens.split([13, 1, 1, 14], 1)]
+    found = [model(part, cache=cache).logits for part in tokens.split([13, 1, 1, 14], 1)]
     rope = "".join("R" if turned else "-" for turned in adapted.rope.turned)
     return (f"differs by {far(torch.cat(found, 1), expected):.1e}; RoPE {rope}; logits times "
             f"{adapted.scale:.4g}")

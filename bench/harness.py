@@ -58,7 +58,7 @@ def harness(args, make_cache) -> dict[str, float]:
         def _model_call(self, inps, attn_mask=None, labels=None):
             with torch.no_grad():
                 cache = make_cache(self.model) if make_cache else None
-                return self.model(inps, past_key_values=cache).logits
+                return self.model(inps, cache=cache).logits
 
     model = WithCache(pretrained=str(args.ckpt), dtype="float32", device=args.device, batch_size=8)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,7 @@
 """A step of transformers' generate with MatryoshkaCache, against its own DynamicCache.
 
+Also BitsCache, for --bits FILE. Bytes are those that stay: first and newest tokens are among them.
+
     pip install transformers==5.24.0
     python bench/transformers_cache.py --ckpt ../smollm2
 """
@@ -12,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from adapters.transformers_bits import BitsCache
 from adapters.transformers_cache import MatryoshkaCache
 from bench.tools import ratio, spread, timed
 from support import cli
@@ -24,6 +27,7 @@ def main():
     parser = cli.arguments(__doc__)
     add = parser.add_argument
     add("--tokens", type=cli.within(8, 10 ** 6), default=1024, help="in the cache [1024]")
+    add("--bits", type=Path, help="a bits.json: BitsCache at 25 and 12.5%% too")
     add("--rounds", type=cli.within(1, 1000), default=5, help="[5]")
     args = parser.parse_args()
     device, dtype = cli.prepare(args)
@@ -32,17 +36,19 @@ def main():
     caches = {"DynamicCache": DynamicCache(config=model.config)}
     for budget in (1.0, 0.5, 0.25):
         caches[f"{budget:.0%}"] = MatryoshkaCache(model, ROTATIONS, budget=budget)
+    for budget in (0.25, 0.125) if args.bits else ():
+        caches[f"bits {budget:.1%}"] = BitsCache(model, args.bits, budget)
     prompt = torch.randint(1000, (1, args.tokens), device=device)
     token = prompt[:, :1]
 
     def step(cache):
         def run():
-            model(token, past_key_values=cache)
+            model(token, cache=cache)
             cache.crop(-1)
         return run
 
     for cache in caches.values():
-        model(prompt, past_key_values=cache, logits_to_keep=1)
+        model(prompt, cache=cache, logits_to_keep=1)
     seconds = timed([step(cache) for cache in caches.values()], args.rounds, 10)
     print(f"{args.tokens} tokens, {dtype}: milliseconds of a step, and of DynamicCache's")
     for (name, cache), of in zip(caches.items(), seconds, strict=True):

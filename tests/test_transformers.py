@@ -8,15 +8,18 @@ import torch
 from conftest import GOLDEN, random_projection, script
 
 pytest.importorskip("transformers")
+from test_rounding import random_rounding
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, logging
 
+from adapters.transformers_bits import BitsCache
 from adapters.transformers_cache import Adapted, MatryoshkaCache, Rope, calibrate, far
+from bits import Bits
+from bits.rounding import BITS, Rounding, water_filling
 from model import load
 from projection import Projection, shape_of, uniform_ranks
 from search import Windows, find_order, find_start
 
 logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")
 KINDS = ["llama_mha", "llama_gqa_tied_llama3", "mistral_window", "qwen2", "qwen3"]
 
 
@@ -56,7 +59,7 @@ def logits_of(model, p, ranks, tokens):
 
 @torch.no_grad()
 def in_parts(model, cache, tokens, parts, **more):
-    return torch.cat([model(part, past_key_values=cache, **more).logits
+    return torch.cat([model(part, cache=cache, **more).logits
                       for part in tokens.split(parts, dim=1)], dim=1)
 
 
@@ -190,10 +193,10 @@ def test_each_text_of_a_padded_batch_is_as_alone(make, parts, tokens):
     with torch.no_grad():
         for part in parts:                      # pads may fill a whole part
             now = slice(n, n := n + part)
-            found.append(model(ids[:, now], attention_mask=mask[:, :n], past_key_values=cache,
+            found.append(model(ids[:, now], attention_mask=mask[:, :n], cache=cache,
                                position_ids=positions[:, now]).logits)
         found.append(model(more, attention_mask=torch.cat((mask, mask[:, -1:]), 1),
-                           past_key_values=cache, position_ids=positions[:, -1:] + 1).logits)
+                           cache=cache, position_ids=positions[:, -1:] + 1).logits)
         found = torch.cat(found, dim=1)
         for row, length in enumerate(LENGTHS):
             text = torch.cat((tokens[row:row + 1, :length], more[row:row + 1]), dim=1)
@@ -208,10 +211,10 @@ def test_generate_of_a_padded_batch(tokens):
     ids, mask, _ = padded(tokens)
     said = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     together = model.generate(ids, attention_mask=mask, **said,
-                              past_key_values=MatryoshkaCache(model, p, ranks=ranks))
+                              cache=MatryoshkaCache(model, p, ranks=ranks))
     for row, length in enumerate(LENGTHS):
         alone = model.generate(tokens[row:row + 1, :length], **said,
-                               past_key_values=MatryoshkaCache(model, p, ranks=ranks))
+                               cache=MatryoshkaCache(model, p, ranks=ranks))
         assert torch.equal(together[row, -8:], alone[0, -8:])
 
 
@@ -220,10 +223,10 @@ def test_padding_without_positions_is_refused(tokens):
     cache = MatryoshkaCache(model, random_projection(Adapted(model)), budget=0.5)
     ids, mask, positions = padded(tokens)
     with pytest.raises(ValueError, match="needs position_ids"):
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache)
     with pytest.raises(ValueError, match="must count up"):
-        model(ids, attention_mask=mask, past_key_values=cache, position_ids=positions.flip(1))
-    model(ids, attention_mask=torch.ones_like(mask), past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache, position_ids=positions.flip(1))
+    model(ids, attention_mask=torch.ones_like(mask), cache=cache)
 
 
 def test_a_text_at_another_position(tokens):
@@ -235,7 +238,7 @@ def test_a_text_at_another_position(tokens):
     cache = MatryoshkaCache(model, p, ranks=ranks)
     positions = start[:, None] + torch.arange(tokens.shape[1])
     with torch.no_grad():
-        found = torch.cat([model(part, position_ids=place, past_key_values=cache).logits
+        found = torch.cat([model(part, position_ids=place, cache=cache).logits
                            for part, place in zip(tokens.split([2, 19], 1),
                                                   positions.split([2, 19], 1), strict=True)], 1)
     states = mine.norm(mine.hidden(tokens, p.at(ranks), start=start))
@@ -292,8 +295,8 @@ def test_beams_keep_their_own_tokens(tokens):
         assert far(in_parts(model, cache, more, [1]), fresh[:, -1:]) < 1e-5
     said = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cache = MatryoshkaCache(model, p, budget=0.5)
-    found = model.generate(tokens[:2], num_beams=3, past_key_values=cache, **said)
-    one_by_one = [model.generate(row[None], num_beams=3, **said, past_key_values=MatryoshkaCache(
+    found = model.generate(tokens[:2], num_beams=3, cache=cache, **said)
+    one_by_one = [model.generate(row[None], num_beams=3, **said, cache=MatryoshkaCache(
         model, p, budget=0.5)) for row in tokens[:2]]
     assert torch.equal(found, torch.cat(one_by_one))
 
@@ -302,14 +305,14 @@ def test_two_caches_of_one_model(tokens):
     model = theirs(GOLDEN / "llama_mha")
     p = random_projection(Adapted(model), 2, mean=1.0)
     caches = [MatryoshkaCache(model, p, budget=b) for b in (0.25, 0.75)]
-    found = [[model(part, past_key_values=cache).logits for cache in caches]
+    found = [[model(part, cache=cache).logits for cache in caches]
              for part in tokens.split([10, 1, 10], dim=1)]
     for number, budget in enumerate((0.25, 0.75)):
         alone = in_parts(model, MatryoshkaCache(model, p, budget=budget), tokens, [10, 1, 10])
         assert torch.equal(torch.cat([of[number] for of in found], dim=1), alone)
     other = theirs(GOLDEN / "llama_mha")
     with pytest.raises(ValueError, match="made for another model"):
-        other(tokens, past_key_values=MatryoshkaCache(model, p, budget=0.5))
+        other(tokens, cache=MatryoshkaCache(model, p, budget=0.5))
 
 
 # ------------------------------------------------------------------------------
@@ -345,7 +348,7 @@ def test_nothing_of_full_width_outlives_a_pass(tokens):
     cache = MatryoshkaCache(model, random_projection(adapted, 2, mean=1.0), budget=0.5)
     many = tokens.repeat(1, 20)
     with torch.no_grad():
-        model.model(many, past_key_values=cache)
+        model.model(many, cache=cache)
     gc.collect()
     alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)
              and x.shape[-3:] == (K, many.shape[1], d)]
@@ -391,3 +394,97 @@ def test_the_script_writes_what_train_writes(tmp_path):
     L, K, d = shape_of(Adapted(model).config)
     of_plan = [U.shape[1] for sides in cache.sides for side in sides for U in side.U]
     assert sum(of_plan) == L * K * d and len(set(of_plan)) > 1 and p.whole == 4
+
+
+# ------------------------------------------------------------------------------
+# Bits
+
+def with_bits(kind: str, batch: int, budget: float = 0.25):
+    """model.py's model and its PackedCache, transformers' and its BitsCache, at the same plan."""
+    mine, model = load(GOLDEN / kind), theirs(GOLDEN / kind)
+    rounding = random_rounding(mine, whole=3)
+    costs = torch.rand(2, *shape_of(mine.config)[:2], 8, len(BITS)).sort(-1, descending=True).values
+    bits = Bits(rounding, water_filling(costs), mine.config)
+    return (mine, bits.cache(budget, batch, 512)), (model, BitsCache(model, bits, budget)), bits
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa_tied_llama3", "qwen2"])
+def test_bits_are_those_of_the_packed_cache(kind):
+    """Chunks of a group see themselves as they are, there as here; then tokens one by one."""
+    (mine, packed), (model, cache), _ = with_bits(kind, 2)
+    tokens = torch.randint(3, 96, (2, 330))             # more than a tile of 256
+    parts = tokens.split([32] * 9 + [1] * 42, dim=1)
+    with torch.no_grad():
+        for part in parts:
+            expected, found = mine(part, cache=packed), model(part, cache=cache).logits
+            assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max())
+    assert cache.layers[0].length == 330 and len(cache.layers[0].tiles) == 2
+    base = mine(tokens)[:, -1:]
+    assert far(expected, base) > 1e-2
+
+
+def test_bytes_of_bits(tokens):
+    _, (model, cache), bits = with_bits("qwen2", 1)
+    plan, B, n = bits.plan(0.25), 3, 512
+    L, K, d = shape_of(bits.config)
+    model(tokens.repeat(1, 25)[:, :n], cache=cache)
+    newest = 2 * L * K * B * 32 * d * 4
+    first = 2 * L * K * B * 3 * d * 4
+    assert cache.nbytes == B * n * int(plan.sum()) * d // 8 // 8 + newest + first
+    assert int(plan.sum()) / plan.numel() / 16 <= 0.25
+
+
+@pytest.mark.parametrize("back", [1, 8, 40])
+def test_crop_of_bits(back, tokens):
+    _, (model, cache), bits = with_bits("llama_mha", 3)
+    text, more = tokens.repeat(1, 4)[:, :74], torch.randint(3, 96, (3, 60))
+    fresh = BitsCache(model, bits, 0.25)
+    # As `back` tokens come again, all see the same groups as codes.
+    in_parts(model, cache, text, [32, 32, 10])
+    with pytest.raises(ValueError, match="codes alone"):
+        cache.crop(-60)
+    cache.crop(-back)
+    whole = torch.cat((text[:, :74 - back], more), dim=1)
+    if back == 40:
+        in_parts(model, fresh, whole[:, :34], [32, 2])
+    else:
+        in_parts(model, fresh, whole[:, :74 - back], [32, 32, 10 - back])
+    ones = [1] * more.shape[1]
+    assert far(in_parts(model, cache, more, ones), in_parts(model, fresh, more, ones)) < 1e-5
+
+
+def test_bits_of_a_padded_batch(tokens):
+    """At 8 bits hardly anything is lost, and texts begin where they begin."""
+    (_, _), (model, _), bits = with_bits("llama_mha", 3)
+    fine = Rounding(bits.rounding.p, torch.full_like(bits.rounding.steps, 0.05))
+    bits = Bits(fine, bits.path, bits.config)
+    tokens = torch.randint(3, 96, (3, 70))
+    ids = torch.cat((torch.zeros(3, 5).long(), tokens), dim=1)
+    mask = (torch.arange(75) >= torch.tensor([5, 9, 30])[:, None]).long()
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+    cache, n, found = BitsCache(model, bits, 0.5), 0, []
+    with torch.no_grad():
+        for part in (40, 10, 24, 1):
+            now = slice(n, n := n + part)
+            found = model(ids[:, now], attention_mask=mask[:, :n], cache=cache,
+                          position_ids=positions[:, now]).logits
+        expected = model(ids, attention_mask=mask, position_ids=positions).logits[:, -1:]
+    assert 0 < far(found, expected) < 0.05
+    with pytest.raises(ValueError, match="no beams"):
+        cache.reorder_cache(torch.tensor([0, 0, 1]))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+def test_bits_of_a_model_with_sliding_layers():
+    model = gemma3()
+    adapted = Adapted(model)
+    rounding = random_rounding(adapted, whole=3)
+    fine = Rounding(rounding.p, torch.full_like(rounding.steps, 0.05))
+    path = water_filling(torch.rand(2, *shape_of(adapted.config)[:2], 8, len(BITS)).sort(
+        -1, descending=True).values)
+    tokens = torch.randint(3, 96, (1, 70))
+    cache = BitsCache(model, Bits(fine, path, adapted.config), 0.5)
+    with torch.no_grad():
+        found = in_parts(model, cache, tokens, [40, 1, 29])
+        assert 0 < far(found, model(tokens).logits) < 0.05
