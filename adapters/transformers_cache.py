@@ -27,7 +27,6 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
@@ -36,6 +35,11 @@ from projection import Projection, check_levels, check_ranks, plan_at, shape_of,
 from search import Windows, find_order, find_start
 from support import cli
 from support.plans import order_beside
+
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+except ImportError:
+    cli.fail("transformers is not installed: pip install transformers==5.24.0")
 
 KINDS = {"full_attention", "sliding_attention"}         # of layers, by transformers' names
 CHANGING = {"dynamic", "longrope"}      # kinds of RoPE whose frequencies depend on a text's length
@@ -418,7 +422,7 @@ class Adapted:
             self.check()
         except (RuntimeError, TypeError, IndexError) as error:
             raise ValueError(f"{self.config.model_type}: does not run as other models do "
-                             f"({str(error).splitlines()[0]})") from None
+                             f"({first_sentence(error)})") from None
 
     def norm(self, states: Tensor) -> Tensor:
         """States come normed; some models (Granite) scale their logits."""
@@ -524,16 +528,21 @@ def read_config(file: Path) -> Shape:
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     try:
-        return shape_in(AutoConfig.from_pretrained(file.parent))
-    except (OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(file.parent)
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{file}: {first_sentence(error)}") from None
+    return shape_in(config)
+
+
+def first_sentence(error: Exception) -> str:
+    return str(error).splitlines()[0].split(". ")[0]
 
 
 def load(folder: Path, device, dtype: torch.dtype) -> Adapted:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{folder}: {first_sentence(error)}") from None
     return Adapted(model.to(device))
 
 

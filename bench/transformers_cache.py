@@ -12,10 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from transformers import AutoModelForCausalLM, DynamicCache
-
-from adapters.transformers_bits import BitsCache
-from adapters.transformers_cache import MatryoshkaCache
+from adapters.transformers_cache import AutoModelForCausalLM, DynamicCache, MatryoshkaCache
 from bench.tools import ratio, spread, timed
 from support import cli
 
@@ -37,6 +34,7 @@ def main():
     for budget in (1.0, 0.5, 0.25):
         caches[f"{budget:.0%}"] = MatryoshkaCache(model, ROTATIONS, budget=budget)
     for budget in (0.25, 0.125) if args.bits else ():
+        from adapters.transformers_bits import BitsCache
         caches[f"bits {budget:.1%}"] = BitsCache(model, args.bits, budget)
     prompt = torch.randint(1000, (1, args.tokens), device=device)
     token = prompt[:, :1]
