@@ -242,7 +242,7 @@ def one_of_each(B: int, generator: Generator) -> Tensor:
 
 VALID = 8       # windows of validation text, the end of the training text
 OPTIONS = ("recipe", "draw", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype",
-           "amp", "whole", "positions", "sweep_windows")   # --resume names the first that differs
+           "amp", "whole", "positions", "sweep_windows", "begin")  # --resume names one that differs
 PATHS = ("ckpt", "data", "ranks")
 
 

@@ -1,24 +1,24 @@
-"""Bits in transformers: MatryoshkaCache's second chapter, codes in place of coordinates.
+"""Bits in transformers: a MatryoshkaCache that stores codes in place of coordinates.
 
     from adapters.transformers_bits import BitsCache
     cache = BitsCache(model, "out/bits.json", budget=0.125)
     model.generate(**inputs, cache=cache)
 
-bits.json is what bits.train made of the same weights. A pass gets back x̂ = (code − top) Δ of the
-groups of 32 tokens that were complete before it, and what came since as it is: so a prefill attends
-to exact keys and values, as in the quantised caches of transformers, and each token of generate to
-what bits/packed.py would give it. Codes lie in tiles of 256 tokens, each packed as there.
+bits.json is what bits.train made of the same weights (bits/rounding.py says how a coordinate
+becomes a code). A pass gets x̂ of the groups of 32 tokens that were complete before it, and all
+that came since unrounded. So a prefill attends to unrounded keys and values, as in the quantised
+caches of transformers; a token of generate to what bits/packed.py would give it. Codes lie in tiles
+of 256 tokens, each packed as there.
 """
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from adapters.transformers_cache import MatryoshkaCache
+from adapters.transformers_cache import DynamicCache, MatryoshkaCache
 from bits import Bits, load_bits
 from bits.packed import PackedLayer, word_of
 from bits.rounding import GROUP, to_code
@@ -29,11 +29,11 @@ TILE = 256              # tokens
 
 
 class CodesLayer(CacheLayerMixin):
-    """Of a layer the codes of all complete groups, and coordinates of the tokens since.
+    """Of a layer the codes of all complete groups, and the newest coordinates as they are.
 
-    Coordinates are (2, K, B, tokens, d), of keys and of values. bits (2, K, 8), step and top
-    (2, K, 1, 1, d). `newest` are those from token `kept_from` on, one complete group at most, so
-    that `crop` can go back so far.
+    Coordinates x are (2, K, B, tokens, d), of keys and of values; bits (2, K, 8), step and top
+    (2, K, 1, 1, d). `newest` are those of token `kept_from` on: the group that is not complete, and
+    at most one complete one before it, which is there as codes too, so that `crop` can go back.
     """
     is_sliding = False
     is_croppable = True
@@ -41,65 +41,75 @@ class CodesLayer(CacheLayerMixin):
     def __init__(self, bits: Tensor, step: Tensor, top: Tensor):
         super().__init__()
         self.bits, self.step, self.top = bits, step, top
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        self.tiles, self.newest, self.length, self.kept_from = [], None, 0, 0
+    def reset(self) -> None:
+        self.packed = self.newest = None
+        self.tiles = self.length = self.kept_from = 0
+        self.is_initialized = False
 
-    def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
+    def lazy_initialization(self, x: Tensor, _=None) -> None:
+        self.newest = x[..., :0, :]
         self.is_initialized = True
 
-    def update(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Store coordinates of T new tokens, in `dtype`; returns all, as a pass sees them."""
-        x = x.to(dtype)
-        if self.newest is None:
-            self.lazy_initialization(x, x)
-            self.newest = x[..., :0, :]
-        group = self.length // GROUP * GROUP            # of the token before the new ones
-        codes = self.decoded(x, group)
-        kept = torch.cat((self.newest, x), dim=-2)
-        since = kept[..., group - self.kept_from:, :]
+    def update(self, x: Tensor) -> Tensor:
+        """Store coordinates of new tokens; returns those of all, as the pass with these sees them.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(x)
+        coded = self.length // GROUP * GROUP            # tokens of groups that are complete
+        codes = self.decoded(x.shape[2], coded)         # before this pass adds its own
+        held = torch.cat((self.newest, x), dim=-2)
+        since = held[..., coded - self.kept_from:, :]
         complete = since.shape[-2] // GROUP * GROUP
         if complete:
-            self.write(since[..., :complete, :], group)
+            self.write(since[..., :complete, :], coded)
         self.length += x.shape[-2]
         kept_from = max(self.kept_from, (self.length // GROUP - 1) * GROUP)
-        self.newest = kept[..., kept_from - self.kept_from:, :].clone()
+        self.newest = held[..., kept_from - self.kept_from:, :].clone()
         self.kept_from = kept_from
-        return torch.cat((codes, since.to(codes)), dim=-2)
+        return torch.cat((codes, since.to(codes.dtype)), dim=-2)
 
     def write(self, x: Tensor, begin: int) -> None:
-        """Codes of whole groups, the tokens from `begin` on."""
-        _, K, B, n, d = x.shape
-        codes = to_code(x.to(self.step), self.step, self.top).mT.flatten(0, 3)
-        while len(self.tiles) * TILE < begin + n:
-            size = B * d // LEVELS * int(self.bits.sum()) * TILE // 8
-            data = torch.zeros(size, dtype=torch.uint8, device=x.device)
-            self.tiles.append(PackedLayer(self.bits, B, d, 1, TILE, data))
-        for number, tile in enumerate(self.tiles):
-            a, b = max(begin, number * TILE), min(begin + n, (number + 1) * TILE)
-            if a < b:
-                tile.write(codes[:, a - begin:b - begin], a - number * TILE)
+        """Codes of whole groups of tokens, from `begin` on, in place of any that a crop left."""
+        end = begin + x.shape[-2]
+        if end > self.tiles * TILE:
+            self.grow(x.shape[2], -(-end // TILE))
+        codes = to_code(x.to(self.step.dtype), self.step, self.top)
+        self.packed.write(codes.mT.flatten(0, 3), begin)            # (2·K·B·d, tokens)
 
-    def decoded(self, like: Tensor, n: int) -> Tensor:
-        """x̂ of the first n tokens, in the dtype of the steps."""
-        _, K, B, _, d = like.shape
-        found = self.step.new_empty(2, K, B, n, d)
-        word = word_of(TILE)
-        for side in range(2 if n else 0):
-            rows = self.tiles[0].sides[side].rows
-            fields = torch.zeros(rows, TILE // word.itemsize, dtype=word, device=like.device)
-            codes = fields.new_empty(K * B * d, fields.shape[1])
+    def grow(self, B: int, tiles: int) -> None:
+        """Room for so many tiles of B texts; those that are there are copied."""
+        d, before = self.step.shape[-1], self.packed
+        size = B * d // LEVELS * int(self.bits.sum()) * tiles * TILE // 8
+        with torch.inference_mode(False):               # what comes may be of another mode
+            data = torch.zeros(size, dtype=torch.uint8, device=self.step.device)
+            self.packed = PackedLayer(self.bits, B, d, tiles, TILE, data)
+            for new, old in zip(self.packed.sides, before.sides if before else (), strict=False):
+                for section, its in zip(new.sections, old.sections, strict=True):
+                    section.words[:self.tiles] = its.words
+        self.tiles = tiles
+
+    def decoded(self, B: int, n: int) -> Tensor:
+        """x̂ (2, K, B, n, d) of the first n tokens, in the dtype of the steps."""
+        K, d = self.step.shape[1], self.step.shape[-1]
+        codes = self.step.new_empty(2, K, B, n, d)
+        word, device = word_of(TILE), self.step.device
+        words = TILE // word.itemsize                               # of a row of codes
+        for side in (0, 1) if n else ():
+            packed = self.packed.sides[side]
+            fields = torch.zeros(packed.rows, words, dtype=word, device=device)
+            found = torch.empty(K * B * d, words, dtype=word, device=device)
             for number, begin in enumerate(range(0, n, TILE)):
-                self.tiles[number].sides[side].read(0, fields, codes)
-                part = codes.view(torch.uint8).view(K, B, d, TILE)[..., :n - begin]
-                found[side, :, :, begin:begin + TILE] = part.mT
-        return (found - self.top) * self.step
+                packed.read(number, fields, found)
+                of_tile = found.view(torch.uint8).view(K, B, d, TILE)[..., :n - begin]
+                codes[side, :, :, begin:begin + TILE] = of_tile.mT
+        return (codes - self.top) * self.step
 
     @property
     def nbytes(self) -> int:
-        newest = 0 if self.newest is None else self.newest.nbytes
-        return newest + sum(tile.size for tile in self.tiles)
+        return sum(x.nbytes for x in (self.newest, self.packed and self.packed.data)
+                   if x is not None)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -108,57 +118,55 @@ class CodesLayer(CacheLayerMixin):
         return self.length
 
     def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        self.forget()
+        return -1                                                   # none
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, as DynamicLayer does: a number below 0."""
+        """Forget the last −tokens_to_remove tokens, as DynamicLayer does."""
+        if not self.is_initialized:
+            return
         n = self.length + tokens_to_remove
         if tokens_to_remove > 0 or n < self.kept_from:
             raise ValueError(f"crop({tokens_to_remove}) of {self.length} tokens: those before "
                              f"{self.kept_from} are codes alone")
-        if self.newest is not None:
-            self.newest = self.newest[..., :n - self.kept_from, :]
+        self.newest = self.newest[..., :n - self.kept_from, :].clone()
         self.length = n
 
 
 class BitsCache(MatryoshkaCache):
-    """A cache of transformers 5.x that keeps codes: a plan of bits for the model, at a budget.
+    """A cache of transformers that keeps codes: a plan of bits for `model`, at a budget.
 
-    model and what may be done with it: as MatryoshkaCache, but for beams. bits: a Bits or its file,
-    bits.json; budget: the share of 16 bits a number. First tokens are whole, and 32 to 63 newest
-    are kept as they are; all count in `nbytes`. Sliding layers keep all tokens. ValueError for a
-    model that does not fit, and for a crop into tokens that are codes alone.
+    What may be done with it is what MatryoshkaCache allows, but for beams. bits: a Bits or its
+    file, bits.json; budget: the share of 16 bits a number. First tokens are whole, and at most 63
+    newest are kept as they are; all count in `nbytes`, tiles in full (beside them each layer has
+    tables of some KB, which do not grow). Sliding layers keep all
+    tokens. ValueError for a model that does not fit, and for a crop into what is codes alone.
     """
 
     def __init__(self, model, bits: Bits | str | Path, budget: float):
-        DynamicCache.__init__(self, config=model.config)
+        DynamicCache.__init__(self, config=model.config)            # there are no sides of ranks
         config = self.watch(model)
         bits = bits if isinstance(bits, Bits) else load_bits(bits)
         bits.rounding.p.check_fits(config)
         rounding = bits.rounding.to(model.device, wide(model.dtype))
-        self.projection = p = rounding.p
+        p = rounding.p
+        self.whole, self.mean_k, self.mean_v = p.whole, p.mean_k, p.mean_v
         self.U = torch.stack((p.U_k, p.U_v), dim=1)[:, :, :, None]      # (L, 2, K, 1, d, d)
-        plan = bits.plan(budget)
-        self.layers = []
+        plan = bits.plan(budget)                                        # (2, L, K, 8)
+        self.layers = []                                                # in place of transformers'
         for i in range(config.num_hidden_layers):
             grids = [rounding.grid(side, i, plan[side, i]) for side in (0, 1)]
-            step, top = (torch.stack(of)[:, :, None] for of in zip(*grids, strict=True))
+            step, top = (torch.stack(both)[:, :, None] for both in zip(*grids, strict=True))
             self.layers.append(CodesLayer(plan[:, i], step, top))
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args, **kwargs):
-        """Store keys, after RoPE, and values (B, K, T, d); returns k̂ and v̂ of all that is seen."""
-        i, T = layer_idx, k.shape[2]
-        if self.start is None:
-            raise ValueError("a cache that was made for another model")
-        layer = self.layers[i]
-        turned = self.turned_mean(i, 0, layer.length + T)       # R_n m, (K, B or 1, n, d)
-        mean = self.projection.mean_v[i][:, None, None]
-        k_in, v_in = (x.transpose(0, 1).to(turned) for x in (k, v))
-        x = torch.stack((k_in - turned[:, :, -T:], v_in - mean)) @ self.U[i]
-        keys, values = layer.update(x, k.dtype) @ self.U[i].mT
+        """As MatryoshkaCache.update."""
+        self.check_announced()
+        i, (B, _, T, _) = layer_idx, k.shape
+        turned = self.turned_mean(i, 0, self.layers[i].length + T, B)       # (K, B, n, d)
+        mean = self.mean_v[i][:, None, None]
+        x = torch.stack((k.transpose(0, 1).to(turned.dtype) - turned[:, :, -T:],
+                         v.transpose(0, 1).to(turned.dtype) - mean)) @ self.U[i]
+        keys, values = self.layers[i].update(x.to(k.dtype)) @ self.U[i].mT
         k_hat, v_hat = ((x_hat + rest).transpose(0, 1).to(k.dtype)
                         for x_hat, rest in ((keys, turned), (values, mean)))
         return self.with_whole(i, 0, k_hat, k, 0), self.with_whole(i, 1, v_hat, v, 0)
@@ -168,14 +176,11 @@ class BitsCache(MatryoshkaCache):
         first = (x.nbytes for sides in self.first for x in sides if x is not None)
         return sum(layer.nbytes for layer in self.layers) + sum(first)
 
-    def of_texts(self, change) -> None:
-        raise ValueError("texts of a cache of bits stay where they are: no beams")
+    def no_beams(self, *_) -> None:
+        raise ValueError("the texts of a cache of bits stay where they are: no beams")
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.of_texts(None)
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.of_texts(None)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.of_texts(None)
+    reorder_cache = batch_repeat_interleave = batch_select_indices = no_beams

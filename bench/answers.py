@@ -1,8 +1,9 @@
 """Questions whose answers stand far back, or follow from a text: what a smaller cache still knows.
 
-Of --count questions one half is a list of 24 people, what each keeps, and one asked for: the four
-choices are what four of them keep. The other half is 150 words of held-out text, and the choices
-are its next ten words and those behind three other places. All are drawn with --seed and written
+Of --count questions one half is a list of 24 people and what each keeps, said once, and once more
+up to one of them: the four choices are what four of them keep. (Asked for one without the list said
+again, the model is right in 33 of 100, hardly more than by chance.) The other half is 150 words of
+held-out text, and the choices are its next ten words and those behind three other places. All are drawn with --seed and written
 to OUT/answers.jsonl, which `evaluate.py --tasks` takes as well. They go through the real caches, of
 ranks as train.py left them in --out and, with --bits FILE, of bits.
 
@@ -43,9 +44,9 @@ def look_up(draw: random.Random, people: int = 24) -> dict:
     asked, *others = draw.sample(range(people), 4)
     choices = [kept[i] for i in (asked, *others)]
     draw.shuffle(choices)
-    text = " ".join(f"{name} keeps{what}" for name, what in zip(names, kept, strict=True))
-    return {"context": f"{text} Once more: {names[asked]} keeps", "choices": choices,
-            "label": choices.index(kept[asked])}
+    said = [f"{name} keeps{what}" for name, what in zip(names, kept, strict=True)]
+    text = " ".join([*said, "Once more:", *said[:asked], f"{names[asked]} keeps"])
+    return {"context": text, "choices": choices, "label": choices.index(kept[asked])}
 
 
 def next_words(draw: random.Random, words: list[str], before: int = 150, after: int = 10) -> dict:

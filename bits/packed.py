@@ -306,6 +306,7 @@ class PackedLayer:
     """The tiles of a layer's keys and values: the first `size` bytes of `data`. bits (2, K, 8)."""
 
     def __init__(self, bits: Tensor, batch: int, d: int, tiles: int, tile: int, data: Tensor):
+        self.made_of = bits, batch, d, tiles, tile, data
         self.tile, self.data = tile, data
         bits = bits.repeat_interleave(d // LEVELS, -1)              # (2, K, d)
         bits = bits[:, :, None].repeat(1, 1, batch, 1).flatten(1)   # (2, K·B·d)
@@ -325,6 +326,10 @@ class PackedLayer:
         self.coordinate = coordinate[:, 0].int()
         self.first, self.stride = first.clone(), stride.int()
         self.width, self.below = width.to(torch.uint8), below.to(torch.uint8)
+
+    def __reduce__(self):
+        """Copied or stored, it is made anew: sections are views of `data`, and stay so."""
+        return PackedLayer, self.made_of
 
     def write(self, codes: Tensor, start: int) -> None:
         """Codes (2·K·B·d, T) of the tokens from `start` on: whole numbers."""

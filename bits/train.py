@@ -85,7 +85,8 @@ def draw_bits(B: int, config, generator: Generator, path: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------
 # The script
 
-OPTIONS = ("steps", "batch", "seq", "lr", "seed", "dtype", "amp", "positions", "sweep_windows")
+OPTIONS = ("steps", "batch", "seq", "lr", "seed", "dtype", "amp", "positions", "sweep_windows",
+           "begin")
 PATHS = ("ckpt", "data", "proj")
 
 

@@ -37,10 +37,20 @@ from support.tokenizer import load_tokenizer, with_beginning
 # ------------------------------------------------------------------------------
 # Windows
 
+class Ids(np.ndarray):
+    """A row of token ids whose windows all begin with `beginning`, in place of their first."""
+    beginning = None
+
+    def __array_finalize__(self, other) -> None:        # so that a part of it has it too
+        self.beginning = getattr(other, "beginning", None)
+
+
 def windows(tokens: np.ndarray, starts: Tensor, T: int) -> Tensor:
     """The windows of T + 1 tokens at `starts`, (B, T + 1): inputs are [:, :-1], targets [:, 1:]."""
-    rows = np.stack([tokens[start:start + T + 1] for start in starts.tolist()])
-    return torch.from_numpy(rows.astype(np.int64))
+    rows = np.stack([tokens[start:start + T + 1] for start in starts.tolist()]).astype(np.int64)
+    if (beginning := getattr(tokens, "beginning", None)) is not None:
+        rows[:, 0] = beginning
+    return torch.from_numpy(np.asarray(rows))
 
 
 def set_apart(tokens: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,9 +199,22 @@ def text_for(args, config) -> tuple[np.ndarray, np.ndarray]:
             if len(part) <= args.seq:
                 raise ValueError(f"{args.data or 'Python'}: too short, {len(part)} {name} tokens "
                                  f"for windows of --seq {args.seq}")
+    if args.begin:
+        with blame("--begin"):
+            beginning = load_tokenizer(args.ckpt).bos_id()
+            if beginning < 0:
+                raise ValueError(f"{args.ckpt}: its tokenizer has no beginning of sequence")
+        tokens, held_out = begun(tokens, beginning), begun(held_out, beginning)
     print(f"{args.data or 'Python documentation'}: {len(tokens):,} tokens to train on, "
           f"{len(held_out):,} held out", flush=True)
     return tokens, held_out
+
+
+def begun(ids: np.ndarray, beginning: int) -> Ids:
+    """These ids, whose windows are from now on to begin with that token."""
+    ids = ids.view(Ids)
+    ids.beginning = beginning
+    return ids
 
 
 # ------------------------------------------------------------------------------

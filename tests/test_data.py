@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import CKPT, DEMO
 
+from support.checkpoint import read_config
 from support.data import (
+    begun,
     encode,
     even_windows,
     held_out_passages,
@@ -19,10 +21,12 @@ from support.data import (
     random_starts,
     random_windows,
     set_apart,
+    text_for,
     text_pieces,
     windows,
 )
 from support.files import read_json
+from support.tokenizer import load_tokenizer
 
 
 class Letters:
@@ -47,6 +51,28 @@ def test_a_window_holds_its_targets_one_token_on():
     assert block.dtype == torch.int64
     assert block[:, 0].tolist() == [0, 17, 94]
     assert torch.equal(block[:, 1:], block[:, :-1] + 1)
+
+
+def test_windows_that_begin_as_texts_do():
+    """Their first token is the tokenizer's; parts of the ids have it too, and the ids stay."""
+    tokens = np.arange(100, dtype=np.uint16)
+    marked = begun(tokens, 7777)
+    for ids in (marked, set_apart(marked, 5)[0], set_apart(marked, 5)[1]):
+        block = even_windows(ids, 3, 4)
+        assert block[:, 0].tolist() == [7777] * len(block) and len(block)
+        assert torch.equal(block[:, 1:], even_windows(np.asarray(ids), 3, 4)[:, 1:])
+    assert marked[0] == 0 and tokens[0] == 0 and block.dtype == torch.int64
+
+
+def test_begin_asks_the_tokenizer(tmp_path, refusal):
+    """The demo's texts begin with 1; a folder without a tokenizer, or a beginning, is refused."""
+    args = SimpleNamespace(data=None, ckpt=DEMO, out=tmp_path, seq=8, begin=True)
+    training, held_out = text_for(args, read_config(DEMO / "config.json"))
+    assert training.beginning == held_out.beginning == load_tokenizer(DEMO).bos_id() == 1
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.full(900, 5, np.uint16))
+    assert "--begin" in refusal("train", "--ckpt", CKPT, "--data", ids, "--begin", "--seq", 8,
+                                "--whole", 2, "--out", tmp_path)
 
 
 def test_random_windows_lie_anywhere_and_a_process_gets_its_share_of_the_same():

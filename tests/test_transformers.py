@@ -1,6 +1,8 @@
 """adapters/transformers_cache.py against model.py and cache.py, and against transformers alone."""
+import copy
 import gc
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -151,7 +153,7 @@ def test_other_models(kind):
     ("qwen3_next", {}, "layers of linear_attention"),
     ("gpt2", {"n_embd": 64, "n_head": 4}, "RoPE is not where"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-     "RoPE of the kind dynamic"),
+     "RoPE of the type dynamic"),
 ])
 def test_models_that_are_refused(kind, more, said):
     with pytest.raises(ValueError, match=said):
@@ -160,7 +162,7 @@ def test_models_that_are_refused(kind, more, said):
 
 def test_another_rope_than_the_model_has_is_noticed(monkeypatch):
     model = theirs(GOLDEN / "llama_mha")
-    monkeypatch.setattr(Rope, "turn_back", lambda self, x, rows: x * rows[0])
+    monkeypatch.setattr(Rope, "turn_back", lambda self, x, cos_sin: x * cos_sin[0])
     with pytest.raises(ValueError, match="how positions turn the keys of layer 0"):
         Adapted(model)
 
@@ -224,9 +226,28 @@ def test_padding_without_positions_is_refused(tokens):
     ids, mask, positions = padded(tokens)
     with pytest.raises(ValueError, match="needs position_ids"):
         model(ids, attention_mask=mask, cache=cache)
-    with pytest.raises(ValueError, match="must count up"):
-        model(ids, attention_mask=mask, cache=cache, position_ids=positions.flip(1))
+    for wrong in (positions.flip(1), torch.arange(12)[None]):
+        with pytest.raises(ValueError, match="must count up"):
+            model(ids, attention_mask=mask, cache=cache, position_ids=wrong)
     model(ids, attention_mask=torch.ones_like(mask), cache=cache)
+
+
+def test_a_refused_pass_leaves_the_cache_as_it_was(tokens):
+    model = theirs(GOLDEN / "llama_mha")
+    p = random_projection(Adapted(model), 3, mean=1.0)
+    cache = MatryoshkaCache(model, p, budget=0.5)
+    in_parts(model, cache, tokens[:, :9], [9], position_ids=7 + torch.arange(9)[None])
+    for more in ({"position_ids": torch.arange(12)[None]}, {}):     # none: transformers counts on
+        with pytest.raises(ValueError, match="must count up"):      # from the cache's length
+            model(tokens[:, 9:], cache=cache, **more)
+    found = in_parts(model, cache, tokens[:, 9:], [12], position_ids=16 + torch.arange(12)[None])
+    fresh = MatryoshkaCache(model, p, budget=0.5)
+    expected = in_parts(model, fresh, tokens, [21], position_ids=7 + torch.arange(21)[None])
+    assert far(found, expected[:, 9:]) < 1e-5
+    with torch.no_grad():                               # positions as the third in a row
+        states = model.model(tokens, None, 7 + torch.arange(21)[None],
+                             cache=MatryoshkaCache(model, p, budget=0.5)).last_hidden_state
+    assert far(model.lm_head(states), expected) < 1e-5
 
 
 def test_a_text_at_another_position(tokens):
@@ -311,8 +332,59 @@ def test_two_caches_of_one_model(tokens):
         alone = in_parts(model, MatryoshkaCache(model, p, budget=budget), tokens, [10, 1, 10])
         assert torch.equal(torch.cat([of[number] for of in found], dim=1), alone)
     other = theirs(GOLDEN / "llama_mha")
-    with pytest.raises(ValueError, match="made for another model"):
-        other(tokens, cache=MatryoshkaCache(model, p, budget=0.5))
+    for _ in range(2):                                  # also when that one has had its own
+        with pytest.raises(ValueError, match="made for another model"):
+            other(tokens, cache=MatryoshkaCache(model, p, budget=0.5))
+        MatryoshkaCache(other, p, budget=0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: theirs(GOLDEN / "llama_mha"), gemma3])
+def test_one_text_one_token_at_a_time(make, tokens):
+    model = make()
+    p = random_projection(Adapted(model), 2, mean=1.0)
+    cache, text = MatryoshkaCache(model, p, budget=0.5), tokens[:1]
+    for _ in range(2):                                  # again, on the same cache
+        found = in_parts(model, cache, text, [1] * 21)
+        expected = in_parts(model, MatryoshkaCache(model, p, budget=0.5), text, [21])
+        assert far(found, expected) < 1e-5
+        cache.reset()
+
+
+def test_modes_and_copies(tokens):
+    """Gradients, inference mode and then none, training, deepcopy, crops that give back memory."""
+    model = theirs(GOLDEN / "llama_mha").train()
+    p = random_projection(Adapted(theirs(GOLDEN / "llama_mha")), 4, mean=1.0)
+    caches = [MatryoshkaCache(model, p, budget=0.5) for _ in range(3)]
+    assert model.training and model.lm_head.weight.requires_grad
+    model.eval()
+    expected = in_parts(model, caches[0], tokens, [21])
+    with torch.inference_mode():
+        model(tokens[:, :2], cache=caches[1])
+    copied = copy.deepcopy(caches[1])
+    for cache in (caches[1], copied):
+        assert far(in_parts(model, cache, tokens[:, 2:], [19]), expected[:, 2:]) < 1e-5
+    x = model.model.embed_tokens(tokens)
+    model(inputs_embeds=x, cache=caches[2]).logits.sum().backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+    caches[1].crop(-15)
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for layer in caches[1].layers for x in (layer.keys, layer.values)}
+    firsts = sum(x.nbytes for sides in caches[1].first for x in sides)
+    assert caches[1].nbytes == sum(held.values()) + firsts
+
+
+@pytest.mark.parametrize(("said", "fault"), [
+    ({"budget": float("nan")}, "a budget of nan"), ({}, "either ranks or a budget"),
+    ({"ranks": 3}, "one plan"), ({"budget": 0.01}, "budget")])
+def test_what_a_cache_refuses(said, fault):
+    model = theirs(GOLDEN / "llama_mha")
+    p = random_projection(Adapted(model))
+    if "ranks" in said:                                 # a plan for each of so many texts
+        said = {"ranks": ragged(Adapted(model).config)[:, :, None].expand(-1, -1, 3, -1)}
+    with pytest.raises(ValueError, match=fault):
+        MatryoshkaCache(model, p, **said)
+    with pytest.raises(ValueError, match="has no lm_head"):
+        MatryoshkaCache(theirs(GOLDEN / "llama_mha").model, p, budget=0.5)
 
 
 # ------------------------------------------------------------------------------
@@ -410,17 +482,21 @@ def with_bits(kind: str, batch: int, budget: float = 0.25):
 
 @pytest.mark.parametrize("kind", ["llama_gqa_tied_llama3", "qwen2"])
 def test_bits_are_those_of_the_packed_cache(kind):
-    """Chunks of a group see themselves as they are, there as here; then tokens one by one."""
-    (mine, packed), (model, cache), _ = with_bits(kind, 2)
+    """Chunks of a group see themselves as they are, there as here; then tokens one by one.
+
+    Of 80,000 codes one or another may be rounded to the other side, as RoPE differs in its 7th
+    digit; the last tokens then differ by a thousandth.
+    """
+    (mine, packed), (model, cache), _ = with_bits(kind, 2, budget=0.125)
     tokens = torch.randint(3, 96, (2, 330))             # more than a tile of 256
     parts = tokens.split([32] * 9 + [1] * 42, dim=1)
     with torch.no_grad():
         for part in parts:
             expected, found = mine(part, cache=packed), model(part, cache=cache).logits
-            assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max())
-    assert cache.layers[0].length == 330 and len(cache.layers[0].tiles) == 2
+            assert far(found, expected) < 0.01
+    assert cache.layers[0].length == 330 and cache.layers[0].tiles == 2
     base = mine(tokens)[:, -1:]
-    assert far(expected, base) > 1e-2
+    assert far(expected, base) > 0.2
 
 
 def test_bytes_of_bits(tokens):
@@ -432,6 +508,20 @@ def test_bytes_of_bits(tokens):
     first = 2 * L * K * B * 3 * d * 4
     assert cache.nbytes == B * n * int(plan.sum()) * d // 8 // 8 + newest + first
     assert int(plan.sum()) / plan.numel() / 16 <= 0.25
+
+
+def test_bits_in_other_modes_and_copies(tokens):
+    _, (model, cache), bits = with_bits("llama_mha", 3)
+    text = tokens.repeat(1, 20)
+    expected = in_parts(model, BitsCache(model, bits, 0.25), text, [100, 60, 140, 120])
+    with torch.inference_mode():
+        model(text[:, :100], cache=cache)
+    caches = [cache, copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]
+    for one in caches[2:]:                              # a stored one is of a model of its own
+        one.rope = cache.rope
+    for one in caches:
+        found = in_parts(model, one, text[:, 100:], [60, 140, 120])
+        assert far(found, expected[:, 100:]) < 1e-5
 
 
 @pytest.mark.parametrize("back", [1, 8, 40])
