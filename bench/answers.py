@@ -1,11 +1,10 @@
 """Questions whose answers stand far back, or follow from a text: what a smaller cache still knows.
 
 Of --count questions one half is a list of 24 people and what each keeps, said once, and once more
-up to one of them: the four choices are what four of them keep. (Asked for one without the list said
-again, the model is right in 33 of 100, hardly more than by chance.) The other half is 150 words of
-held-out text, and the choices are its next ten words and those behind three other places. All are drawn with --seed and written
-to OUT/answers.jsonl, which `evaluate.py --tasks` takes as well. They go through the real caches, of
-ranks as train.py left them in --out and, with --bits FILE, of bits.
+up to one of them: the four choices are what four of them keep. The other half is 150 words of
+held-out text, and the choices are its next ten words and those behind three other places. All are
+drawn with --seed and written to OUT/answers.jsonl, which `evaluate.py --tasks` takes as well. They
+go through the real caches, of ranks as train.py left them in --out and, with --bits FILE, of bits.
 
     python bench/answers.py --ckpt ../smollm2 --out out_smollm2 --bits out_smollm2/bits.json
 """
