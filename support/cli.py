@@ -97,7 +97,7 @@ def data_arguments(parser) -> None:
     parser.add_argument("--data", type=Path,
                         help=".txt, .jsonl, .bin or .npy [Python's own documentation]")
     parser.add_argument("--begin", action="store_true", help="each window begins with the "
-                        "tokenizer's beginning of sequence, as prompts do: for Gemma (docs/log.md)")
+                        "tokenizer's beginning of sequence, as prompts of LLaMA, Gemma do")
 
 
 def out_argument(parser, default: str = "out") -> None:
