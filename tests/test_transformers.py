@@ -543,23 +543,27 @@ def test_crop_of_bits(back, tokens):
     assert far(in_parts(model, cache, more, ones), in_parts(model, fresh, more, ones)) < 1e-5
 
 
-def test_bits_of_a_padded_batch(tokens):
-    """At 8 bits hardly anything is lost, and texts begin where they begin."""
-    (_, _), (model, _), bits = with_bits("llama_mha", 3)
-    fine = Rounding(bits.rounding.p, torch.full_like(bits.rounding.steps, 0.05))
-    bits = Bits(fine, bits.path, bits.config)
-    tokens = torch.randint(3, 96, (3, 70))
-    ids = torch.cat((torch.zeros(3, 5).long(), tokens), dim=1)
-    mask = (torch.arange(75) >= torch.tensor([5, 9, 30])[:, None]).long()
+def test_each_text_of_a_padded_batch_of_bits_is_as_alone():
+    """Padded by whole groups, so that the same tokens are codes."""
+    (_, _), (model, cache), bits = with_bits("llama_mha", 3, budget=0.125)
+    lengths, more = (64, 96, 32), torch.randint(3, 96, (3, 12))
+    texts = [torch.randint(3, 96, (1, length)) for length in lengths]
+    ids = torch.cat([torch.cat((torch.zeros(1, 96 - text.shape[1]).long(), text), dim=1)
+                     for text in texts])
+    mask = (torch.arange(108) >= 96 - torch.tensor(lengths)[:, None]).long()
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
-    cache, n, found = BitsCache(model, bits, 0.5), 0, []
+    found = []
     with torch.no_grad():
-        for part in (40, 10, 24, 1):
-            now = slice(n, n := n + part)
-            found = model(ids[:, now], attention_mask=mask[:, :n], cache=cache,
-                          position_ids=positions[:, now]).logits
-        expected = model(ids, attention_mask=mask, position_ids=positions).logits[:, -1:]
-    assert 0 < far(found, expected) < 0.05
+        model(ids, attention_mask=mask[:, :96], position_ids=positions[:, :96], cache=cache)
+        for n, token in enumerate(more.split(1, dim=1), 97):
+            found.append(model(token, attention_mask=mask[:, :n], cache=cache,
+                               position_ids=positions[:, n - 1:n]).logits)
+        for row, text in enumerate(texts):
+            whole = torch.cat((text, more[row:row + 1]), dim=1)
+            parts = [text.shape[1]] + [1] * 12
+            alone = in_parts(model, BitsCache(model, bits, 0.125), whole, parts)[:, -12:]
+            assert far(torch.cat(found, dim=1)[row:row + 1], alone) < 0.01
+            assert far(alone, model(whole).logits[:, -12:]) > 0.05
     with pytest.raises(ValueError, match="no beams"):
         cache.reorder_cache(torch.tensor([0, 0, 1]))
     cache.reset()
@@ -567,14 +571,34 @@ def test_bits_of_a_padded_batch(tokens):
 
 
 def test_bits_of_a_model_with_sliding_layers():
+    """At 8 bits from the least to the largest coordinate hardly anything is lost."""
     model = gemma3()
-    adapted = Adapted(model)
+    adapted, tokens = Adapted(model), torch.randint(3, 96, (1, 94))
     rounding = random_rounding(adapted, whole=3)
-    fine = Rounding(rounding.p, torch.full_like(rounding.steps, 0.05))
+    p, steps = rounding.p, rounding.steps.clone()
+
+    def observe(i, _, k, v, turn):
+        m = p.mean_k[i][:, None]
+        for side, (x, U) in enumerate(((turn(k - m), p.U_k), (v - p.mean_v[i][:, None], p.U_v))):
+            steps[side, i] = (x @ U[i]).abs().amax((0, 2))[..., None] / 120
+
+    with torch.no_grad():
+        adapted.hidden(tokens, observe=observe)
     path = water_filling(torch.rand(2, *shape_of(adapted.config)[:2], 8, len(BITS)).sort(
         -1, descending=True).values)
-    tokens = torch.randint(3, 96, (1, 70))
-    cache = BitsCache(model, Bits(fine, path, adapted.config), 0.5)
+    cache = BitsCache(model, Bits(Rounding(p, steps), path, adapted.config), 0.5)
     with torch.no_grad():
-        found = in_parts(model, cache, tokens, [40, 1, 29])
-        assert 0 < far(found, model(tokens).logits) < 0.05
+        found = in_parts(model, cache, tokens, [70] + [1] * 24)[:, -24:]
+        expected = model(tokens).logits[:, -24:]
+        assert 1e-4 < far(found, expected) < 0.05
+        other = in_parts(made_full(model), DynamicCache(config=model.config), tokens, [94])
+        assert far(other[:, -24:], expected) > 0.1      # if sliding layers saw all
+
+
+def made_full(model):
+    """The same weights, every layer attending to all tokens."""
+    full = copy.deepcopy(model)
+    for layer in full.model.layers:
+        layer.self_attn.sliding_window = None
+    full.config.sliding_window = 512
+    return full
