@@ -312,9 +312,8 @@ def prepare(model) -> Rope:
 
 
 def announce(base, args, kwargs) -> None:
-    given = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
-    cache = cache_in(given)
-    tokens = given.get("input_ids", None)
+    cache, given = cache_in(base, args, kwargs)
+    tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
     if cache is None or tokens is None:
         return
@@ -326,16 +325,17 @@ def announce(base, args, kwargs) -> None:
 
 
 def announce_end(base, args, kwargs, output) -> None:
-    given = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
-    if (cache := cache_in(given)) is not None:
+    cache, _ = cache_in(base, args, kwargs)
+    if cache is not None:
         cache.tables = {}
 
 
-def cache_in(given: dict):
-    """The MatryoshkaCache among a pass's arguments, under its name of today or of before."""
+def cache_in(base, args, kwargs):
+    """The MatryoshkaCache that a pass is given, or None; and all that it is given, by name."""
+    given = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
     cache = given.get("cache")
     cache = given.get("past_key_values") if cache is None else cache
-    return cache if isinstance(cache, MatryoshkaCache) else None
+    return cache if isinstance(cache, MatryoshkaCache) else None, given
 
 
 # ------------------------------------------------------------------------------
