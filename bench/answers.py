@@ -96,7 +96,7 @@ def main():
     _, order = order_beside(args.out / PROJECTIONS, p, config)
     said = {"dtype": dtype, "device": device}
     caches = {"the model": partial(KVCache, p, uniform_ranks(1.0, config), 1, **said)}
-    for budget in (0.75, 0.5, 0.375, 0.25):
+    for budget in (0.75, 0.5, 0.25):
         caches[f"ranks {budget:.1%}"] = partial(KVCache, p, plan_at(order, config, budget), 1,
                                                 **said)
     for budget in (0.25, 0.125, 0.0625) if args.bits else ():
