@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bits import load_bits
+from bits.rounding import GROUP
 from cache import KVCache
 from evaluate import choice_scores, describe, tokens_of
 from model import load
@@ -83,12 +84,15 @@ def main():
     print(describe(args.ckpt, model))
     _, held_out = load_data(None, args.ckpt, config.vocab_size)
     words = tokenizer.decode(held_out.tolist()).split()
-    draw = random.Random(args.seed)
-    questions = [next_words(draw, words) if number % 2 else look_up(draw)
-                 for number in range(args.count)]
+    draw, questions, tokens = random.Random(args.seed), [], []
+    while len(questions) < args.count:
+        question = next_words(draw, words) if len(questions) % 2 else look_up(draw)
+        wholes, shared, begin = tokens_of(tokenizer, question)
+        if max(len(whole) for whole in wholes) - shared <= GROUP:   # so far bits go back at least
+            questions.append(question)
+            tokens.append((wholes, shared, begin))
     with files.written_whole(args.out / "answers.jsonl") as file:
         file.write("".join(json.dumps(question) + "\n" for question in questions).encode())
-    tokens = [tokens_of(tokenizer, question) for question in questions]
     long = sum(shared for _, shared, _ in tokens) / len(tokens)
     print(f"{len(questions)} questions, {long:.0f} tokens before the choices")
 
