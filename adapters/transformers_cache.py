@@ -390,11 +390,11 @@ class MatryoshkaCache(DynamicCache):
             raise ValueError(f"a budget of {budget}: it is a share, from {1 / LEVELS} to 1")
         config = self.watch(model)
         check_levels(config.head_dim)
-        p, order = projections, None
-        if not isinstance(projections, Projection):
-            p = Projection.load(projections)
-            _, order = order_beside(Path(projections), p, config)
+        is_file, order = not isinstance(projections, Projection), None
+        p = Projection.load(projections) if is_file else projections
         p.check_fits(config)
+        if is_file:
+            _, order = order_beside(Path(projections), p, config)
         if ranks is None and order is None:
             ranks = uniform_ranks(budget, config)
         elif ranks is None:
