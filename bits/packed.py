@@ -328,7 +328,7 @@ class PackedLayer:
         self.width, self.below = width.to(torch.uint8), below.to(torch.uint8)
 
     def __reduce__(self):
-        """Copied or stored, it is made anew: sections are views of `data`, and stay so."""
+        """A copy is made anew: its sections are views of its own `data`."""
         return PackedLayer, self.made_of
 
     def write(self, codes: Tensor, start: int) -> None:
