@@ -412,7 +412,7 @@ class MatryoshkaCache(DynamicCache):
                                            for m, U in zip(means, values.U, strict=True)]))
 
     def watch(self, model) -> Shape:
-        """Have `model` announce its passes; its shape. A cache is then as good as new."""
+        """Have `model` announce its passes; its shape."""
         self.rope = prepare(model)
         self.forget_texts()
         return self.rope.config
@@ -461,7 +461,8 @@ class MatryoshkaCache(DynamicCache):
         columns = torch.arange(n, n + T, device=start.device)
         fit = ((columns - start).clamp(min=0) + base == positions).all()
         if mask is not None:                            # where it shows a text's first token
-            fit &= ((mask.argmax(1, keepdim=True) == start) | ~mask.any(1, keepdim=True)).all()
+            begins = mask.long().argmax(1, keepdim=True)
+            fit &= ((begins == start) | ~mask.any(1, keepdim=True)).all()
         if not fit:
             raise ValueError("position_ids must count up from each text's first token, and be the "
                              "first one's for padding, which is on the left")

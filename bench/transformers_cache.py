@@ -1,4 +1,4 @@
-"""A step of transformers' generate with MatryoshkaCache, against its own DynamicCache.
+"""MatryoshkaCache's logits against model.py's, and a step of it against DynamicCache's.
 
 Also BitsCache, for --bits FILE. Bytes are those that stay: first and newest tokens are among them.
 
@@ -15,9 +15,27 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from adapters.transformers_cache import AutoModelForCausalLM, DynamicCache, MatryoshkaCache
 from bench.tools import ratio, spread, timed
+from model import load
+from projection import Projection, plan_at
 from support import cli
+from support.plans import read_ranks
 
 ROTATIONS = ROOT / "rotations" / "smollm2-135m" / "projections.safetensors"
+
+
+def check(args, model) -> None:
+    """Print how far logits are from those of model.py with keys and values projected."""
+    mine, p = load(args.ckpt, model.device, model.dtype), Projection.load(ROTATIONS)
+    p = p.to(model.device)
+    order = read_ranks(ROTATIONS.with_name("ranks.json"), mine.config).order
+    tokens = torch.randint(1000, (2, 70), device=model.device)
+    for budget in (1.0, 0.5, 0.25):
+        ranks = plan_at(order, mine.config, budget)
+        expected, cache = mine(tokens, project=p.at(ranks)), MatryoshkaCache(model, p, ranks=ranks)
+        found = torch.cat([model(part, cache=cache).logits
+                           for part in tokens.split([3, 20, 1, 46], dim=1)], dim=1)
+        print(f"{budget:.0%}: logits differ from model.py's by {(found - expected).abs().max():.1e}"
+              f", of up to {expected.abs().max():.0f}")
 
 
 @torch.inference_mode()
@@ -37,6 +55,7 @@ def main():
     for budget in (0.25, 0.125) if args.bits else ():
         from adapters.transformers_bits import BitsCache
         caches[f"bits {budget:.1%}"] = BitsCache(model, args.bits, budget)
+    check(args, model)
     prompt = torch.randint(1000, (1, args.tokens), device=device)
     token = prompt[:, :1]
 

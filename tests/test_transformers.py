@@ -229,6 +229,8 @@ def test_padding_without_positions_is_refused(tokens):
         with pytest.raises(ValueError, match="must count up"):
             model(ids, attention_mask=mask, cache=cache, position_ids=wrong)
     model(ids, attention_mask=torch.ones_like(mask), cache=cache)
+    cache.reset()
+    model(ids, attention_mask=mask.bool(), position_ids=positions, cache=cache)
 
 
 def test_a_refused_pass_leaves_the_cache_as_it_was(tokens):
