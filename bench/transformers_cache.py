@@ -18,6 +18,7 @@ from bench.tools import ratio, spread, timed
 from model import load
 from projection import Projection, plan_at
 from support import cli
+from support.data import even_windows, load_data
 from support.plans import read_ranks
 
 ROTATIONS = ROOT / "rotations" / "smollm2-135m" / "projections.safetensors"
@@ -28,14 +29,18 @@ def check(args, model) -> None:
     mine, p = load(args.ckpt, model.device, model.dtype), Projection.load(ROTATIONS)
     p = p.to(model.device)
     order = read_ranks(ROTATIONS.with_name("ranks.json"), mine.config).order
-    tokens = torch.randint(1000, (2, 70), device=model.device)
+    _, held_out = load_data(None, args.ckpt, mine.config.vocab_size)
+    texts = {"12 texts": even_windows(held_out, 12, 69), "random ids": torch.randint(1000, (2, 70))}
     for budget in (1.0, 0.5, 0.25):
         ranks = plan_at(order, mine.config, budget)
-        expected, cache = mine(tokens, project=p.at(ranks)), MatryoshkaCache(model, p, ranks=ranks)
-        found = torch.cat([model(part, cache=cache).logits
-                           for part in tokens.split([3, 20, 1, 46], dim=1)], dim=1)
-        print(f"{budget:.0%}: logits differ from model.py's by {(found - expected).abs().max():.1e}"
-              f", of up to {expected.abs().max():.0f}")
+        for name, tokens in texts.items():
+            tokens = tokens.to(model.device)
+            expected = mine(tokens, project=p.at(ranks))
+            cache = MatryoshkaCache(model, p, ranks=ranks)
+            found = torch.cat([model(part, cache=cache).logits
+                               for part in tokens.split([3, 20, 1, 46], dim=1)], dim=1)
+            print(f"{budget:.0%}, {name}: logits differ from model.py's by "
+                  f"{(found - expected).abs().max():.1e}, of up to {expected.abs().max():.0f}")
 
 
 @torch.inference_mode()
