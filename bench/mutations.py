@@ -28,6 +28,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,12 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.tools import arguments
 from model import Model
-from projection import Projection
-from search import ranks_file, rows_of
 from support import cli
 from support.checkpoint import read_config
 from support.files import write_json, write_tensors
 from support.progress import Progress
+from support.training import TrainingState
 
 SECONDS = 60            # that a case may take
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -50,6 +50,10 @@ ODD = (None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 70, -0.5, 1e-320, float("in
        "", "x", "\ud800", "4", [], [0], [[]], {}, {"a": 1})
 
 GENERATE = "generate --ckpt {0} --prompt The --tokens 20"
+BITS = ("bits.train --ckpt {0} --data {0}/a.npy --proj {0}/out/projections.safetensors --steps 0 "
+        "--seq 64 --batch 1 --windows 1 --sweep-windows 1 --passages 0")
+TRAIN = ("train --ckpt {0} --data {0}/a.npy --out {0}/out --steps 2 --seq 16 --batch 1 --windows 1 "
+         "--sweep-windows 1")
 KINDS = {               # file, where it is there: the script that reads it
     "config.json": GENERATE,
     "generation_config.json": GENERATE,
@@ -61,6 +65,11 @@ KINDS = {               # file, where it is there: the script that reads it
     "json/tokenizer.json": GENERATE.replace("{0}", "{0}/json"),
     "out/projections.safetensors": GENERATE + " --proj {0}/out/projections.safetensors --budget .5",
     "out/ranks.json": GENERATE + " --ranks {0}/out/ranks.json",
+    "out/bits.safetensors": GENERATE + " --bits {0}/out/bits.json --budget .25",
+    "out/bits.json": GENERATE + " --bits {0}/out/bits.json --budget .25",
+    "out/train.json": "evaluate --ckpt {0} --data {0}/a.npy --out {0}/out --seq 16 --windows 1 "
+                      "--batch 1 --passages 0",
+    "out/train.state.safetensors": TRAIN + " --resume",
     "a.txt": "support.data --ckpt {0} --data {0}/a.txt --out {0}/out",
     "a.jsonl": "support.data --ckpt {0} --data {0}/a.jsonl --out {0}/out",
     "a.bin": "support.data --ckpt {0} --data {0}/a.bin --out {0}/out",
@@ -100,14 +109,6 @@ def make_folder(folder: Path, ckpt: Path) -> None:
         shutil.copy(folder / file, folder / "json")
     shutil.copy(ROOT / "tests/tokenizers/llama3/tokenizer.json", folder / "json")
 
-    (folder / "out").mkdir()
-    p = Projection.identity(config)
-    p = Projection(p.U_k, p.U_v, p.mean_v + 0.1, p.mean_v + 0.2, whole=2)
-    p.save(folder / "out/projections.safetensors", p)
-    order = torch.arange(p.mean_v[..., 0].numel() * 2).repeat(7)
-    path = rows_of(order, config)
-    write_json(folder / "out/ranks.json", ranks_file(path, p, config, 0.5))
-
     text = "The json module. " * 400
     (folder / "a.txt").write_text(text)
     (folder / "a.jsonl").write_text(2 * (json.dumps({"text": text}) + "\n"))
@@ -116,6 +117,12 @@ def make_folder(folder: Path, ckpt: Path) -> None:
     np.save(folder / "a.npy", ids)
     question = {"context": "The json ", "choices": ["module", "text"], "label": 0}
     (folder / "tasks.jsonl").write_text(2 * (json.dumps(question) + "\n"))
+
+    with mock.patch.object(TrainingState, "remove"):            # so the state stays
+        for command in (TRAIN, BITS):
+            end, said = run(command.format(folder))
+            if end != "ok":
+                cli.fail(f"{command}: {said}", code=1)
 
 
 # ------------------------------------------------------------------------------
@@ -235,8 +242,9 @@ def main():
     counts, found = collections.defaultdict(collections.Counter), []
     with tempfile.TemporaryDirectory() as scratch:
         good, folder = Path(scratch, "good"), Path(scratch, "case")
-        good.mkdir()
-        make_folder(good, args.ckpt)
+        folder.mkdir()
+        make_folder(folder, args.ckpt)
+        folder.rename(good)                 # a state knows the paths of its training
         kinds = [file for file in kinds if (good / file).exists()]
         expected = {}
         for file in kinds:

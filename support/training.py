@@ -18,6 +18,7 @@ from support.cli import blame, choose_amp, fail, keep_freed_memory, prepare
 from support.files import (
     check_folder,
     fingerprint,
+    hash_of,
     hold_folder,
     open_safetensors,
     read_tensors,
@@ -75,20 +76,17 @@ class TrainingState:
             tensors[f"parameter.{name}"] = parameter
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"adam.{name}.{key}"] = value
+        said = json.dumps(self.facts)
         with blame("--out"):
-            write_tensors(self.file, tensors, {"said": json.dumps(self.facts)})
+            write_tensors(self.file, tensors, {"said": said, "hash": hash_of_state(tensors, said)})
         self.saved_step = self.step
         if every:                                       # all processes wait: at most 2% of the time
             self.save_at = time.time() + max(every, 49 * (time.time() - began))
 
     def restore(self, learnt: dict[str, Tensor]) -> None:
-        """Put parameters and Adam's moments where `save` found them. ValueError if they are others.
-        """
+        """Put parameters and Adam's moments where `save` found them."""
         for name, parameter in self.module.named_parameters():
-            found = learnt.get(f"parameter.{name}")
-            if found is None or found.shape != parameter.shape:
-                raise ValueError(f"{self.file}: lacks {list(parameter.shape)} numbers of {name}")
-            parameter.data.copy_(found)
+            parameter.data.copy_(learnt[f"parameter.{name}"])
             adam = f"adam.{name}."
             for key in [key for key in learnt if key.startswith(adam)]:
                 moment = key.removeprefix(adam)                 # Adam keeps its step on the CPU
@@ -106,13 +104,13 @@ class TrainingState:
 
 
 def read_state(file: Path, settings: dict) -> Saved:
-    """What `save` wrote. ValueError if there is nothing, or a state of other settings."""
+    """What `save` wrote. ValueError if it is not, or if it is a state of other settings."""
     with open_safetensors(file) as opened:
-        facts = json.loads((opened.metadata() or {}).get("said", "null"))
-    kinds = {"config": dict, "step": int, "loss": list}
-    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind)
-                                              for name, kind in kinds.items()):
-        raise ValueError(f"{file}: not the state of a training")
+        metadata = opened.metadata() or {}
+    said, found = metadata.get("said", ""), read_tensors(file)
+    if metadata.get("hash") != hash_of_state(found, said):
+        raise ValueError(f"{file}: not the state of a training as it was written")
+    facts = json.loads(said)
     for name, value in settings.items():
         before = facts["config"].get(name)
         if before != value and name.endswith("_hash"):
@@ -122,10 +120,15 @@ def read_state(file: Path, settings: dict) -> Saved:
             raise ValueError(f"{file}: was made with {named(name, before)}, not "
                              f"{named(name, value)}")
     tensors, learnt = {}, {}
-    for name, tensor in read_tensors(file).items():
+    for name, tensor in found.items():
         side = learnt if name.startswith(("parameter.", "adam.")) else tensors
         side[name] = tensor
     return Saved(tensors, learnt, facts)
+
+
+def hash_of_state(tensors: dict[str, Tensor], said: str) -> str:
+    names = sorted(tensors)
+    return hash_of(*(tensors[name] for name in names), text=" ".join(names) + said)
 
 
 def named(setting: str, value) -> str:
