@@ -178,7 +178,7 @@ class PackedCache:
         v = v.permute(2, 0, 1, 3)                                   # (K, B, T, d)
         new = torch.stack((turned[:, :, -1], v)) - centre           # (2, K, B, T, d)
         unrounded = self.append(i, new.mT.flatten(1, 2))
-        unrounded = self.as_codes(i, unrounded)
+        unrounded = self.as_codes(i, torch.cat((self.first[i], unrounded), dim=-1))
         added = mean_scores(raw * d ** -0.5, self.by_mean[i], self.turns[:, :self.length + T])
 
         if T == 1 and not window:                                   # it sees all
@@ -227,8 +227,8 @@ class PackedCache:
         """Attention of queries (K, B, G, T, d), the tokens from `begin` on: (B, T, H·d).
 
         Queries are times U, and hold Δ and 1/√d. added (K, B, G, T, all tokens): q · R_n m / √d.
-        unrounded: what `append` returned, in units of codes. unseen (T, all tokens): which ones
-        they do not see; none sees those before `first`.
+        unrounded: first tokens, then what `append` returned, in units of codes. unseen (T, all
+        tokens): which ones they do not see; none sees those before `first`.
         """
         K, B, G, T, d = q.shape
         end = begin + T
@@ -237,11 +237,11 @@ class PackedCache:
         keys, values = unrounded[:, :, None]                        # (K·B, 1, d, tokens)
         q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
         added = added[..., :end].flatten(0, 1)                      # (K·B, G, T, end)
-        scores = added.flatten(1, 2)
-        if T > 1:           # one token's own group is in no tile, so its scores need no copy
-            scores = scores.clone()
+        scores = torch.zeros_like(added).flatten(1, 2)
         for tokens, n in tiles:
-            scores[..., tokens].baddbmm_(q, self.codes(i, 0, tokens, n))
+            codes = unrounded[0] if n is None else self.codes(i, 0, n)
+            scores[..., tokens] = q @ codes[..., :tokens.stop - tokens.start]
+        scores += added.flatten(1, 2)
         q, by_token = (x.unflatten(1, (G, T)) for x in (q, scores))         # views
         for rows, tokens, own in groups:
             of_own = q[:, :, rows] @ keys[..., own]
@@ -258,7 +258,8 @@ class PackedCache:
             of_own.zero_()
         a = a.flatten(1, 2)
         for tokens, n in tiles:
-            a.baddbmm_(weights[..., tokens], self.codes(i, 1, tokens, n).mT)
+            codes = unrounded[1] if n is None else self.codes(i, 1, n)
+            a.baddbmm_(weights[..., tokens], codes[..., :tokens.stop - tokens.start].mT)
         step, top, centre = (x[1] for x in self.grids[i])           # (K, 1, 1, d)
         a = a.view(K, B, G * T, d)
         a = (a - top) * step + centre                               # of codes, then of v U
@@ -268,31 +269,32 @@ class PackedCache:
     def groups_of(self, begin: int, end: int):
         """The groups with queries of tokens from `begin` to `end`, three slices for each:
 
-        its queries, the tokens up to the last of them, and where these are in what `append` gave.
+        its queries, the tokens up to the last of them, and where these are among unrounded ones.
         """
-        held_from = self.length - self.length % GROUP
+        held_from = self.length - self.length % GROUP - self.whole
         for start in range(begin - begin % GROUP, end, GROUP):
             stop = min(start + GROUP, end)
             rows = slice(max(start, begin) - begin, stop - begin)
             yield rows, slice(start, stop), slice(start - held_from, stop - held_from)
 
     def tiles_of(self, first: int, end: int):
-        """Which tokens a tile holds, and its number, of those with tokens from `first` to `end`."""
+        """Which tokens a tile holds, and its number, of those with tokens from `first` to `end`.
+
+        First tokens have no number.
+        """
         if first < self.whole and end:
-            yield slice(0, min(self.whole, end)), None              # the first ones
+            yield slice(0, min(self.whole, end)), None
         for n, start in enumerate(range(self.whole, end, self.tile)):
             stop = min(start + self.tile, end)
             if stop > first:
                 yield slice(start, stop), n
 
-    def codes(self, i: int, side: int, tokens: slice, n: int | None) -> Tensor:
-        """The codes of a tile's keys or values, (K·B, d, tokens)."""
-        if n is None:
-            return self.as_codes(i, self.first[i][..., tokens])[side]
+    def codes(self, i: int, side: int, n: int) -> Tensor:
+        """The codes of a tile's keys or values, (K·B, d, tokens of a tile)."""
         K, B, d = self.shape
         self.layers[i].sides[side].read(n, self.unpacked, self.ordered)
         codes = self.workspace.copy_(self.ordered.view(torch.uint8))
-        return codes.view(K * B, d, -1)[..., :tokens.stop - tokens.start]
+        return codes.view(K * B, d, -1)
 
     def as_codes(self, i: int, x: Tensor) -> Tensor:
         """Coordinates (2, K·B, d, T) in units of codes, but not rounded."""
