@@ -16,9 +16,10 @@ of a skew-symmetric A is orthogonal by construction, and the identity at A = 0:
 
     U = U₀ C(A),        C(A) = (I − A/2)⁻¹ (I + A/2)
 
-Ranks are multiples of d/8: level l, 1 to 8, keeps l eighths of the columns. A plan gives every head
-its rank: (2, L, K) integers, [0] for keys, [1] for values; their mean / d is its budget. An order
-(search.py) lists ranks that lose an eighth, one after the other: a prefix of it makes a plan.
+Ranks are multiples of d/8: level l, 1 to 8, keeps l eighths of the columns. A plan is the ranks of
+all heads: (2, L, K) integers, [0] of keys, [1] of values; their mean / d is its budget. An order
+(search.py) lists heads, of keys or of values, that lose an eighth one after the other: a prefix of
+it makes a plan.
 
 Not in the paper, and absent where `whole` is 0 and `mean_k` None (README, "What differs", says what
 each is worth):
@@ -26,10 +27,11 @@ each is worth):
     whole       the first w tokens of a sequence keep all d coordinates. Everybody attends to them,
                 and their keys and values are unlike all others.
     mean_k      m, the mean of a head's keys before RoPE. RoPE turns it by the position n, R_n m,
-                and PCA would spend columns on that curve. So k̂ = R_n m + (k − R_n m) P.
+                and PCA would spend columns on that curve. So k̂ = R_n m + (k − R_n m) P, with k
+                after RoPE, as above.
 
-Where mean_k is None keys need no mean: a vector c added to all keys after RoPE adds q · c to every
-score of a query, and softmax does not see it. Whole tokens are not projected and would miss that c,
+Where mean_k is None keys need no mean: to cut it off takes one vector c from all keys, q · c from
+all scores of a query, and softmax does not see it. Whole tokens are not cut and would keep that c,
 so `whole` needs mean_k.
 
     python projection.py        # the variance that leading columns hold, on the demo model
@@ -59,7 +61,7 @@ class Projection:
     """U_k, U_v (L, K, d, d), orthogonal, columns by importance; mean_v (L, K, d); float32.
 
     mean_k (L, K, d), of keys before RoPE, or None; whole: how many first tokens keep all.
-    positions: they were made at positions below; 0 where nobody said.
+    positions: the windows they were made on lay below this one; 0 if not known.
     """
     positions = 0
 
@@ -262,7 +264,7 @@ class Moments:
 def leading(symmetric: Tensor) -> Tensor:
     """Eigenvectors as columns, the largest eigenvalue's first: (..., d, d), float32."""
     if not symmetric.isfinite().all():
-        raise ValueError("keys, values or weights are zero or not finite: is the checkpoint whole?")
+        raise ValueError("keys, values or weights are not finite: is the checkpoint whole?")
     vectors = torch.linalg.eigh(symmetric).eigenvectors.flip(-1)
     return vectors.float().contiguous()
 
@@ -314,22 +316,22 @@ class Rotation(nn.Module):
 
     def forward(self, dtype: torch.dtype | None = None) -> Projection:
         """In `dtype`: float64 before saving, so that the Cayley map adds no error of its own."""
-        return self.turned(self.A_k, self.A_v, dtype)
+        return self.rotated(self.A_k, self.A_v, dtype)
 
     def at(self, ranks: Tensor, of_step: Tensor | None = None):
         """The hook of sequences with ranks (2, L, B, K): `Projection.at`, with gradients.
 
-        Entries that turn no column across a rank of the step get no gradient: near A = 0 it would
-        be rounding noise. of_step: the ranks of all its sequences, (2, L, all, K), where `ranks`
-        are a part of them.
+        Entries between columns that every sequence of a step keeps or cuts together get no
+        gradient: near A = 0 it would be rounding noise. of_step: the ranks of all sequences of the
+        step, (2, L, all, K), where `ranks` are a part of them.
         """
         entries = []
         visible = self.visible_entries(ranks if of_step is None else of_step)
         for A, seen in zip((self.A_k, self.A_v), visible, strict=True):
             entries.append(torch.where(seen, A, A.detach()))
-        return self.turned(*entries).at(ranks)
+        return self.rotated(*entries).at(ranks)
 
-    def turned(self, A_k: Tensor, A_v: Tensor, dtype: torch.dtype | None = None) -> Projection:
+    def rotated(self, A_k: Tensor, A_v: Tensor, dtype: torch.dtype | None = None) -> Projection:
         start = self.start.to(None, dtype)
         U_k = start.U_k @ self.cayley(A_k.to(dtype))
         U_v = start.U_v @ self.cayley(A_v.to(dtype))
@@ -345,9 +347,9 @@ class Rotation(nn.Module):
         return 2 * torch.linalg.inv(eye - half) - eye           # (I − A/2)⁻¹ (2 I − (I − A/2))
 
     def visible_entries(self, ranks: Tensor) -> Tensor:
-        """Which entries of A_k and A_v a step with ranks (2, L, B, K) can see: (2, L, K, n).
+        """Which of a head's n entries, of A_k and A_v, a step with ranks (2, L, B, K) can see.
 
-        An entry turns two columns, of eighths a < b, into each other. It is seen if some sequence
+        (2, L, K, n). An entry mixes two columns, of eighths a < b. It is seen if some sequence
         keeps the one and cuts the other off, at a level a < level ≤ b (counting eighths from 0).
         """
         levels = (ranks // self.eighth).transpose(2, 3)             # (2, L, K, B)
@@ -400,12 +402,12 @@ def plan_at(order: Tensor, config, budget: float) -> Tensor:
     the order ends above the budget.
     """
     L, K, d = shape_of(config)
-    heads = 2 * L * K
-    taken = math.ceil((1 - budget) * heads * LEVELS - 1e-6)
+    count = 2 * L * K
+    taken = math.ceil((1 - budget) * count * LEVELS - 1e-6)
     if taken > len(order):
-        end = 1 - len(order) / (heads * LEVELS)
+        end = 1 - len(order) / (count * LEVELS)
         raise ValueError(f"an order that ends at {end:.1%}, above the budget of {budget:.1%}")
-    lowered = order[:taken].bincount(minlength=heads)
+    lowered = order[:taken].bincount(minlength=count)
     return (d - d // LEVELS * lowered).view(2, L, K)
 
 

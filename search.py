@@ -11,17 +11,18 @@ A round takes a pass for each of up to 2·L·K candidates. The order goes down t
 keeps d/8, since a head without keys would attend blindly. The plan for any larger budget is made by
 a prefix of it; a file's "path" is the order with its KLs.
 
-    python search.py --exact                # Algorithm 1 as it is: `exact`
+    python search.py --exact --proj out_paper/projections.safetensors       # Algorithm 1: `exact`
 
-That is 13,523 passes for the demo, 6 layers of 4 heads, and tens of millions for a model of 7B. Not
-in the paper: an order from a sweep of backward passes, whose number does not grow with the model's
-heads, `find_order`; and from another the start that train.py trains from, `find_start`.
+One run took 13,523 passes on the demo, 6 layers of 4 heads; a model of 7B would take tens of
+millions. Not in the paper: two sweeps of backward passes, as many however many heads there are. The
+first gives train.py its start, `find_start`, the second an order, `find_order`.
 
-    python search.py                        # out/projections.safetensors -> out/ranks.json, .png
-    python search.py --pca                  # for plain PCA -> out/ranks_pca.json, .png
+    python search.py --proj out_paper/projections.safetensors   # -> ranks.json, .png beside it
+    python search.py --pca                  # for the plain PCA in out/ -> out/ranks_pca.json, .png
 
-train.py has written the order that it trained along already, and below 75% of the cache that one is
-mostly the better (docs/results.md): search.py is for projections without an order, and plain PCA.
+train.py's default writes a ranks.json itself, the order that it trained along, and below 75% of the
+cache that one is mostly the better (docs/results.md). So search.py is for projections without an
+order, as those of the paper's recipe, and for plain PCA.
 """
 import itertools
 import math
@@ -57,7 +58,7 @@ from support.progress import Progress
 # What a plan costs
 
 class Cost:
-    """The current plan `ranks`; KL(p_model ‖ p_plan) of it and of other plans on a text (B, T).
+    """The current plan `ranks`; KL(p_model ‖ p_plan) of plans on a text (B, T) at position 0.
 
     A candidate is (side, layer, head): a rank that could lose an eighth of d. Lowering a rank of
     layer l leaves the layers before it untouched: each layer's input under the current plan is
@@ -68,7 +69,7 @@ class Cost:
     def __init__(self, model: Model, projection: Projection, tokens: Tensor):
         L, K, d = projection.mean_v.shape
         self.model, self.projection = model, projection
-        self.step = d // LEVELS
+        self.eighth = d // LEVELS
         self.ranks = torch.full((2, L, K), d)
         self.passes = self.layer_passes = 0
         x = model.embed_tokens(tokens)
@@ -76,17 +77,17 @@ class Cost:
         _, teacher = self.run_layers(self.ranks, 0)                 # the full plan is the model
         chunks = [log_p for _, log_p in log_probabilities(model, teacher)]
         self.teacher = torch.cat(chunks)                            # (B·T, vocab)
-        self.kl, self.inputs = self.measure(self.ranks, 0)
+        self.kl, self.inputs = self.measure(self.ranks, 0)          # 0; NaN of spoiled weights
         self.tried = None               # the last candidate, its plan, KL and layers' inputs
 
     def candidates(self) -> list[tuple[int, int, int]]:
         """Every rank that can still be lowered."""
-        return [tuple(place) for place in (self.ranks > self.step).nonzero().tolist()]
+        return [tuple(place) for place in (self.ranks > self.eighth).nonzero().tolist()]
 
     def if_lowered(self, candidate: tuple[int, int, int]) -> float:
         """The KL if this rank alone were lowered."""
         ranks = self.ranks.clone()
-        ranks[candidate] -= self.step
+        ranks[candidate] -= self.eighth
         kl, inputs = self.measure(ranks, first=candidate[1])
         self.tried = candidate, ranks, kl, inputs
         return kl
@@ -109,7 +110,7 @@ class Cost:
         return total / len(self.teacher), inputs
 
     def run_layers(self, ranks: Tensor, first: int):
-        """Layers' inputs, and the normed states (B·T, hidden), with `first` as in `measure`."""
+        """Layers' inputs, (B, T, hidden) each, and normed states (B·T, hidden); as `measure`."""
         model, project = self.model, self.projection.at(ranks)
         inputs, x = self.inputs[:first], self.inputs[first]
         cos_sin = model.rope.rows(0, x.shape[1], x.dtype, x.device)
@@ -135,7 +136,8 @@ def exact(cost: Cost):
 # ------------------------------------------------------------------------------
 # Not in the paper: two sweeps of backward passes say which directions and which heads matter. Their
 # number does not grow with the model's heads. Untrained, on SmolLM2-135M over windows of 2,048,
-# start and order have a KL of .422 at 50%, where plain PCA has 1.911 (docs/results.md).
+# start and order have a KL of .430 at 50%, plain PCA at the same rank everywhere 1.911
+# (docs/results.md).
 
 DRAWS = 2               # of the next token, at every position of a window
 
@@ -143,9 +145,9 @@ DRAWS = 2               # of the next token, at every position of a window
 class Leaves:
     """The hook `project=` that changes nothing, and is where gradients are taken.
 
-    To keys (after RoPE) and values it adds zeros, (B, K, T, d). What a plan would project, `x` of
-    every layer, is kept beside them: R (k − mean_k) and v − mean_v, (B, K, T − whole, d); a mean
-    that is None is not subtracted.
+    To keys after RoPE, R k with R = `turn`, and to values it adds zeros, (B, K, T, d). What a plan
+    would project is kept as x[layer]: R (k − mean_k) and v − mean_v, (B, K, T − whole, d) each; a
+    mean that is None is not subtracted.
     """
 
     def __init__(self, mean_k: Tensor | None, mean_v: Tensor | None, whole: int):
@@ -165,7 +167,7 @@ class Leaves:
 
 
 class Windows:
-    """The windows of the sweeps: `count` random ones, each anywhere in `positions`.
+    """The windows of the sweeps: `count` random ones, at positions below `positions` (RoPE's).
 
     amp: the model's products in bfloat16 over float32 weights. recompute: layers again in the
     backward pass, so that a sweep takes no more memory than a training step does.
@@ -184,17 +186,19 @@ class Windows:
         return itertools.islice(batches, processes.RANK, None, processes.WORLD)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.text) / self.batch)
+        """How many batches this process takes."""
+        batches = math.ceil(len(self.text) / self.batch)
+        return len(range(processes.RANK, batches, processes.WORLD))
 
     def states(self, model: Model, batch: Tensor, **hook) -> Tensor:
-        """The model's states (B, T, hidden) after its last norm."""
+        """The model's states (B, T, hidden) after its last norm; hook: what `hidden` takes."""
         text = self.text[batch].to(model.device)
         with products_in_bfloat16(model.device, self.amp):
             return model.norm(model.hidden(text, start=self.starts[batch], **hook))
 
 
 def positions_of(args, config) -> int:
-    """--positions, or the length to serve: windows lie anywhere below."""
+    """--positions, or what the model was made for, up to 8192: windows lie anywhere below."""
     most = config.max_position_embeddings
     if (args.positions or 1) > most:
         cli.fail(f"--positions {args.positions}: the model was made for {most}")
@@ -223,8 +227,8 @@ def sweep(model: Model, windows: Windows, mean_k, mean_v, whole: int, what: str)
         zeros = [z for layer in sorted(leaves.zeros) for z in leaves.zeros[layer]]
         for draw, gradient in enumerate(by_state):
             found = torch.autograd.grad(states, zeros, gradient, retain_graph=draw < DRAWS - 1)
-            for place, g in enumerate(found):
-                layer, side = divmod(place, 2)
+            for leaf, g in enumerate(found):
+                layer, side = divmod(leaf, 2)
                 g, x = g[:, :, whole:], leaves.x[layer][side]
                 yield draw, side, layer, g.to(wide(g.dtype)), x.to(wide(x.dtype))
         progress(number, f"{DRAWS} draws", windows.text[batch].numel())
@@ -252,7 +256,7 @@ def drawn_gradients(model: Model, states: Tensor, generator) -> Tensor:
 
 @torch.no_grad()
 def find_start(model: Model, windows: Windows, whole: int) -> Projection:
-    """The first sweep: a start that asks what varies, and what the model's answer hangs on.
+    """A pass for the mean and the first sweep: what varies, and what the answer hangs on.
 
     U₀ are the eigenvectors of C_x / tr C_x + C_g / tr C_g over all tokens but the first `whole`:
     C_x is E[xᵀx] of keys, x = R (k − m), and the covariance of values; C_g is E[gᵀg].
@@ -267,8 +271,8 @@ def find_start(model: Model, windows: Windows, whole: int) -> Projection:
             moments.add(side, layer, x)
     moments.sum_over_processes()
     processes.sum_over(by_gradient)
-    # Second moments of keys, not covariances: of what is cut only R m is put back. A mean left in x
-    # must be kept, or its loss would shift all scores but those of whole tokens.
+    # Of keys E[xᵀx] with the mean that x still has: of a cut key only R m is put back, and the loss
+    # of x's own mean would shift all scores but those of whole tokens, which softmax would see.
     varies = torch.stack((moments.second()[0], moments.covariance()[1]))
     U_k, U_v = leading(unit_trace(varies) + unit_trace(by_gradient))
     return Projection(U_k, U_v, moments.mean()[1].float(), mean_k, whole)
@@ -282,7 +286,7 @@ def mean_of_keys(model: Model, windows: Windows, whole: int) -> Tensor:
     mean_k = torch.zeros(L, K, d, dtype=torch.float64, device=model.device)
     count = torch.zeros(1, dtype=torch.float64)
 
-    def observe(layer: int, _, k: Tensor, v: Tensor, turn) -> None:
+    def observe(layer: int, q: Tensor, k: Tensor, v: Tensor, turn) -> None:
         mean_k[layer] += k[:, :, whole:].double().sum((0, 2))
         count.add_(k[:, 0, whole:, 0].numel() / L)
 
@@ -301,25 +305,27 @@ def unit_trace(matrix: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_order(model: Model, p: Projection, windows: Windows) -> Tensor:
-    """The second sweep: an order (n,) of lowerings for U as it is, trained or not.
+    """The second sweep: an order for U as it is, trained or not, (7 · 2LK,) places in (2, L, K).
 
-    Lowering one rank, all others full, moves x, which `sweep` gives without its mean, by
-    δ = −x (I − P). For small δ a window's KL is ½ E_y[(Σ_s g_s·δ_s)²], s over cached tokens: the
-    Hessian of KL is the Fisher information E_y[gᵀg], and one draw of all y serves, since they are
-    independent with scores of mean zero. With A_c = Σ_s (g_s U)_c (x_s U)_c the sum over s is
-    −Σ_{c ≥ r} A_c, so a rank r costs, per token,
+    A rank of r, all others full, moves the x_s of each token s that is not whole by
+    δ_s = −x_s (I − P). For small δ a window's KL is ½ E_y[(Σ_s g_s·δ_s)²]: its Hessian is the
+    Fisher information E_y[gᵀg], with g all the g_s in one row. The y of all positions are drawn at
+    once: they are independent, and each ∂ log p(y_t) has mean 0, so that products of two vanish.
+    With A_c = Σ_s (g_s U)_c (x_s U)_c the sum over s is −Σ_{c ≥ r} A_c, so a rank of r costs, per
+    token,
 
         ½ mean over windows and draws of (Σ_{c ≥ r} A_c)² / T
 
-    for every head at every rank at once. Costs of heads are taken to add up: the cheapest next
-    eighth, again and again, is the order.
+    for every head and every multiple of d/8 at once. Costs of heads are taken to add up: the
+    cheapest next eighth, again and again, is the order.
     """
     L, K, d = shape_of(model.config)
     T = windows.text.shape[1]
     U = p.U_k, p.U_v
     costs = torch.zeros(2, L, K, LEVELS, dtype=torch.float64)   # of cutting 1, 2, …, 8 eighths
     for _, side, layer, g, x in sweep(model, windows, p.mean_k, p.mean_v, p.whole, "order"):
-        if side == 0 and p.mean_k is None:              # Σ g = 0: no change but for rounding
+        if side == 0 and p.mean_k is None:
+            # Softmax sees no shift of all scores, so Σ_s g_s = 0: the same sum, with less rounding.
             x = x - x.mean((0, 2), keepdim=True)
         U_l = U[side][layer].to(g)
         A = ((g @ U_l) * (x.to(g) @ U_l)).sum(2)                    # (B, K, d)
@@ -328,7 +334,7 @@ def find_order(model: Model, p: Projection, windows: Windows) -> Tensor:
         costs[side, layer] += (tails ** 2).sum(0).cpu()
     costs = processes.sum_over(costs) / (2 * T * len(windows.text) * DRAWS)
     steps = costs.flatten(0, 2).diff(dim=-1, prepend=torch.zeros(2 * L * K, 1).double())
-    return cheapest_first(steps[:, :-1])                # the last eighth stays
+    return cheapest_first(steps[:, :-1])                # the first d/8 columns stay
 
 
 def cheapest_first(steps: Tensor) -> Tensor:
@@ -436,7 +442,7 @@ def main():
     generator = torch.Generator().manual_seed(args.seed)
     text = random_windows(tokens, args.batch, args.seq, generator)
     cost = Cost(model, projection, text[:, :-1].to(device))
-    if not cost.kl < 1e3:
+    if math.isnan(cost.kl):
         cli.fail(f"--ckpt: {args.ckpt}: the KL is {cost.kl}; are the weights whole?")
     uniform = partial(uniform_ranks, config=config)
     budgets = [level / LEVELS for level in range(LEVELS - 1, 0, -1)]
@@ -464,7 +470,7 @@ def main():
         files.write_json(file, ranks_file(path, projection, config, budget, measured))
     if len(path) < rounds:
         cli.fail(f"Stopped; {file} holds the path down to {reached:.1%}", code=130)
-    print(f"The order: {time.time() - began:.0f} s, {passes:,} passes of Algorithm 1's kind")
+    print(f"The order: {time.time() - began:.0f} s, {passes:,} plans measured")
 
     beside = args.out == args.proj.parent and not args.pca
     if beside and trained_order(args.proj, config) is not None:
