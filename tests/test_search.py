@@ -630,3 +630,15 @@ def test_positions_that_the_model_was_not_made_for_are_refused(searched, tmp_pat
     _, options = searched
     line = refusal("search", *options, "--positions", 65, "--out", tmp_path)
     assert line == "--positions 65: the model was made for 64"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_the_batches_and_each_knows_how_many(tokens, monkeypatch, world):
+    windows = Windows(tokens.flatten().numpy(), 7, 2, 5, 1, 0)
+    monkeypatch.setattr(processes, "WORLD", world)
+    taken = []
+    for rank in range(world):
+        monkeypatch.setattr(processes, "RANK", rank)
+        assert len(list(windows)) == len(windows)
+        taken += [window for batch in windows for window in batch.tolist()]
+    assert sorted(taken) == list(range(7))
