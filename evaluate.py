@@ -367,10 +367,10 @@ def describe(ckpt: Path, model: Model) -> str:
             f"{c.num_attention_heads} query heads on {c.num_key_value_heads}, {c.head_dim} wide")
 
 
-def check_same_run(folder: Path, args) -> None:
-    """ValueError where train.json names another --ckpt or --data, or none."""
+def check_same_run(folder: Path, args) -> dict:
+    """The config in train.json. ValueError where it names another --ckpt or --data, or none."""
     if not (folder / "train.json").exists():
-        return
+        return {}
     config = files.read_json(folder / "train.json").get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'train.json'}: no config of a training")
@@ -383,6 +383,14 @@ def check_same_run(folder: Path, args) -> None:
         if before != now:
             raise ValueError(f"{folder}: was trained with --{name} {before or 'none'}, not "
                              f"{now or 'none'}")
+    check_contents(config, "ckpt", files.fingerprint_of_model(args.ckpt))
+    return config
+
+
+def check_contents(config: dict, name: str, now: str) -> None:
+    """ValueError where the training whose config that is saw other contents of --name."""
+    if config.get(f"{name}_hash") not in (None, now):
+        raise ValueError(f"--{name} holds something else than when these were trained")
 
 
 def main():
@@ -409,9 +417,12 @@ def main():
         model = load(args.ckpt, device, dtype)
     with cli.blame("--out"):
         curves = curves_in(args.out, model)
-        check_same_run(args.out, args)
+        trained = check_same_run(args.out, args)
     print(describe(args.ckpt, model))
-    _, held_out = text_for(args, model.config)
+    training_text, held_out = text_for(args, model.config)
+    if args.data:                                       # Python's own differs between its versions
+        with cli.blame("--out"):
+            check_contents(trained, "data", files.fingerprint(training_text, held_out))
     passages = held_out_passages(args, held_out, model.config)
 
     base, rows = report(model, held_out, hooks_of(curves), BUDGETS, args, passages)

@@ -170,10 +170,12 @@ class Projection:
         whole, positions = "0" if prefix else said.get("whole", "0"), said.get("positions", "0")
         tensors = files.read_tensors(path)
         try:
-            if not whole.isdecimal():
-                raise ValueError(f"its metadata says whole {whole!r}, not a number of tokens")
-            if not positions.isdecimal():
-                raise ValueError(f"its metadata says positions {positions!r}, not a number")
+            if not prefix and "mean_k" in tensors and "whole" not in said:
+                raise ValueError("its metadata does not say whole, the number of first tokens; did "
+                                 "another program save it?")
+            for name, number in (("whole", whole), ("positions", positions)):
+                if not number.isdecimal() or len(number) > 9:
+                    raise ValueError(f"its metadata says {name} {number!r}, not a number of tokens")
             p = Projection.of(tensors, prefix, int(whole)).to(None, torch.float32)
             p.positions = int(positions)
         except KeyError as missing:
@@ -183,6 +185,9 @@ class Projection:
         for name, x in p.tensors().items():
             if not x.isfinite().all():
                 raise ValueError(f"{path}: {name} holds a number that is not finite")
+        for name, U in (("U_k", p.U_k), ("U_v", p.U_v)):
+            if not torch.allclose(U.mT @ U, identity_like(U), atol=0.01):
+                raise ValueError(f"{path}: {name} is not orthogonal")
         return p
 
 

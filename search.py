@@ -200,8 +200,9 @@ class Windows:
 def positions_of(args, config) -> int:
     """--positions, or what the model was made for, up to 8192: windows lie anywhere below."""
     most = config.max_position_embeddings
-    if (args.positions or 1) > most:
-        cli.fail(f"--positions {args.positions}: the model was made for {most}")
+    for option in ("positions", "seq"):
+        if (asked := getattr(args, option) or 1) > most:
+            cli.fail(f"--{option} {asked}: the model was made for {most}")
     return args.positions or min(8192, most)
 
 
@@ -466,6 +467,8 @@ def main():
     kl, uniform_kl_here = (cost.measure(ranks, 0)[0] for ranks in (plan(budget), uniform(budget)))
     measured = {"kl": kl, "uniform_kl": uniform_kl_here, "evaluations": passes}
     file = args.out / ("ranks_pca.json" if args.pca else "ranks.json")
+    if len(path) < rounds and file.exists():            # it may hold a whole one
+        file = file.with_stem(file.stem + "_stopped")
     with cli.blame("--out"):
         files.write_json(file, ranks_file(path, projection, config, budget, measured))
     if len(path) < rounds:
@@ -473,7 +476,7 @@ def main():
     print(f"The order: {time.time() - began:.0f} s, {passes:,} plans measured")
 
     beside = args.out == args.proj.parent and not args.pca
-    if beside and trained_order(args.proj, config) is not None:
+    if beside and trained_order(args.proj, projection, config) is not None:
         print(f"{file}: took the place of the order that the training went along, which train.json "
               "still has: below 75% mostly the better one", file=sys.stderr)
     names = ("pca", "pca_searched") if args.pca else ("uniform", "searched")

@@ -66,7 +66,9 @@ from support.training import (
     peak_memory,
     prepare_training,
     read_state,
+    reporting,
     settings_of,
+    state_file,
 )
 
 # ------------------------------------------------------------------------------
@@ -349,10 +351,12 @@ def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
     if "order" in state.tensors:
         curves |= {"pca_ordered": (pca, plan), "trained_ordered": (trained, plan)}
         facts = facts | {"order": state.tensors["order"].tolist()}
-    base, rows = report(model, held_out, hooks_of(curves), BUDGETS, args)
+    with reporting(args.out):
+        base, rows = report(model, held_out, hooks_of(curves), BUDGETS, args)
     file = args.out / "train.json"
     with cli.blame("--out"):
-        files.write_json(file, facts | {"base": base, "budgets": rows}, indent=1)
+        files.write_json(file, facts | {"projections": trained.hash(), "base": base,
+                                        "budgets": rows}, indent=1)
         draw_report(base, rows, file.with_suffix(".png"))
     state.remove()
     print(f"Saved {args.out / PROJECTIONS}, {file} and {file.with_suffix('.png')}")
@@ -367,6 +371,7 @@ def main(doc=__doc__, read_config=read_config, load=load):
     args.positions = 1 if args.recipe == "paper" else positions_of(args, config)
     need = partial(peak_memory, config, args.batch, args.seq)
     device, dtype = prepare_training(args, config, need)
+    file = state_file(args, "train")
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
     order = None
@@ -380,7 +385,6 @@ def main(doc=__doc__, read_config=read_config, load=load):
     tokens, held_out = text_for(args, config)
     settings = settings_of(args, OPTIONS, PATHS, tokens, held_out)
     tokens, valid = set_apart(tokens, VALID * args.seq + 1)
-    file = args.out / "train.state.safetensors"
     saved = None
     if args.resume:
         with cli.blame("--resume"):

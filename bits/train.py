@@ -42,7 +42,9 @@ from support.training import (
     peak_memory,
     prepare_training,
     read_state,
+    reporting,
     settings_of,
+    state_file,
 )
 from train import VALID, Recipe, check, one_of_each, train
 
@@ -182,7 +184,8 @@ def finish(state: TrainingState, model: Model, held_out, args, passages) -> None
         bits.save(file, said)                           # whatever becomes of the report
     print(f"\nWindows of {args.seq} tokens; the {2 * GROUP} newest and the first "
           f"{bits.rounding.p.whole} come on top, {on_top / args.seq:.1%}")
-    _, rows = report(model, held_out, {"bits": bits.at}, SHARES, args, passages)
+    with reporting(args.out):
+        _, rows = report(model, held_out, {"bits": bits.at}, SHARES, args, passages)
     flat = []
     for row in rows:
         share = bits.plan(row["budget"]).double().mean().item() / FULL
@@ -207,6 +210,7 @@ def main():
         args.lr = 0.75 / config.head_dim
     device, dtype = prepare_training(args, config,
                                      partial(step_memory, config, args.batch, args.seq))
+    file = state_file(args, "bits")
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
@@ -218,7 +222,6 @@ def main():
     recipe = Recipe(args.steps, args.batch, args.seq, args.lr, floor=1e-4, amp=args.amp,
                     positions=args.positions, seed=args.seed, recompute=args.checkpoint)
     began, saved = time.time(), None
-    file = args.out / "bits.state.safetensors"
     if args.resume:
         with cli.blame("--resume"):
             saved = read_state(file, settings)
@@ -259,6 +262,8 @@ def main():
         train(model, state, tokens, draw, recipe, after_step)
     except KeyboardInterrupt:
         state.stopped()
+    except ValueError as error:                         # of steps that have grown without bound
+        cli.fail(f"--lr {args.lr}: {error}. Start again with a smaller one")
     if processes.RANK == 0:
         print(f"\nThe sweep, paths and training took {time.time() - began:.0f} s")
         finish(state, model, held_out, args, passages)

@@ -43,6 +43,8 @@ def run_script(main) -> None:
 
     So is an output that takes no more. One that lacks a character gets its number.
     """
+    if sys.stdout is None:                              # closed by who called
+        sys.stdout = open(os.devnull, "w")              # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -54,7 +56,10 @@ def run_script(main) -> None:
         if isinstance(error, BrokenPipeError):                          # `| head` has read enough
             raise SystemExit(141) from None
         fail(str(error))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        is_cpus = "not enough memory" in str(error) or "alloc_cpu" in str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not is_cpus:
+            raise
         fail("--device: its memory does not suffice; a smaller --batch, --seq or --tokens takes "
              "less, and for train.py --accumulate or --checkpoint")
 
@@ -142,6 +147,8 @@ class OneText(argparse.Action):
         if len(values) > 1:
             parser.error(f"{option}: one text at a time: sequences of a batch have one length")
         try:
+            if values == ["-"] and sys.stdin is None:
+                parser.error(f"{option} -: there is no standard input")
             args.prompt = sys.stdin.read() if values == ["-"] else values[0]
         except UnicodeDecodeError as error:
             parser.error(f"{option}: not UTF-8 text ({error})")

@@ -239,8 +239,9 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
         "tokenizer": [zlib.crc32(file.read_bytes()) for pattern in ("added_tokens*", "tokenizer*")
                       for file in sorted(ckpt.glob(pattern))],
     }
-    if target.exists() and note.exists() and read_json(note) == origin:
-        return target
+    if target.exists() and note.exists():
+        if read_json(note) == origin | {"size": target.stat().st_size}:
+            return target
     is_one = path.suffix == ".txt"
     texts = text_pieces(path) if is_one else jsonl_documents(path)
     dtype = id_dtype(vocab_size)
@@ -256,7 +257,7 @@ def tokenise(path: Path, ckpt: Path, vocab_size: int, out: Path) -> Path:
                 print(f"Tokenising {path}: {file.tell() // dtype.itemsize:,} tokens, "
                       f"{shown - began:.0f} s", file=sys.stderr)
         note.unlink(missing_ok=True)
-    write_json(note, origin)
+    write_json(note, origin | {"size": target.stat().st_size})
     return target
 
 

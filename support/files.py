@@ -72,8 +72,11 @@ def read_json(path: str | Path) -> dict:
 
 @contextlib.contextmanager
 def written_whole(path: str | Path):
-    """Yields PATH.part, open for bytes; once written, it is flushed and takes the place of PATH."""
-    part = Path(f"{path}.part")
+    """Yields a file PATH.….part, open for bytes; once written it takes the place of PATH.
+
+    Its name is this process's own: of two that write the same PATH the later one's counts, whole.
+    """
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             yield file
@@ -137,6 +140,11 @@ def fingerprint(*sources: Path | np.ndarray) -> str:
         for start in np.linspace(0, max(0, len(source) - length), 256).astype(int):
             digest.update(source[start:start + length].tobytes())
     return digest.hexdigest()
+
+
+def fingerprint_of_model(ckpt: Path) -> str:
+    """The fingerprint of a folder's config and weights."""
+    return fingerprint(ckpt / "config.json", *sorted(set(tensor_files(ckpt).values())))
 
 
 def hash_of(*tensors: Tensor, text: str = "") -> str:

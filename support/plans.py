@@ -79,11 +79,17 @@ def check_order(places, config) -> Tensor:
     return order
 
 
-def trained_order(proj: Path, config) -> Tensor | None:
-    """The order in the train.json beside projections, if they were trained along one."""
+def trained_order(proj: Path, projection: Projection, config) -> Tensor | None:
+    """The order in the train.json beside projections, if they were trained along one.
+
+    A line says where it is that of others.
+    """
     file = proj.parent / "train.json"
     said = read_json(file) if file.exists() else {}
     if said.get("order") is None:
+        return None
+    if said.get("projections") not in (None, projection.hash()):
+        print(f"{file}: is of the training of other projections, and is not used", file=sys.stderr)
         return None
     try:
         return check_order(said["order"], config)
@@ -111,7 +117,7 @@ def order_beside(proj: Path, projection: Projection, config) -> tuple[Path, Tens
     order = order_in(where, projection, config)
     if order is None:
         where = proj.with_name("train.json")
-        order = trained_order(proj, config)
+        order = trained_order(proj, projection, config)
     return where, order
 
 
@@ -136,6 +142,8 @@ def plans_for(args, model: Model, *budgets: float | None):
     """
     config = model.config
     if args.ranks is None and args.budget is None:
+        if args.proj:
+            fail("--proj: says nothing of ranks; add --budget or --ranks")
         return Projection.identity(config).to(model.device), *[uniform_ranks(1.0, config)
                                                                for _ in budgets]
     if args.ranks is not None:

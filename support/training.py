@@ -2,6 +2,7 @@
 
 Memory is predicted before anything is loaded, time from the first steps.
 """
+import contextlib
 import json
 import math
 import sys
@@ -18,11 +19,11 @@ from support.cli import blame, choose_amp, fail, keep_freed_memory, prepare
 from support.files import (
     check_folder,
     fingerprint,
+    fingerprint_of_model,
     hash_of,
     hold_folder,
     open_safetensors,
     read_tensors,
-    tensor_files,
     write_tensors,
 )
 
@@ -103,13 +104,34 @@ class TrainingState:
         self.file.unlink(missing_ok=True)
 
 
+def state_file(args, name: str) -> Path:
+    """Where a training keeps its state; fails if a stopped one's is there and --resume is not said.
+    """
+    file = args.out / f"{name}.state.safetensors"
+    if file.exists() and not args.resume:
+        fail(f"--out: {file} is of a training that was stopped: --resume goes on with it; to begin "
+             "anew delete it, or take another folder")
+    return file
+
+
+@contextlib.contextmanager
+def reporting(out: Path):
+    """Around a report: Ctrl-C loses nothing but that, and the line says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(f"Stopped in the report: what was learnt is in {out}, and the same command with "
+             "--resume makes the report", code=130)
+
+
 def read_state(file: Path, settings: dict) -> Saved:
     """What `save` wrote. ValueError if it is not, or if it is a state of other settings."""
     with open_safetensors(file) as opened:
         metadata = opened.metadata() or {}
     said, found = metadata.get("said", ""), read_tensors(file)
     if metadata.get("hash") != hash_of_state(found, said):
-        raise ValueError(f"{file}: not the state of a training as it was written")
+        raise ValueError(f"{file}: not the state of a training as it was written, or one of "
+                         "another version; without it the training begins anew")
     facts = json.loads(said)
     for name, value in settings.items():
         before = facts["config"].get(name)
@@ -151,8 +173,7 @@ def settings_of(args, options: tuple, paths: tuple, tokens, held_out) -> dict:
     And, as the same path may hold something else by then, hashes of weights, text and other files.
     """
     settings = {name: getattr(args, name) for name in options}
-    weights = sorted(set(tensor_files(args.ckpt).values()))
-    hashes = {"ckpt_hash": fingerprint(args.ckpt / "config.json", *weights),
+    hashes = {"ckpt_hash": fingerprint_of_model(args.ckpt),
               "data_hash": fingerprint(tokens, held_out)}
     for name in paths:
         path = getattr(args, name)

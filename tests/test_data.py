@@ -1,13 +1,15 @@
 """Data: text becomes ids once, every document begins with a beginning, nothing held out is seen."""
 import io
 import json
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CKPT, DEMO
+from conftest import CKPT, DEMO, ROOT
 
 from support.checkpoint import read_config
 from support.data import (
@@ -25,7 +27,7 @@ from support.data import (
     text_pieces,
     windows,
 )
-from support.files import read_json
+from support.files import read_json, written_whole
 from support.tokenizer import load_tokenizer
 
 
@@ -317,3 +319,25 @@ def test_files_that_windows_wrote_are_those_that_others_write(tmp_path):
     assert list(jsonl_documents(tmp_path / "win_a.jsonl")) == lines
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf{}\r\n")
     assert read_json(tmp_path / "a.json") == {}
+
+
+def test_ids_that_were_cut_short_are_made_again(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The json module. " * 400)
+    whole = [ids.copy() for ids in load_data(text, DEMO, 4096, tmp_path / "out")]
+    with open(tmp_path / "out" / "text.txt.bin", "r+b") as file:
+        file.truncate(400)
+    again = load_data(text, DEMO, 4096, tmp_path / "out")
+    assert all(np.array_equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_two_that_write_one_file_do_not_write_into_one_another(tmp_path):
+    file = tmp_path / "a.bin"
+    with written_whole(file) as ours:
+        ours.write(b"ours")
+        subprocess.run([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1])\n"
+                        "from support.files import written_whole\n"
+                        "with written_whole(sys.argv[2]) as f: f.write(b'theirs, which is longer')",
+                        ROOT, file], check=True)
+        assert file.read_bytes() == b"theirs, which is longer"
+    assert file.read_bytes() == b"ours"

@@ -41,6 +41,7 @@ from evaluate import (
 )
 from projection import Projection, uniform_ranks
 from support.data import windows
+from support.files import fingerprint_of_model
 from support.pictures import whole_recall
 from support.plans import PROJECTIONS
 from support.tokenizer import load_tokenizer
@@ -315,6 +316,12 @@ def test_a_run_is_the_same_from_wherever_its_paths_are_given(same_run, tmp_path,
 def test_a_report_on_another_model_or_text_is_refused(same_run, before, now, option):
     with pytest.raises(ValueError, match=f"was trained with {option}"):
         same_run(before, now)
+
+
+def test_a_report_on_other_contents_of_the_same_paths_is_refused(same_run):
+    same_run(before={"ckpt_hash": fingerprint_of_model(CKPT)})
+    with pytest.raises(ValueError, match="--ckpt holds something else"):
+        same_run(before={"ckpt_hash": fingerprint_of_model(DEMO)})
 
 
 @pytest.mark.parametrize("name", [None, 3])

@@ -193,8 +193,8 @@ def test_prompt_and_continuation_go_to_stdout_and_figures_to_stderr(run, demo):
     assert "100.0% of the full" in said.err
 
 
-def test_without_a_plan_no_projections_are_needed(run):
-    assert run().out == run("--proj", "nowhere.safetensors").out
+def test_without_a_plan_projections_are_not_taken_in_silence(refusal):
+    assert "add --budget or --ranks" in refusal("generate", "--proj", "nowhere.safetensors")
 
 
 def test_a_budget_alone_is_uniform_ranks(run, demo, tmp_path):

@@ -108,24 +108,28 @@ def test_a_file_fits_no_projections_with_another_mean_or_other_whole_tokens(mode
     assert not without.fits(p)
 
 
-def test_the_order_of_a_training_may_be_whole_or_cut_short_or_missing(model, tmp_path):
+def test_the_order_of_a_training_may_be_whole_or_cut_short_or_missing(model, tmp_path, capsys):
     """It is cut short where --ranks was the file of an interrupted search."""
-    proj, file = tmp_path / PROJECTIONS, tmp_path / "train.json"
-    assert trained_order(proj, model.config) is None
+    proj, file, p = tmp_path / PROJECTIONS, tmp_path / "train.json", random_projection(model)
+    assert trained_order(proj, p, model.config) is None
     for said in ({}, {"order": None}):
         file.write_text(json.dumps(said))
-        assert trained_order(proj, model.config) is None
+        assert trained_order(proj, p, model.config) is None
     for places in (TRAINED, [6], [], list(range(8)) * 7):
         file.write_text(json.dumps({"order": places}))
-        assert trained_order(proj, model.config).tolist() == places
-    assert trained_order(proj, model.config).dtype == torch.int64
+        assert trained_order(proj, p, model.config).tolist() == places
+    assert trained_order(proj, p, model.config).dtype == torch.int64
+    file.write_text(json.dumps({"order": TRAINED, "projections": p.hash()}))
+    assert trained_order(proj, p, model.config).tolist() == TRAINED
+    assert trained_order(proj, random_projection(model), model.config) is None
+    assert "other projections" in capsys.readouterr().err
 
 
 def test_an_order_that_is_not_this_models_is_refused(model, tmp_path):
     for order in ([8], [-1], [0] * 8, [True], [1.0], "16", {"1": 1}):
         (tmp_path / "train.json").write_text(json.dumps({"order": order}))
         with pytest.raises(ValueError, match="train.json"):
-            trained_order(tmp_path / PROJECTIONS, model.config)
+            trained_order(tmp_path / PROJECTIONS, random_projection(model), model.config)
 
 
 # ------------------------------------------------------------------------------

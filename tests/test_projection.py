@@ -541,3 +541,15 @@ def test_a_plan_for_a_larger_budget_is_a_prefix(model):
         plan = plan_at(order, model.config, 1 - taken / (8 * heads))
         lowered = order[:taken].bincount(minlength=heads)
         assert torch.equal(plan.flatten(), d - d // 8 * lowered)
+
+
+def test_a_file_that_holds_no_projections_is_refused(model, tmp_path):
+    p, file = random_projection(model, whole=2, mean=1.0), tmp_path / "p.safetensors"
+    for name, U in (("U_k", 5 * p.U_k), ("U_v", 0 * p.U_v)):
+        write_tensors(file, p.tensors() | {name: U}, {"whole": "2", "positions": "0"})
+        with pytest.raises(ValueError, match=f"{name} is not orthogonal"):
+            Projection.load(file)
+    for said, words in (({}, "does not say whole"), ({"whole": "9" * 30}, "not a number of")):
+        write_tensors(file, p.tensors(), said)
+        with pytest.raises(ValueError, match=words):
+            Projection.load(file)

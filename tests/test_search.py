@@ -624,12 +624,19 @@ def test_algorithm_1_has_the_kl_of_every_round_and_an_interrupt_leaves_the_path_
     kls = [kl for *_, kl in plan["path"]]
     assert plan["kl"] == kls[-1] > kls[0]
     assert 8 * 10 <= plan["evaluations"] <= 9 * 10                  # the best one runs once more
+    whole = (tmp_path / "ranks.json").read_bytes()                  # as good as: none is cut short
+    with pytest.raises(SystemExit):
+        call("search", *options, "--exact", "--out", tmp_path)
+    assert "ranks_stopped.json holds the path" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "ranks.json").read_bytes() == whole
 
 
 def test_positions_that_the_model_was_not_made_for_are_refused(searched, tmp_path, refusal):
     _, options = searched
     line = refusal("search", *options, "--positions", 65, "--out", tmp_path)
     assert line == "--positions 65: the model was made for 64"
+    line = refusal("search", *options, "--seq", 65, "--out", tmp_path)
+    assert line == "--seq 65: the model was made for 64"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -87,6 +87,7 @@ def test_what_went_before_the_steps_counts(forecast):
 @pytest.mark.parametrize("error, code, words", [
     (KeyboardInterrupt, 130, "Stopped"),
     (torch.OutOfMemoryError, 2, "--batch"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: …"), 2, "--batch"),
 ])
 def test_a_run_that_is_stopped_or_too_large_ends_in_one_line(error, code, words, capsys):
     def main():
@@ -97,6 +98,16 @@ def test_a_run_that_is_stopped_or_too_large_ends_in_one_line(error, code, words,
     assert left.value.code == code
     line, = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_closed_streams_are_no_traceback():
+    made = subprocess.run(f"{sys.executable} generate.py --prompt - --tokens 3 <&- >&-", shell=True,
+                          cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert made.returncode == 2
+    assert made.stderr == "--prompt -: there is no standard input\n"
+    made = subprocess.run(f"{sys.executable} model.py >&-", shell=True, cwd=ROOT,
+                          stderr=subprocess.PIPE, text=True)
+    assert made.returncode == 0 and "Traceback" not in made.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

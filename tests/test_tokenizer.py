@@ -408,7 +408,8 @@ def test_a_vocabulary_beyond_the_models_is_refused(ckpt, refusal, tmp_path):
         assert "tokenizer.json" in line
         assert "vocabulary, 96" in line
     (tmp_path / "text.txt").write_text("Ünïcödé words 👍 " * 900)
-    line = refusal("train", "--ckpt", ckpt, "--data", tmp_path / "text.txt", "--out", tmp_path)
+    line = refusal("train", "--ckpt", ckpt, "--data", tmp_path / "text.txt", "--out", tmp_path,
+                   "--seq", 64)
     assert "--data" in line
     assert "vocabulary of 96" in line
 

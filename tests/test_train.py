@@ -825,3 +825,22 @@ def test_memory_grows_with_what_is_kept():
     kept = need(8, torch.float32, False)
     assert recomputed < kept < need(16, torch.float32, False)
     assert need(8, torch.bfloat16, False) < kept
+
+
+def test_a_stopped_training_is_not_thrown_away(trained, tmp_path, monkeypatch, refusal, capsys):
+    """Neither by one that was not told to resume it; and after a stop in the report it is there."""
+    options = [*small(trained), "--steps", 2, "--out", tmp_path]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr("train.report", stopped)
+        call("train", *options)
+    assert left.value.code == 130
+    assert "--resume makes the report" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "projections.safetensors").exists()
+    assert "--resume goes on with it" in refusal("train", *options, "--lr", 0.1)
+    call("train", *options, "--resume")
+    assert (tmp_path / "train.json").exists()
+    call("train", *options)
