@@ -1,18 +1,18 @@
 """What a coordinate costs in so many bits: its steps, and the path of lowerings.
 
-A coordinate in few bits is noisy, and smaller than it was: x̂ = (1 − ρ) x + n, with n of no
-correlation to x; at 0 bits ρ is 1. KL is to second order half the mean square of what that adds to
-log p(y), y drawn from the model, over a window: the sum of gradients g times errors (find_order,
+A coordinate in few bits is noisy, and smaller than it was: x̂ = (1 − ρ) x + n, with noise n of no
+correlation to x; at 0 bits ρ is 1. The KL of a window of T tokens s is to second order
+½ E[(Σ_s g_s (x̂_s − x_s))²], g the gradient of log p(y), y drawn from the model (find_order,
 search.py). Noise knows nothing of other tokens' noise, and its squares add up; −ρ x is what a rank
 cuts off, and is squared when it has been summed. Per token a coordinate costs
 
     ½ (E[g²] E[n²] + ρ² E[(Σ_s g_s x_s)²] / T)
 
 where g and x come from a sweep of backward passes for U as it is (what_is_asked), ρ and n from
-rounding the same text (shrink_and_noise). All tokens are taken to be codes for all queries. So each
-coordinate gets, for each number of bits, the cheapest of a few multiples of the Δ that is best for
-a normal distribution: keys have far outliers (first_steps). A block costs its coordinates' noise,
-and one ρ² for all times what cutting all of them would (block_costs). Bits are taken from blocks
+rounding a few of its windows (shrink_and_noise). All tokens are taken to be codes for all queries.
+Keys have far outliers: for each number of bits a coordinate gets the cheapest of a few multiples of
+the Δ that is best for a normal distribution (first_steps). A block costs its coordinates' noise,
+and their mean ρ² times what cutting all of them would (block_costs). Bits are taken from blocks
 where they cost least (find_path).
 """
 import itertools
@@ -30,13 +30,13 @@ from support import processes
 from support.progress import Progress
 
 FACTORS = 1.0, 1.2, 1.5, 2.0, 2.8, 4.0      # multiples of NORMAL that are tried
-TRIED = 8                                   # windows that they are tried on
+TRIED = 8                                   # windows that are rounded
 
 
 class Asked(NamedTuple):
     """What a sweep says, (2, L, K, …) float64; all but `varies` along the columns of U."""
     varies: Tensor                      # (…, d, d): E[xᵀx] of keys and values without their means
-    gradient: Tensor                    # (…, d): E[g²]
+    gradient: Tensor                    # (…, d): Σ g² / T
     cut: Tensor                         # (…, d): E[(Σ_s g_s x_s)²] / T
     cut_of_block: Tensor                # (…, 8): the same of Σ_c over a block
 
@@ -75,7 +75,7 @@ def shrink_and_noise(model: Model, windows: Windows, p: Projection, steps: Tenso
         k = turn(k - p.mean_k[layer][:, None].to(k))
         v = v - p.mean_v[layer][:, None].to(v)
         count.add_(k[:, 0, p.whole:, 0].numel() / model.config.num_hidden_layers)
-        # At 8 bits noise is a small difference of sums: float64, whatever the model's products are.
+        # At 8 bits noise is a small difference of sums: these in float64, products not in bfloat16.
         with torch.autocast(k.device.type, enabled=False):
             for side, (x, U) in enumerate(((k, p.U_k), (v, p.U_v))):
                 measure(side, layer, x[:, :, p.whole:].to(U) @ U[layer])

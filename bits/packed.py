@@ -1,22 +1,24 @@
 """A cache of rounded coordinates, packed: what a plan of bits promises is what memory holds.
 
-The interface is that of cache.py: `model(tokens, cache=cache)`. Everything that grows lies in one
-flat tensor of bytes, `data`: the layers one after the other, each its keys, then its values. Beside
-it lie, however long the text, the whole first tokens and those of the two newest groups, in the
-model's dtype: a group becomes codes when it is complete. A code lies in one field or two:
+The interface is that of cache.py: `model(tokens, cache=cache)`. All codes lie in one flat tensor of
+bytes, `data`: the layers one after the other, each its keys, then its values. Beside it lie, in the
+model's dtype and however long the text, coordinates of the whole first tokens and of the two newest
+groups: a group becomes codes when it is complete; and the table `turns`, d numbers for each
+position, one for all layers and texts. A code lies in one field or two:
 
     bits        1    2    3      4    6      8
     fields      1    2    2, 1   4    4, 2   8          the upper one first
 
-The fields of the same width form a section, which lies in tiles of n tokens, one after the other.
-In a tile each field has a row of m = n / 8 · width bytes, and byte j holds it of tokens j, m + j,
-2m + j, …, from its lowest bits on, counted from the tile's first. So one shift of whole rows for
-each of them, and a mask, unpack it with its tokens in their order. Then the fields of a code are
+The fields of the same width form a section, which lies in tiles of t tokens, from token `whole` on.
+In a tile each field has a row of s = t / 8 · width bytes, and byte j holds it of tokens j, s + j,
+2s + j, …, from its lowest bits on, counted from the tile's first. So a shift of the row for each
+token of a byte, and a mask, unpack a field with its tokens in order. Then the fields of a code are
 joined, and the rows brought into the order of the coordinates. A tile is unpacked while it is
-attended to, in a workspace for one; no other copy of the past exists. Attention reads codes:
+attended to, in a workspace for one; no other copy of codes exists. Attention reads codes:
 
     q · k̂ = Σ (q U)_j Δ_j code_j + q · R_n m − Σ (q U)_j Δ_j top_j
-    Σ a v̂ = Σ_j (Σ a code_j − top_j) Δ_j u_j + μ            a: attention's weights, Σ a = 1
+    Σ α v̂ = Σ_j (Σ α code_j − top_j) Δ_j u_j + μ        α: attention's weights, Σ α = 1; u_j: U's
+                                                        columns
 
 q · R_n m comes as it does for ranks (cache.py). The last sum of a score is the same for all tokens,
 and softmax does not see it. A value's codes become coordinates v U again when they are summed, a
@@ -36,20 +38,20 @@ from model import Model
 from projection import LEVELS
 
 UNPACKED = 2 ** 21      # numbers that are unpacked at a time, about
-LEAST = 256             # tokens of a tile at least, however many numbers they are
-LONG = 1024             # tokens from which on a tile is shifted eight bytes at a time
+LEAST = 256             # tokens that a tile may have, however many numbers they are
+LONG = 1024             # tokens from which on a tile has a multiple of 64: eight bytes are shifted
 WIDTHS = 1, 2, 4, 8
-# All kinds of fields: the width, of codes of so many bits, and how many of these lie below it.
+# Kinds of fields: the width, the bits of the whole code, and how many of these lie below the field.
 FIELDS = (1, 1, 0), (1, 3, 0), (2, 2, 0), (2, 3, 1), (2, 6, 0), (4, 4, 0), (4, 6, 2), (8, 8, 0)
 
 
 class PackedCache:
     """Keys and values of `batch` sequences, up to max_len tokens, at a plan of bits (2, L, K, 8).
 
-    `data` is the one tensor that grows with max_len, uint8. `first` (L, 2, K·batch, d, whole) are
-    the first tokens, `newest` (L, 2, K·batch, d, 64) those of the group that is not complete and of
-    the one before it: token t in place t % 64. `length` may be set back as far as they go, or to 0.
-    A pass that broke off cannot be repeated.
+    `data` holds all codes, uint8. `first` (L, 2, K·batch, d, whole) are the first tokens, `newest`
+    (L, 2, K·batch, d, 64) those of the group that is not complete and of the one before it: token t
+    in place t % 64. `length` may be set back as far as they go, or to 0. A pass that broke off
+    cannot be repeated.
     """
 
     def __init__(self, rounding: Rounding, bits: Tensor, batch: int, max_len: int,
@@ -104,7 +106,7 @@ class PackedCache:
         self.workspace = torch.empty(K * batch * d, self.tile, dtype=self.wide, device=device)
 
     def grid(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Δ, top and what W_qkv' leaves in, 0 for keys and μ U for values, of layer i.
+        """Δ, top and what `attend` takes off, 0 for keys and μ U for values, of layer i.
 
         (2, K, 1, 1, d) each.
         """
@@ -131,7 +133,7 @@ class PackedCache:
         if not 0 <= n <= self.max_len:
             raise ValueError(f"length {n} of a cache for 0 to {self.max_len} tokens")
         if 0 < n < self.kept_from:
-            raise ValueError(f"length {n}: tokens before {self.kept_from} are codes alone; a cache "
+            raise ValueError(f"length {n}: some before {self.kept_from} are codes alone; a cache "
                              f"of bits with {self.length} goes back to {self.kept_from}, or to 0")
         self._length = n
         self.kept_from = max(self.kept_from, (n // GROUP - 1) * GROUP) if n else 0
@@ -162,21 +164,20 @@ class PackedCache:
     def attend(self, i: int, qk: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
-        qk (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, K·d), turned. Returns
-        (B, T, H·d), for `output`.
+        qk (B, K, G + 1, T, d): q and k − m after RoPE; v (B, T, K·d), times U; as W_qkv' makes
+        them. Returns (B, T, H·d), for `output`.
         """
         K, B, d = self.shape
         T = qk.shape[3]
         step, _, centre = self.grids[i]
         qk = qk.transpose(0, 1).to(self.wide)                       # (K, B, G + 1, T, d)
         raw = qk[:, :, :-1]
-        turned = torch.bmm(qk.flatten(1, 3), self.rounding.U[0][i])
-        turned = turned.view(qk.shape)
+        by_U = torch.bmm(qk.flatten(1, 3), self.rounding.U[0][i]).view(qk.shape)
         scale = d ** -0.5 * step[0]
-        q = turned[:, :, :-1] * scale[:, None]
+        q = by_U[:, :, :-1] * scale[:, None]
         v = v.to(self.wide).view(B, T, K, d)
         v = v.permute(2, 0, 1, 3)                                   # (K, B, T, d)
-        new = torch.stack((turned[:, :, -1], v)) - centre           # (2, K, B, T, d)
+        new = torch.stack((by_U[:, :, -1], v)) - centre           # (2, K, B, T, d)
         unrounded = self.append(i, new.mT.flatten(1, 2))
         unrounded = self.as_codes(i, torch.cat((self.first[i], unrounded), dim=-1))
         added = mean_scores(raw * d ** -0.5, self.by_mean[i], self.turns[:, :self.length + T])
@@ -199,7 +200,7 @@ class PackedCache:
 
         Returns those tokens and what their first group held before, (2, K·B, d, tokens).
         """
-        newest = self.newest[i].unflatten(-1, (2, GROUP))           # a group, and the one before it
+        newest = self.newest[i].unflatten(-1, (2, GROUP))           # even groups, odd ones
         held = self.length % GROUP
         begin = self.length - held                                  # of that group
         before = newest[..., begin // GROUP % 2, :held]
@@ -255,7 +256,7 @@ class PackedCache:
         for rows, tokens, own in groups:
             of_own = by_token[:, :, rows, tokens]
             a[:, :, rows] = of_own @ values[..., own].mT
-            of_own.zero_()
+            of_own.zero_()                      # or the tiles, which may hold them, add them again
         a = a.flatten(1, 2)
         for tokens, n in tiles:
             codes = unrounded[1] if n is None else self.codes(i, 1, n)
@@ -269,18 +270,18 @@ class PackedCache:
     def groups_of(self, begin: int, end: int):
         """The groups with queries of tokens from `begin` to `end`, three slices for each:
 
-        its queries, the tokens up to the last of them, and where these are among unrounded ones.
+        its queries, its tokens up to the last of them, and where these are among unrounded ones.
         """
-        held_from = self.length - self.length % GROUP - self.whole
+        shift = self.length - self.length % GROUP - self.whole
         for start in range(begin - begin % GROUP, end, GROUP):
             stop = min(start + GROUP, end)
             rows = slice(max(start, begin) - begin, stop - begin)
-            yield rows, slice(start, stop), slice(start - held_from, stop - held_from)
+            yield rows, slice(start, stop), slice(start - shift, stop - shift)
 
     def tiles_of(self, first: int, end: int):
-        """Which tokens a tile holds, and its number, of those with tokens from `first` to `end`.
+        """Of each tile with tokens from `first` to `end`: these, and its number.
 
-        First tokens have no number.
+        First tokens go before, with None for a number.
         """
         if first < self.whole and end:
             yield slice(0, min(self.whole, end)), None
@@ -322,7 +323,7 @@ class PackedLayer:
         self.sides = tuple(sides)
         # Of every field: which coordinate's it is, of keys and then of values; where its row begins
         # in the first tile, and how far it is to the next tile's, in bytes; its width; and how many
-        # of the code's bits lie below it. As narrow as they can be: a short cache is not larger.
+        # of the code's bits lie below it. 18 bytes a field, whatever max_len.
         fields = torch.cat(fields, dim=1).to(data.device)
         coordinate, first, stride, width, below = fields[:, :, None]
         self.coordinate = coordinate[:, 0].int()
@@ -334,7 +335,7 @@ class PackedLayer:
         return PackedLayer, self.made_of
 
     def write(self, codes: Tensor, start: int) -> None:
-        """Codes (2·K·B·d, T) of the tokens from `start` on: whole numbers."""
+        """Codes (2·K·B·d, T), whole numbers, of the tokens from `whole` + start on."""
         apart = self.tile // 8                                      # no two share a byte
         mask = (1 << self.width.int()) - 1
         for begin in range(0, codes.shape[1], apart):

@@ -1,9 +1,9 @@
 """Bits in place of ranks: each coordinate of the cache rounded to as few bits as it deserves.
 
 Beyond the paper. A rank keeps a coordinate in 16 bits or not at all; between the two lies rounding.
-Keys lose their turned mean, values their mean, and both are turned by U (projection.py has all of
-these): x = R_n (k − m) U of the key at position n, x = (v − μ) U. Coordinate j becomes one of 2^b
-codes:
+Keys lose their turned mean, values their mean, and both go through U (projection.py has all of
+these): x = R_n (k − m) U, with k before RoPE at position n, and x = (v − μ) U. Coordinate j becomes
+one of 2^b codes:
 
     code = round(x / Δ + top), clamped to 0 … 2^b − 1        top = (2^b − 1) / 2
     x̂    = (code − top) Δ
@@ -14,10 +14,10 @@ number of bits. Steps belong to the model, not to a token: they cost no bytes. C
 blocks of d/8, and all of a block have the same bits. A plan of bits is (2, L, K, 8), one of BITS
 for each block; its mean / 16 is its budget, the share of a 16-bit cache.
 
-The first tokens of a sequence are never rounded: they are whole, as for ranks. All others come in
-groups of 32, as in KIVI (arXiv 2402.02750), and become codes when their group is complete. A token
-sees its own group, 1 to 32 tokens up to itself, as it is, and of the groups before it the codes.
-What is held as it is comes on top of a budget, whatever the length.
+The first tokens of a sequence are never rounded: they are whole, as for ranks. In groups of 32 from
+token 0 on, as in KIVI (arXiv 2402.02750), all others become codes, once their group is complete. A
+token sees its own group, 1 to 32 tokens up to itself, as it is, and of the groups before it the
+codes. What is held as it is comes on top of a budget, whatever the length.
 
 A path lists lowerings, each of one block to its next fewer bits. It starts at 8 bits everywhere, a
 budget of 50%; a prefix makes a plan.
@@ -39,7 +39,7 @@ FULL = 16               # bits of a number that is not rounded
 
 # For each of BITS the step with the least mean square error for a normal distribution with a
 # deviation of 1, as J. Max computes it in "Quantizing for Minimum Distortion" (1960);
-# tests/test_rounding.py integrates. At 0 bits it is a unit that tokens in no code are held in.
+# tests/test_rounding.py integrates. At 0 bits any will do: unrounded tokens / Δ meet q · Δ.
 NORMAL = (1.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1041, 0.0308)
 
 
@@ -111,10 +111,9 @@ class Rounding:
 
 
 class NewestExact:
-    """A hook `project=`, (layer, k, v, turn) -> (k̂, v̂), with the newest group as it is.
+    """A hook `project=`, (layer, k, v, turn) -> ((k̂, R k), (v̂, v)), pairs for its own attention.
 
-    What it gives the model in place of k and of v are pairs, for its own attention: as stored, and
-    as they are.
+    There a query sees the tokens of its own group as they are, those before as they are stored.
     """
 
     def __init__(self, stored):
