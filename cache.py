@@ -8,7 +8,8 @@ matrix of the head, one for keys and one for values. All lie end to end in one p
     data = [ layer 0: keys of head 0 | keys of head 2 | … | values of head 0 | … ][ layer 1: … ] …
 
 The context costs batch · max_len · Σ r numbers: no padding to the widest head, no list that grows
-by concatenation (beside it, for all layers and sequences, `turns`: below). Attention happens in the small space, for the G query heads of a group at once:
+by concatenation. (Beside it stands `turns`, below, one for all layers and sequences.) Attention
+happens in the small space, for the G query heads of a group at once:
 
     scores = (q U_r)(k U_r)ᵀ / sqrt(d)      q U_r is made once, stored keys are read as they are
     output = softmax(scores) (v U_r)        r numbers per query head
