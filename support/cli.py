@@ -39,7 +39,7 @@ def blame(option: str):
 
 
 def run_script(main) -> None:
-    """Run a script's main; Ctrl-C, and a GPU that is too small, are said in one line.
+    """Run a script's main; Ctrl-C, and memory that does not suffice, are said in one line.
 
     So is an output that takes no more. One that lacks a character gets its number.
     """
@@ -57,8 +57,8 @@ def run_script(main) -> None:
             raise SystemExit(141) from None
         fail(str(error))
     except RuntimeError as error:
-        is_cpus = "not enough memory" in str(error) or "alloc_cpu" in str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and not is_cpus:
+        of_cpu = "not enough memory" in str(error) or "alloc_cpu" in str(error)     # has no class
+        if not isinstance(error, torch.OutOfMemoryError) and not of_cpu:
             raise
         fail("--device: its memory does not suffice; a smaller --batch, --seq or --tokens takes "
              "less, and for train.py --accumulate or --checkpoint")
