@@ -542,3 +542,12 @@ def test_biases_of_600_cost_nothing_at_3_bits_once_they_are_the_mean():
     usual, large, without = (torch.tensor(kls[key]) for key in ((0, 1), (600, 1), (600, 0)))
     assert (large < 1.6 * usual).all()              # bases and steps are of other random numbers
     assert (without > 2 * usual).all()
+
+
+def test_a_rate_that_ruins_the_steps_is_named_in_one_line(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        call("bits.train", *small(trained), "--seq", 40, "--sweep-windows", 1, "--windows", 1,
+             "--passages", 0, "--steps", 5, "--lr", 3000, "--out", tmp_path)
+    assert left.value.code == 2
+    assert "--lr 3000" in (line := capsys.readouterr().err.splitlines()[-1])
+    assert line.endswith("smaller one")
