@@ -234,7 +234,7 @@ class PackedCache:
         K, B, G, T, d = q.shape
         end = begin + T
         groups = list(self.groups_of(begin, end))
-        tiles = list(self.tiles_of(first, (end - 1) // GROUP * GROUP))      # all groups before
+        tiles = list(self.tiles_of(first, (end - 1) // GROUP * GROUP))      # before the last group
         keys, values = unrounded[:, :, None]                        # (K·B, 1, d, tokens)
         q = q.flatten(2, 3).flatten(0, 1)                           # (K·B, G·T, d)
         added = added[..., :end].flatten(0, 1)                      # (K·B, G, T, end)
