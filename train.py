@@ -28,6 +28,7 @@ gains where little of the cache is left, and loses to PCA elsewhere. The default
 
     python train.py                                                 # on Python's documentation
     python train.py --uniform --out out_uniform                     # for the same rank everywhere
+    python train.py --start out/projections.safetensors --out out2  # what is trained, on other text
     torchrun --nproc_per_node=8 train.py --ckpt DIR --data FILE     # several GPUs: docs/seven_b.md
 """
 import argparse
@@ -58,7 +59,7 @@ from support import cli, files, processes
 from support.checkpoint import read_config
 from support.data import random_starts, random_windows, set_apart, text_for
 from support.pictures import draw_report
-from support.plans import PROJECTIONS, read_ranks
+from support.plans import PROJECTIONS, order_beside, read_ranks
 from support.progress import Progress
 from support.training import (
     Forecast,
@@ -245,7 +246,7 @@ def one_of_each(B: int, generator: Generator) -> Tensor:
 VALID = 8       # windows of validation text, the end of the training text
 OPTIONS = ("recipe", "draw", "ce", "steps", "batch", "seq", "lr", "accumulate", "seed", "dtype",
            "amp", "whole", "positions", "sweep_windows", "begin")  # --resume names one that differs
-PATHS = ("ckpt", "data", "ranks")
+PATHS = ("ckpt", "data", "ranks", "start")
 
 
 def options(doc: str) -> argparse.Namespace:
@@ -259,6 +260,8 @@ def options(doc: str) -> argparse.Namespace:
     positive = cli.within(0.0, 1e6)
     add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
+    add("--start", type=Path, help="begin with these projections of the default's recipe, and with "
+        "the order beside them, in place of the sweeps'")
     add("--uniform", action="store_true", help="train for the same rank everywhere")
     add("--steps", type=cli.within(0, 10 ** 7),
         help="0: the start and the order alone [200; paper: 400]")
@@ -281,10 +284,10 @@ def options(doc: str) -> argparse.Namespace:
         args.steps = 400 if paper else 200
     if paper and (args.whole or args.positions):
         cli.fail("--recipe paper: has neither --whole nor --positions")
+    if args.start and (paper or args.whole is not None):
+        cli.fail("--start: goes with neither --recipe paper nor --whole, which the file says")
     if args.whole is None:
         args.whole = 0 if paper else 4
-    if args.whole >= args.seq:
-        cli.fail(f"--whole {args.whole}: leaves nothing of windows of --seq {args.seq}")
     if args.ranks and args.draw != "along":
         cli.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
                  "ranks along no order")
@@ -304,13 +307,17 @@ def recipe_of(args) -> Recipe:
         accumulate=args.accumulate, amp=args.amp, recompute=args.checkpoint, seed=args.seed)
 
 
-def start_of(args, model: Model, tokens, order) -> dict[str, Tensor]:
+def start_of(args, model: Model, tokens, start, order) -> dict[str, Tensor]:
     """What a training begins with, for its state: its start, plain PCA, and the order, if any."""
-    pca = start = calibrate(model, tokens, args.batch, args.seq, args.seed, args.amp).pca()
-    if args.recipe == "ours":
+    pca = calibrate(model, tokens, args.batch, args.seq, args.seed, args.amp).pca()
+    if args.recipe == "paper":
+        start = pca
+    else:
         windows = Windows(tokens, args.sweep_windows, args.batch, args.seq, args.positions,
                           args.seed, args.amp, args.checkpoint)
-        start = find_start(model, windows, args.whole).to(model.device)
+        if start is None:
+            start = find_start(model, windows, args.whole)
+        start = start.to(model.device)
         if order is None and args.draw == "along":
             order = find_order(model, start, windows)
     start = start.to(model.device, wide(model.dtype))
@@ -374,10 +381,23 @@ def main(doc=__doc__, read_config=read_config, load=load):
     file = state_file(args, "train")
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
-    order = None
+    start = order = None
+    if args.start:
+        with cli.blame("--start"):
+            start = Projection.load(args.start)
+            start.check_fits(config)
+            if start.mean_k is None:
+                raise ValueError(f"{args.start}: is of --recipe paper, whose keys have no mean")
+            args.whole = start.whole
+            if args.draw == "along":
+                _, order = order_beside(args.start, start, config)
+    if args.whole >= args.seq:
+        cli.fail(f"--whole {args.whole}: leaves nothing of windows of --seq {args.seq}")
     if args.ranks and not args.resume:
         with cli.blame("--ranks"):
             order = read_ranks(args.ranks, config).order
+    if order is not None:
+        with cli.blame("--ranks" if args.ranks else "--start"):
             plan_at(order, config, BUDGETS[-1])         # it must go as far as reports do
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
@@ -390,7 +410,7 @@ def main(doc=__doc__, read_config=read_config, load=load):
         with cli.blame("--resume"):
             saved = read_state(file, settings)
     with cli.blame("--ckpt"):
-        tensors = saved.tensors if saved else start_of(args, model, tokens, order)
+        tensors = saved.tensors if saved else start_of(args, model, tokens, start, order)
     with cli.blame("--resume"):
         rotation = Rotation(Projection.of(tensors, "start.", args.whole).to(device))
         state = TrainingState(file, rotation, settings, tensors, saved)

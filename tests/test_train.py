@@ -337,6 +337,50 @@ def test_a_run_of_no_steps_leaves_the_start_and_the_order(
     assert names == ["projections.safetensors", "ranks.json", "train.json", "train.png"]
 
 
+def test_a_run_may_begin_with_what_is_trained_and_its_order(trained, tmp_path):
+    """Also with windows of another length, and for one rank everywhere without the order."""
+    begin = ("--start", trained / "out" / "projections.safetensors", "--steps", 0, "--seq", 40)
+    before = Projection.load(begin[1])
+    for name, options in (("along", ()), ("uniform", ("--uniform",))):
+        call("train", *small(trained), *begin, *options, "--out", tmp_path / name)
+        p = Projection.load(tmp_path / name / "projections.safetensors")
+        assert p.whole == before.whole
+        for matrix, tensor in before.tensors().items():
+            assert relative(getattr(p, matrix), tensor) < 1e-6
+    config = load(CKPT).config
+    along = read_ranks(tmp_path / "along" / "ranks.json", config)
+    assert torch.equal(along.order, read_ranks(trained / "out" / "ranks.json", config).order)
+    assert not (tmp_path / "uniform" / "ranks.json").exists()
+
+
+def test_a_run_that_began_with_what_is_trained_resumes(trained, tmp_path, monkeypatch, refusal):
+    """Whole tokens are the file's, not the default's."""
+    call("train", *small(trained), "--steps", 0, "--whole", 2, "--out", tmp_path / "two")
+    begin = tmp_path / "two" / "projections.safetensors"
+    options = [*small(trained), "--start", begin, "--steps", 8]
+    call("train", *options, "--out", tmp_path / "once")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop(patch, saved_at=3, stopped_at=4)
+        call("train", *options, "--out", tmp_path / "twice", "--save-every", 0)
+    call("train", *options, "--out", tmp_path / "twice", "--resume")
+    assert_same_end(tmp_path / "once", tmp_path / "twice")
+    assert Projection.load(tmp_path / "twice" / "projections.safetensors").whole == 2
+
+
+def test_what_a_run_cannot_begin_with_is_refused(trained, tmp_path, refusal):
+    call("train", *small(trained), "--recipe", "paper", "--steps", 0, "--out", tmp_path)
+    papers = tmp_path / "projections.safetensors"
+    ours = trained / "out" / "projections.safetensors"
+    out = ("--out", tmp_path / "out")
+    for options, words in (
+            (("--start", papers), f"--start: {papers}: is of --recipe paper, whose keys have no"),
+            (("--start", ours, "--whole", 4), "--start: goes with neither --recipe paper nor --wh"),
+            (("--start", ours, "--recipe", "paper"), "--start: goes with neither --recipe paper"),
+            (("--start", ours, "--seq", 4), "--whole 4: leaves nothing of windows of --seq 4"),
+            (("--start", tmp_path / "none"), "--start: ")):
+        assert refusal("train", *small(trained), *options, *out).startswith(words)
+
+
 def test_the_recipe_of_the_paper_starts_from_pca_with_neither_whole_tokens_nor_an_order(
         trained, tmp_path):
     call("train", *small(trained), "--recipe", "paper", "--steps", 0, "--out", tmp_path)
