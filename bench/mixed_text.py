@@ -1,10 +1,12 @@
 """Text of two kinds to train a real model's rotations on, and news that nothing is trained on.
 
-    python bench/mixed_text.py ../text      # writes mixed.jsonl and news.jsonl there
+    python bench/mixed_text.py ../text      # writes mixed, again and news.jsonl there
 
 mixed.jsonl takes turns between Python's own documentation (its training part, support/data.py)
 and articles of the English Wikipedia (CC BY-SA 3.0), as many characters of both; its last tenth is
-held out. news.jsonl are 300 reports of the Australian Broadcasting Corporation, the Lee corpus.
+held out. again.jsonl is the same, but for what is held out, with every fourth passage said again
+later on: a cache learns to look up what it has read where the text asks it to. news.jsonl are 300
+reports of the Australian Broadcasting Corporation, the Lee corpus.
 Wikipedia and news are test data of the package gensim, fetched with pip; hashes are checked.
 """
 import bz2
@@ -93,6 +95,31 @@ def take_turns(first: list[str], second: list[str]) -> list[str]:
     return rng.sample(mixed, len(mixed))
 
 
+def with_passages_again(texts: list[str]) -> list[str]:
+    """After a passage of 500 to 4,000 characters now and then it or one of the two before it.
+
+    The last texts, 15% of the characters, are left alone, and with them what will be held out.
+    """
+    rng = random.Random(0)
+    characters, most = 0, 0.85 * sum(map(len, texts))
+    said = []
+    for text in texts:
+        characters += len(text)
+        if characters > most:
+            said.append(text)
+            continue
+        passages, parts = [], []
+        while text:
+            n = int(500 * 8 ** rng.random())
+            passages.append(text[:n])
+            parts.append(text[:n])
+            text = text[n:]
+            if rng.random() < 0.25:
+                parts.append(rng.choice(passages[-3:]))
+        said.append("".join(parts))
+    return said
+
+
 def write(path: Path, texts: list[str]) -> None:
     with files.written_whole(path) as file:
         for text in texts:
@@ -110,7 +137,9 @@ def main():
     documentation, _ = python_documents()
     args.out.mkdir(parents=True, exist_ok=True)
     with cli.blame("out"):
-        write(args.out / "mixed.jsonl", take_turns(list(documentation), wikipedia))
+        mixed = take_turns(list(documentation), wikipedia)
+        write(args.out / "mixed.jsonl", mixed)
+        write(args.out / "again.jsonl", with_passages_again(mixed))
         write(args.out / "news.jsonl", found[NEWS].decode().splitlines())
 
 
