@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cache import KVCache
@@ -49,6 +50,7 @@ from support.tokenizer import load_tokenizer, with_beginning
 def measure(model: Model, tokens: np.ndarray, hooks: dict, B: int, T: int, limit: int):
     """The model, and the model with each hook `project=`, over at most `limit` windows of T tokens.
 
+    All at position 0. hooks: {name: hook}.
     Returns ({"perplexity", "accuracy"} of the base, {name: {"kl", "perplexity", "accuracy", "same",
     "kl_99.9", "by_position"}}), by_position {"64–256": KL, …} as far as windows go. ValueError
     where a cross-entropy is not a number, or beyond any sense.
@@ -124,20 +126,23 @@ def means(total: Tensor, n: int) -> tuple[float, float, float, float]:
 
 
 @torch.no_grad()
-def recall(model: Model, passages: Tensor, project=None, after=lambda passages: None) -> float:
+def recall(model: Model, passages: Tensor, project=None, after=lambda passages: None,
+           beginning: int | None = None) -> float:
     """How much more often the next token is right in the second copy of passages (N, n).
 
     The accuracy over tokens 2 to n of the second copy, less that over the same tokens in the first.
-    Calls after(number of passages) for every few.
+    Calls after(number of passages) for every few. beginning: a token before the first copy.
     """
     n = passages.shape[1]
     right = torch.zeros(2)
     for part in passages.to(model.device).split(16):
         twice = part.repeat(1, 2)
+        if beginning is not None:
+            twice = F.pad(twice, (1, 0), value=beginning)
         states = model.norm(model.hidden(twice, project)).flatten(0, 1)
         guesses = [log_q.argmax(-1) for _, log_q in log_probabilities(model, states)]
         hits = torch.cat(guesses).view_as(twice)[:, :-1] == twice[:, 1:]
-        first, second = hits[:, :n - 1].sum(), hits[:, n:].sum()
+        first, second = hits[:, -2 * n + 1:-n].sum(), hits[:, -n + 1:].sum()
         right += torch.stack((first, second)).cpu()
         after(len(part))
     first, second = (right / (len(passages) * (n - 1))).tolist()
@@ -166,9 +171,10 @@ def report(model: Model, held_out: np.ndarray, curves: dict, budgets, args, pass
             nonlocal done
             progress(done := done + some)
 
-        base["recall"] = full["recall"] = recall(model, passages, None, after)
+        beginning = getattr(held_out, "beginning", None)            # of --begin
+        base["recall"] = full["recall"] = recall(model, passages, None, after, beginning)
         for key, hook in hooks.items():
-            results[key]["recall"] = recall(model, passages, hook, after)
+            results[key]["recall"] = recall(model, passages, hook, after, beginning)
     rows = [{"budget": budget} | {name: results.get((name, budget), full) for name in curves}
             for budget in budgets]
     print_table(base, rows)
@@ -383,6 +389,8 @@ def check_same_run(folder: Path, args) -> dict:
         if before != now:
             raise ValueError(f"{folder}: was trained with --{name} {before or 'none'}, not "
                              f"{now or 'none'}")
+    if config.get("begin", args.begin) != args.begin:
+        raise ValueError(f"{folder}: was trained {'without' if args.begin else 'with'} --begin")
     check_contents(config, "ckpt", files.fingerprint_of_model(args.ckpt))
     return config
 

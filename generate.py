@@ -4,8 +4,8 @@
     decode      each further pass is of a single token, and reads the cache once
 
 The plan is known here, so the cache's folded weights (cache.fold) take the place of the originals,
-which are dropped, unless --shrink-to takes the cache to a smaller plan on the way: then no layer
-runs again, decoding goes on, and the originals are folded again.
+which are dropped. With --shrink-to, which takes the cache to a smaller plan on the way, they stay,
+to be folded again; no layer runs again.
 
     python generate.py --prompt "Return the "                       # the base model's full cache
     python generate.py --budget 0.375 --prompt "Return the "        # out/projections.safetensors

@@ -3,7 +3,7 @@
 MatryoshkaKV (arXiv 2410.14731), section 3. The teacher is the model. The student is the same
 weights, with each token's key replaced by k̂ = k P and its value by v̂ = v P + μ (I − P), where
 P = U_r U_rᵀ is made of the first r columns of an orthogonal U of its head. Only A in U = U₀ C(A)
-and the means μ learn (projection.py):
+and the values' means μ learn (projection.py):
 
     minimise   KL( p_teacher(· | text) ‖ p_student(· | text; ranks) )    over random text and ranks
 
@@ -18,17 +18,17 @@ gains where little of the cache is left, and loses to PCA elsewhere. The default
 
     tokens      the first 4 stay whole, and keys have a turned mean (projection.py)
     start       what varies plus what the model's answer hangs on: `find_start`, search.py
-    windows     lie anywhere, not all at position 0: `random_starts`, support/data.py
-    ranks       plans of any size along an order of lowerings: `draw_along`. The order is found for
-                the start (`find_order`, search.py), or that of --ranks FILE. --uniform: one level
-                for all heads, `draw_levels`
+    windows     lie anywhere, near 0 more often, not all at 0: `random_starts`, support/data.py
+    ranks       plans of 15 to 90% along an order of lowerings: `draw_along`. The order is found
+                for the start (`find_order`, search.py), or that of --ranks FILE. --uniform: one
+                level for all heads, `draw_levels`
     objective   the mean of log(KL + 0.001) over sequences, no cross-entropy: `Recipe.floor`
     rate        0.5 / d: Adam steps every angle alike; a column is turned by nearly d of them
     steps       200, where the paper's recipe has 400
 
     python train.py                                                 # on Python's documentation
     python train.py --uniform --out out_uniform                     # for the same rank everywhere
-    python train.py --start out/projections.safetensors --out out2  # what is trained, on other text
+    python train.py --start out/projections.safetensors --data FILE --out out_file  # on other text
     torchrun --nproc_per_node=8 train.py --ckpt DIR --data FILE     # several GPUs: docs/seven_b.md
 """
 import argparse
@@ -109,11 +109,12 @@ def distil(model: Model, text: Tensor, project, recipe: Recipe, start=0) -> tupl
 
 
 class Distill(torch.autograd.Function):
-    """(1 − c) KL(p_teacher ‖ p_student) + c · cross-entropy, and the KL: means over T, (B,) each.
+    """(1 − c) KL(p ‖ q) + c · cross-entropy, and the KL: means over T, (B,) each.
 
-    Its gradient for a token's logits is (q − ((1 − c) p + c · onehot)) / T, taken in the same pass,
-    chunk by chunk, while the probabilities are at hand: no logits are kept for the backward pass.
-    Student and teacher are normed states (B, T, hidden).
+    p is the teacher's and q the student's distribution of the next token; both come as normed
+    states (B, T, hidden). The loss has the gradient (q − ((1 − c) p + c · onehot)) / T at the logits
+    of a token. It is taken in the same pass, chunk by chunk, while the probabilities are at hand:
+    no logits are kept for the backward pass, which divides by T.
     """
 
     @staticmethod
@@ -162,9 +163,9 @@ def draw_independent(B: int, config, generator: Generator) -> Tensor:
 def train(model: Model, state: TrainingState, tokens, draw, recipe: Recipe, after_step) -> None:
     """Rotate the projections so that the model with the small cache says what the model says.
 
-    draw(B, config, generator) gives random plans, ranks (2, L, B, K), for all sequences of a step;
-    state.module.at(plans, all of the step) the student's hook `project=` (Rotation). Calls
-    after_step(number) after each step.
+    draw(N, config, generator) gives random plans, ranks (2, L, N, K), for the N sequences of a step
+    in all processes. state.module.at(plans, those of the step) gives the student's hook `project=`
+    (Rotation). Calls after_step(number) after each step. state.facts["loss"] gets the KLs.
     """
     parameters = list(state.module.parameters())
     B = processes.WORLD * recipe.batch                  # sequences of a batch, in all processes
@@ -225,7 +226,7 @@ def draw_levels(B: int, config, generator: Generator) -> Tensor:
 
 
 def draw_along(B: int, config, generator: Generator, order) -> Tensor:
-    """The plans of B budgets along the order, from 15% (or its end) to 90%."""
+    """The plans of B budgets along the order, from 15 to 90%, or where it ends before."""
     L, K, _ = shape_of(config)
     end_of_order = 1 - len(order) / (2 * L * K * LEVELS)
     low, high = max(0.15, end_of_order), max(0.9, end_of_order)
@@ -258,15 +259,16 @@ def options(doc: str) -> argparse.Namespace:
     add = parser.add_argument
     count = cli.within(1, 10 ** 7)
     positive = cli.within(0.0, 1e6)
-    add("--recipe", choices=("ours", "paper"), default="ours", help="[ours]")
+    add("--recipe", choices=("ours", "paper"), default="ours",
+        help="the paper's, or ours, which differs as listed above [ours]")
     add("--ranks", type=Path, help="train along the order in this file of search.py")
-    add("--start", type=Path, help="begin with these projections of the default's recipe, and with "
-        "the order beside them, in place of the sweeps'")
+    add("--start", type=Path, help="begin with these projections of recipe ours: U, means and "
+        "whole tokens, and the order beside them. Without one a sweep finds it")
     add("--uniform", action="store_true", help="train for the same rank everywhere")
     add("--steps", type=cli.within(0, 10 ** 7),
         help="0: the start and the order alone [200; paper: 400]")
     add("--whole", type=cli.within(0, 10 ** 6),
-        help="first tokens that keep all coordinates [4; paper: 0]")
+        help="first tokens that keep all coordinates [4, or those of --start; paper: 0]")
     cli.sweep_arguments(parser)
     add("--accumulate", type=count, default=1, help="batches per step [1]")
     add("--lr", type=positive, help="Adam's peak rate [0.5 / head_dim; paper: 0.001]")
@@ -286,8 +288,10 @@ def options(doc: str) -> argparse.Namespace:
         cli.fail("--recipe paper: has neither --whole nor --positions")
     if args.start and (paper or args.whole is not None):
         cli.fail("--start: goes with neither --recipe paper nor --whole, which the file says")
-    if args.whole is None:
+    if args.whole is None and not args.start:
         args.whole = 0 if paper else 4
+    if args.whole is not None and args.whole >= args.seq:
+        cli.fail(f"--whole {args.whole}: leaves nothing of windows of --seq {args.seq}")
     if args.ranks and args.draw != "along":
         cli.fail("--ranks: goes with neither --uniform nor --recipe paper, which draw their "
                  "ranks along no order")
@@ -307,6 +311,30 @@ def recipe_of(args) -> Recipe:
         accumulate=args.accumulate, amp=args.amp, recompute=args.checkpoint, seed=args.seed)
 
 
+def given(args, config) -> tuple[Projection | None, Tensor | None]:
+    """The start and the order that files give: --start and what is beside it, --ranks."""
+    start = order = None
+    if args.start:
+        with cli.blame("--start"):
+            start = Projection.load(args.start)
+            start.check_fits(config)
+            if start.mean_k is None:
+                raise ValueError(f"{args.start}: is of --recipe paper, whose keys have no mean")
+            if start.whole >= args.seq:
+                raise ValueError(f"{args.start}: {start.whole} whole tokens, which leave nothing "
+                                 f"of windows of --seq {args.seq}")
+            if args.draw == "along" and not args.ranks:
+                file, order = order_beside(args.start, start, config)
+                print(f"The order: {'none beside --start' if order is None else file}")
+    if args.ranks:
+        with cli.blame("--ranks"):
+            order = read_ranks(args.ranks, config).order
+    if order is not None:
+        with cli.blame("--ranks" if args.ranks else "--start"):
+            plan_at(order, config, BUDGETS[-1])         # it must go as far as reports do
+    return start, order
+
+
 def start_of(args, model: Model, tokens, start, order) -> dict[str, Tensor]:
     """What a training begins with, for its state: its start, plain PCA, and the order, if any."""
     pca = calibrate(model, tokens, args.batch, args.seq, args.seed, args.amp).pca()
@@ -322,6 +350,7 @@ def start_of(args, model: Model, tokens, start, order) -> dict[str, Tensor]:
             order = find_order(model, start, windows)
     start = start.to(model.device, wide(model.dtype))
     tensors = start.tensors("start.") | pca.to("cpu").tensors("pca.")
+    tensors["whole"] = torch.tensor(start.whole)
     return tensors if order is None else tensors | {"order": order}
 
 
@@ -358,7 +387,7 @@ def finish(state: TrainingState, model: Model, held_out, plan, args) -> None:
     if "order" in state.tensors:
         curves |= {"pca_ordered": (pca, plan), "trained_ordered": (trained, plan)}
         facts = facts | {"order": state.tensors["order"].tolist()}
-    with reporting(args.out):
+    with reporting(state):
         base, rows = report(model, held_out, hooks_of(curves), BUDGETS, args)
     file = args.out / "train.json"
     with cli.blame("--out"):
@@ -375,30 +404,14 @@ def main(doc=__doc__, read_config=read_config, load=load):
     with cli.blame("--ckpt"):
         config = read_config(args.ckpt / "config.json")
         check_levels(config.head_dim)
-    args.positions = 1 if args.recipe == "paper" else positions_of(args, config)
+    positions = positions_of(args, config)
+    args.positions = 1 if args.recipe == "paper" else positions
     need = partial(peak_memory, config, args.batch, args.seq)
     device, dtype = prepare_training(args, config, need)
     file = state_file(args, "train")
     if args.lr is None:
         args.lr = 0.001 if args.recipe == "paper" else 0.5 / config.head_dim
-    start = order = None
-    if args.start:
-        with cli.blame("--start"):
-            start = Projection.load(args.start)
-            start.check_fits(config)
-            if start.mean_k is None:
-                raise ValueError(f"{args.start}: is of --recipe paper, whose keys have no mean")
-            args.whole = start.whole
-            if args.draw == "along":
-                _, order = order_beside(args.start, start, config)
-    if args.whole >= args.seq:
-        cli.fail(f"--whole {args.whole}: leaves nothing of windows of --seq {args.seq}")
-    if args.ranks and not args.resume:
-        with cli.blame("--ranks"):
-            order = read_ranks(args.ranks, config).order
-    if order is not None:
-        with cli.blame("--ranks" if args.ranks else "--start"):
-            plan_at(order, config, BUDGETS[-1])         # it must go as far as reports do
+    start, order = (None, None) if args.resume else given(args, config)
     with cli.blame("--ckpt"):
         model = load(args.ckpt, device, dtype)
     print(describe(args.ckpt, model))
@@ -412,10 +425,11 @@ def main(doc=__doc__, read_config=read_config, load=load):
     with cli.blame("--ckpt"):
         tensors = saved.tensors if saved else start_of(args, model, tokens, start, order)
     with cli.blame("--resume"):
-        rotation = Rotation(Projection.of(tensors, "start.", args.whole).to(device))
+        start = Projection.of(tensors, "start.", int(tensors["whole"])).to(device)
+        rotation = Rotation(start)
         state = TrainingState(file, rotation, settings, tensors, saved)
 
-    plan = partial(uniform_ranks, config=config)        # that the report and `check` ask for
+    plan = partial(uniform_ranks, config=config)        # of `check`, and of an order's curves
     draw = {"independent": draw_independent, "levels": draw_levels}.get(args.draw)
     if args.draw == "along":
         draw = partial(draw_along, order=tensors["order"])

@@ -27,11 +27,12 @@ LENGTHS = (32, 64, 128, 240)
 AT_A_TIME = 2 ** 13         # tokens of a pass, or two copies of one passage
 
 
-def recall_in_parts(model: Model, passages: Tensor, project=None) -> float:
+def recall_in_parts(model: Model, passages: Tensor, beginning, project=None) -> float:
     """evaluate.recall of passages (N, n), few at a time where they are long."""
     n = passages.shape[1]
     parts = passages.split(max(1, AT_A_TIME // (2 * n)))
-    return sum(recall(model, part, project) * len(part) for part in parts) / len(passages)
+    of_parts = [recall(model, part, project, beginning=beginning) * len(part) for part in parts]
+    return sum(of_parts) / len(passages)
 
 
 def lengths_for(args, config) -> list[int]:
@@ -72,11 +73,12 @@ def main():
     passages = [held_out_passages(args, held_out, config, n) for n in lengths]
 
     print(f"\n  {'tokens of a passage':32s}" + "".join(f"{n:>8d}" for n in lengths))
-    own = [recall_in_parts(model, p) for p in passages]
+    beginning = getattr(held_out, "beginning", None)        # of --begin
+    own = [recall_in_parts(model, p, beginning) for p in passages]
     shown = "".join(f"{gain:8.1%}" for gain in own)
     print(f"  {'gain of the model itself':32s}{shown}", flush=True)
     for name, hook in hooks.items():
-        left = [recall_in_parts(model, p, hook) * whole_recall(gain)
+        left = [recall_in_parts(model, p, beginning, hook) * whole_recall(gain)
                 for p, gain in zip(passages, own, strict=True)]
         print(f"  {name:32s}" + "".join(f"{share:7.1f}%" for share in left), flush=True)
 

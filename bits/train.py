@@ -184,7 +184,7 @@ def finish(state: TrainingState, model: Model, held_out, args, passages) -> None
         bits.save(file, said)                           # whatever becomes of the report
     print(f"\nWindows of {args.seq} tokens; the {2 * GROUP} newest and the first "
           f"{bits.rounding.p.whole} come on top, {on_top / args.seq:.1%}")
-    with reporting(args.out):
+    with reporting(state):
         _, rows = report(model, held_out, {"bits": bits.at}, SHARES, args, passages)
     flat = []
     for row in rows:

@@ -115,13 +115,15 @@ def state_file(args, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def reporting(out: Path):
+def reporting(state: TrainingState):
     """Around a report: Ctrl-C loses nothing but that, and the line says so."""
     try:
+        if not state.file.exists():                     # there was no step
+            state.save()
         yield
     except KeyboardInterrupt:
-        fail(f"Stopped in the report: what was learnt is in {out}, and the same command with "
-             "--resume makes the report", code=130)
+        fail(f"Stopped in the report: what was learnt is in {state.file.parent}, and the same "
+             "command with --resume makes the report", code=130)
 
 
 def read_state(file: Path, settings: dict) -> Saved:
@@ -134,7 +136,7 @@ def read_state(file: Path, settings: dict) -> Saved:
                          "another version; without it the training begins anew")
     facts = json.loads(said)
     for name, value in settings.items():
-        before = facts["config"].get(name)
+        before = facts["config"].get(name, "")          # "": no such option when it was saved
         if before != value and name.endswith("_hash"):
             raise ValueError(f"{file}: was made with other contents of "
                              f"--{name.removesuffix('_hash')}")
@@ -170,7 +172,8 @@ def named(setting: str, value) -> str:
 def settings_of(args, options: tuple, paths: tuple, tokens, held_out) -> dict:
     """The settings of a TrainingState, of the options of these names; paths in full.
 
-    And, as the same path may hold something else by then, hashes of weights, text and other files.
+    And, as the same path may hold something else by then, hashes of weights and text. What else a
+    training began with, --ranks or --start, stands in its state.
     """
     settings = {name: getattr(args, name) for name in options}
     hashes = {"ckpt_hash": fingerprint_of_model(args.ckpt),
@@ -178,8 +181,6 @@ def settings_of(args, options: tuple, paths: tuple, tokens, held_out) -> dict:
     for name in paths:
         path = getattr(args, name)
         settings[name] = str(path.resolve()) if path else ""
-        if name not in ("ckpt", "data") and path and path.is_file():
-            hashes[f"{name}_hash"] = fingerprint(path)
     return settings | {"train_tokens": len(tokens), "processes": processes.WORLD} | hashes
 
 

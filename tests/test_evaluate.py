@@ -173,14 +173,17 @@ def test_recall_is_what_the_second_copy_gains(knows, expected, monkeypatch):
     assert recall(model, passages) == pytest.approx(1.0)
 
 
-def test_recall_is_that_of_whole_logits(model):
+@pytest.mark.parametrize("beginning", [None, 1])
+def test_recall_is_that_of_whole_logits(model, beginning):
     passages = torch.randint(3, 12, (20, 30))
     project = random_projection(model).at(random_ranks(model))
-    twice = torch.cat((passages, passages), 1)
-    guesses = model(twice, project=project).argmax(-1)
-    right = (guesses[:, :-1] == twice[:, 1:]).double()
+    begun = [] if beginning is None else [torch.full((20, 1), beginning)]
+    text = torch.cat((*begun, passages, passages), 1)
+    guesses = model(text, project=project).argmax(-1)
+    right = (guesses[:, :-1] == text[:, 1:]).double()[:, len(begun):]
     expected = right[:, 30:].mean() - right[:, :29].mean()
-    assert recall(model, passages, project) == pytest.approx(expected.item(), abs=1e-6)
+    found = recall(model, passages, project, beginning=beginning)
+    assert found == pytest.approx(expected.item(), abs=1e-6)
 
 
 # ------------------------------------------------------------------------------
@@ -290,7 +293,7 @@ def same_run(tmp_path):
     def check(before=None, now=None):
         said = {"ckpt": str(CKPT), "data": "", "seq": 32} | (before or {})
         (tmp_path / "train.json").write_text(json.dumps({"config": said}))
-        asked = {"ckpt": CKPT, "data": None, "seq": 64} | (now or {})
+        asked = {"ckpt": CKPT, "data": None, "seq": 64, "begin": False} | (now or {})
         check_same_run(tmp_path, SimpleNamespace(**asked))
 
     return check
@@ -311,6 +314,7 @@ def test_a_run_is_the_same_from_wherever_its_paths_are_given(same_run, tmp_path,
     ({}, {"ckpt": DEMO}, "--ckpt"),
     ({}, {"data": Path("text.txt")}, "--data"),
     ({"data": "/text.txt"}, {}, "--data"),
+    ({"begin": True}, {}, "--begin"),
     ({"data": "/text.txt"}, {"data": Path("/other.txt")}, "--data"),
 ])
 def test_a_report_on_another_model_or_text_is_refused(same_run, before, now, option):

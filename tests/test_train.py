@@ -362,6 +362,7 @@ def test_a_run_that_began_with_what_is_trained_resumes(trained, tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop(patch, saved_at=3, stopped_at=4)
         call("train", *options, "--out", tmp_path / "twice", "--save-every", 0)
+    shutil.rmtree(tmp_path / "two")                     # the state holds what it began with
     call("train", *options, "--out", tmp_path / "twice", "--resume")
     assert_same_end(tmp_path / "once", tmp_path / "twice")
     assert Projection.load(tmp_path / "twice" / "projections.safetensors").whole == 2
@@ -376,7 +377,7 @@ def test_what_a_run_cannot_begin_with_is_refused(trained, tmp_path, refusal):
             (("--start", papers), f"--start: {papers}: is of --recipe paper, whose keys have no"),
             (("--start", ours, "--whole", 4), "--start: goes with neither --recipe paper nor --wh"),
             (("--start", ours, "--recipe", "paper"), "--start: goes with neither --recipe paper"),
-            (("--start", ours, "--seq", 4), "--whole 4: leaves nothing of windows of --seq 4"),
+            (("--start", ours, "--seq", 4), f"--start: {ours}: 4 whole tokens, which leave noth"),
             (("--start", tmp_path / "none"), "--start: ")):
         assert refusal("train", *small(trained), *options, *out).startswith(words)
 
@@ -871,9 +872,18 @@ def test_memory_grows_with_what_is_kept():
     assert need(8, torch.bfloat16, False) < kept
 
 
-def test_a_stopped_training_is_not_thrown_away(trained, tmp_path, monkeypatch, refusal, capsys):
-    """Neither by one that was not told to resume it; and after a stop in the report it is there."""
-    options = [*small(trained), "--steps", 2, "--out", tmp_path]
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_stopped_training_is_not_thrown_away(
+        trained, tmp_path, monkeypatch, refusal, capsys, steps):
+    """Neither by one that was not told to resume it; and after a stop in the report it is there.
+
+    Also where it began with files that it has written over since.
+    """
+    begin = tmp_path / "projections.safetensors"
+    for name in (begin.name, "ranks.json"):
+        shutil.copy(trained / "out" / name, tmp_path)
+    options = [*small(trained), "--start", begin, "--ranks", tmp_path / "ranks.json",
+               "--steps", steps, "--lr", 0.05, "--out", tmp_path]
 
     def stopped(*_):
         raise KeyboardInterrupt
@@ -883,8 +893,10 @@ def test_a_stopped_training_is_not_thrown_away(trained, tmp_path, monkeypatch, r
         call("train", *options)
     assert left.value.code == 130
     assert "--resume makes the report" in capsys.readouterr().err.splitlines()[-1]
-    assert (tmp_path / "projections.safetensors").exists()
+    learnt = projections(tmp_path)["U_k"]
+    assert torch.equal(learnt, projections(trained / "out")["U_k"]) == (steps == 0)
     assert "--resume goes on with it" in refusal("train", *options, "--lr", 0.1)
     call("train", *options, "--resume")
+    assert torch.equal(projections(tmp_path)["U_k"], learnt)
     assert (tmp_path / "train.json").exists()
     call("train", *options)
