@@ -112,9 +112,9 @@ class Distill(torch.autograd.Function):
     """(1 − c) KL(p ‖ q) + c · cross-entropy, and the KL: means over T, (B,) each.
 
     p is the teacher's and q the student's distribution of the next token; both come as normed
-    states (B, T, hidden). The loss has the gradient (q − ((1 − c) p + c · onehot)) / T at the logits
-    of a token. It is taken in the same pass, chunk by chunk, while the probabilities are at hand:
-    no logits are kept for the backward pass, which divides by T.
+    states (B, T, hidden). The gradient at a token's logits, (q − ((1 − c) p + c · onehot)) / T, is
+    taken in the same pass, chunk by chunk, while the probabilities are at hand: no logits are kept
+    for the backward pass, which divides by T.
     """
 
     @staticmethod
