@@ -8,7 +8,8 @@ matrix of the head, one for keys and one for values. All lie end to end in one p
     data = [ layer 0: keys of head 0 | keys of head 2 | … | values of head 0 | … ][ layer 1: … ] …
 
 The context costs batch · max_len · Σ r numbers: no padding to the widest head, no list that grows
-by concatenation. (Beside it stands `turns`, below, one for all layers and sequences.) Attention
+by concatenation. (Beside it stand `turns`, one for all layers and sequences, and what first tokens
+keep, both below.) Attention
 happens in the small space, for the G query heads of a group at once:
 
     scores = (q U_r)(k U_r)ᵀ / sqrt(d)      q U_r is made once, stored keys are read as they are
@@ -22,12 +23,13 @@ before and after them, the paper's "new linear layer" (MatryoshkaKV, arXiv 2410.
     bias = Σ_h μ (I − P) W_o[h]         what cut-off means add: attention weights sum to one
 
 These weights belong to the plan, the ranks of all heads, so the cache holds them. A side of a layer
-all of whose heads are at rank d is stored without U: the full plan gives the base model's cache.
+all of whose heads are at rank d is stored without U, its keys with their mean: the full plan gives
+the base model's cache.
 
 Not in the paper: heads of the same rank are made neighbours, so that one product serves them all;
 and as a smaller rank is the first rows of a larger, `shrink` takes a cache in use to a smaller plan
-and runs no layer again. Keys lie as products take them, as kᵀ. And where the projections have them
-(projection.py):
+and runs no layer again. Rows lie as products take them, as kᵀ and vᵀ. And where the projections
+have them (projection.py):
 
     mean_k      rows of keys hold R_n (x_n − m) U_r, x the key before RoPE: −m is a bias of W_k,
                 or, where a norm follows (Qwen3), taken off behind it.
@@ -80,11 +82,15 @@ class KVCache:
         self.head_dim = projection.mean_v.shape[-1]
         self.batch, self.max_len = batch, max_len
         self.length = 0
-        self.span = torch.zeros(2, device=device).long()    # what a token attends to, on the device
+        self.span = torch.zeros(2, device=device).long()    # of the kernels: where what the next
+                                                            # single token attends to begins, ends
         self.dtype, self.device = dtype, self.span.device   # "cuda" becomes "cuda:0"
         self.turns = None                                   # (d, max_len), if there is a mean, from
                                                             # a model's first pass on
         self.lay_out(ranks)
+        # The kernel computes in float32, and its tiles grow with whole tokens.
+        fits_kernel = dtype.itemsize in (2, 4) and projection.whole <= self.head_dim
+        self.by_kernel = self.span.is_cuda and fits_kernel and self.head_dim % LEVELS == 0
 
     @property
     def length(self) -> int:
@@ -120,10 +126,7 @@ class KVCache:
         total = int(rows.sum())
         self.data = torch.empty(total * self.max_len, dtype=self.dtype, device=self.device)
         self.rows = self.data.view(total, self.max_len)
-        p = self.projection             # Triton has no float64; its tiles grow with whole tokens
-        fits_kernel = self.dtype.itemsize in (2, 4) and d % LEVELS == 0 and p.whole <= d
-        self.by_kernel = self.data.is_cuda and fits_kernel
-        self.first = torch.zeros(L, 2, K, self.batch, d, p.whole, dtype=self.dtype,
+        self.first = torch.zeros(L, 2, K, self.batch, d, self.projection.whole, dtype=self.dtype,
                                  device=self.device)
         self.layouts = [None] * L                                   # made when first needed,
         self.folded = [None] * L                                    # as they depend on the model
@@ -235,10 +238,10 @@ class KVCache:
     def attend(self, i: int, qk: Tensor, v: Tensor, window=None) -> Tensor:
         """Append T tokens to layer i; each attends to the last `window` up to itself, or all.
 
-        qk (B, K, G + 1, T, d): queries and keys after RoPE; v (B, T, Σ r), in passes with first
-        tokens followed by Σ (d − r); all as W_qkv' makes them. Returns (B, T, Σ r over query
-        heads), and behind them, where first tokens may be seen, their weights (H · whole), both for
-        `output`.
+        qk (B, K, G + 1, T, d): queries and keys after RoPE, keys less R_n m, heads in the order of
+        W_qkv'; v (B, T, Σ r), where values are cut followed by Σ (d − r) in passes with first
+        tokens. Returns (B, T, Σ r over query heads), and behind them, where first tokens may be
+        seen, their weights (K · G · whole), both for `output`.
         """
         _, _, heads, T, _ = qk.shape
         layout = self.layout(i, heads - 1)
@@ -352,21 +355,24 @@ class KVCache:
         """Take a cache in use to a plan at or below its own; no layer runs again.
 
         A smaller rank is the first rows of a block. Where all heads of a side of a layer were at
-        rank d, rows are without U, and take it now. What is cut off is given back; for a moment
-        both tensors are there. The next pass folds the model's weights anew. ValueError for a rank
+        rank d, rows are without U, and take it now; keys lose their mean. What is cut off is given
+        back; for a moment both tensors are there, and where memory does not suffice for that the
+        cache stays as it was. The next pass folds the model's weights anew. ValueError for a rank
         above today's.
         """
         ranks = ranks.cpu()
         if ranks.shape != self.ranks.shape or (ranks > self.ranks).any():
             raise ValueError("a cache shrinks to a plan at or below its own")
-        before = copy.copy(self)
-        self.lay_out(ranks)
+        after = copy.copy(self)
+        after.lay_out(ranks)
         for side, i in itertools.product((0, 1), range(ranks.shape[1])):
-            self.keep(before, side, i)
+            after.keep(self, side, i)
+        vars(self).update(vars(after))
 
     def keep(self, before: "KVCache", side: int, i: int) -> None:
         """Copy a side of layer i, times U if that is due now."""
         p, n = self.projection, self.length
+        w = min(n, p.whole)                             # first tokens that are there
         due = before.is_full(side, i) and not self.is_full(side, i)
         U, mean_v = (p.U_k, p.U_v)[side][i], p.mean_v[i]
         places, places_before = (cache.places[0, i].tolist() for cache in (self, before))
@@ -382,9 +388,9 @@ class KVCache:
                 old = U[j].T.to(old) @ old
             new.copy_(old[:, :r])
             cut = slice(r, old.shape[1])
-            first[:, cut, :n] = old[:, cut, :p.whole]
-            if side == 1 and p.whole and not self.is_full(side, i):     # the bias now adds it
-                first[:, cut] -= (mean_v[j] @ U[j])[cut, None].to(first)
+            first[:, cut, :w] = old[:, cut, :w]
+            if side == 1:                               # the bias now adds it
+                first[:, cut, :w] -= (mean_v[j] @ U[j])[cut, None].to(first)
             self.first[i, side, place] = first
 
 
@@ -509,7 +515,7 @@ def turn_table(config, max_len: int) -> Tensor:
 def by_pairs(mean: Tensor) -> tuple[Tensor, Tensor]:
     """m (K, d) as `rotate` takes it in place of cos and sin, for queries (K, B, G, T, d)."""
     a, b = mean[:, None, None, None].chunk(2, dim=-1)
-    return torch.cat((a, a), dim=-1), torch.cat((b, -b), dim=-1)
+    return torch.cat((a, a), dim=-1), torch.cat((b, -b), dim=-1)    # (−sin, sin), as Rope has it
 
 
 def turned_mean(mean: Tensor, turns: Tensor) -> Tensor:
@@ -523,10 +529,11 @@ def attend_first(layout: Layout, q: Tensor, k: Tensor, turns: Tensor | None, win
     """Attention of the first T tokens, among themselves: (B, T, width).
 
     q (K, B, G, T, d) before U, k (K, B, T, d) times U, in key order. PyTorch's own causal attention
-    is the faster one here, in one call for all heads, each of d coordinates: k̂ = k U_r U_rᵀ + R_n m
-    is made (of whole tokens with all of U), values are read back from the cache, padded to d and
-    brought into key order, outputs go back into value order. The first tokens' weights come along
-    as coordinates r, r + 1, … of the output: values have a 1 there, each such token in its own.
+    is the faster one here, in one call for all heads, each of d coordinates: k̂ is made of the first
+    r of k, of whole tokens all d, times Uᵀ, plus R_n m; values are read back from the cache, padded
+    to d and brought into key order, outputs go back into value order. The first tokens' weights
+    come along as coordinates r, r + 1, … of the output: values have a 1 there, each such token in
+    its own.
     """
     K, B, _, T, d = q.shape
     if layout.basis is not None:

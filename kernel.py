@@ -21,8 +21,8 @@ q, k and v are coordinates: the cache holds the first r columns of k U_k and of 
 passes q U_k, and what comes out is in the values' coordinates: W_o' takes it (fold_head). Where
 keys are cached without their turned mean, scores get q · R_n m back, from the same tiles of tokens.
 Of the first tokens, where they are whole, what the ranks cut off of the keys is read from a block
-of its own; for the values cut off, `KVCache.output` wants these tokens' weights. They come as w
-more coordinates r, r + 1, …, in which each first token is 1 at its own and all others are 0.
+of its own; for the values cut off, `KVCache.output` wants these tokens' weights. They come as one
+more coordinate for each first token, r, r + 1, …: it is 1 at its own and 0 at all others.
 
 Why stretches: one sequence of Mistral-7B has 8 key-value heads, and a GPU has a hundred
 multiprocessors; the context is cut so that all have work. A second, small kernel merges the shares,
@@ -98,8 +98,8 @@ def decode_kernel(
     values = cache + (value_row + column)[:, None] * max_len
 
     is_column = column < D
-    head = j * tl.num_programs(0) + b               # of the blocks of first tokens
-    whole_keys = first_keys + (head * D + column)[:, None] * WHOLE_KEYS
+    block = j * tl.num_programs(0) + b              # of first tokens
+    whole_keys = first_keys + (block * D + column)[:, None] * WHOLE_KEYS
 
     q_at = q + b * q_sequence + j * q_head + g[:, None] * D + column
     queries = tl.load(q_at, mask=is_row & is_column, other=0.0)     # (ROWS, COLUMNS)
@@ -116,7 +116,7 @@ def decode_kernel(
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
 
     # Tiles begin at multiples of TILE. Loads run on to a multiple of 16 tokens, so that a thread
-    # loads 16 bytes at a time where max_len is one as well; what is not seen is masked in s and v.
+    # loads 16 bytes at a time where max_len is such a one; what is not seen is masked in s and v.
     tiles = tl.cdiv(end, TILE) - begin // TILE
     stretch = tl.cdiv(tiles, Z)                 # tiles of each
     low = (begin // TILE + z * stretch) * TILE
@@ -275,8 +275,8 @@ def constants(K: int, G: int, d: int, dtype, has_mean: bool = False, whole_keys:
 
     ROWS and COLUMNS are powers of 2, 16 or more, as tensor cores have it (Triton 3.9 takes fewer
     rows too): they hold G queries, and d coordinates or the weights of first tokens behind the
-    largest rank below d. A tile is at most 32 KB of keys, values and turns, or 16 tokens; Triton
-    pipelines three.
+    largest rank below d. A tile is at most 32 KB of keys, values and turns, counting 128 columns
+    where there are fewer, or 16 tokens; Triton pipelines three.
     """
     columns = max(16, d, d - d // 8 + whole_values)
     sizes = {"K": K, "G": G, "D": d}
@@ -284,7 +284,7 @@ def constants(K: int, G: int, d: int, dtype, has_mean: bool = False, whole_keys:
     sizes["COLUMNS"] = triton.next_power_of_2(columns)
     sizes |= {"HAS_MEAN": has_mean, "WHOLE_KEYS": whole_keys, "WHOLE_VALUES": whole_values}
     per_token = max(128, sizes["COLUMNS"]) * (2 * dtype.itemsize + 4 * has_mean)    # k, v; turns
-    sizes["TILE"] = max(16, 2 ** 15 // per_token // 16 * 16)
+    sizes["TILE"] = max(16, 2 ** ((2 ** 15 // per_token).bit_length() - 1))     # a power of 2 too
     return sizes
 
 

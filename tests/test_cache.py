@@ -727,6 +727,38 @@ def test_a_cache_never_grows_by_shrinking(model):
     assert cache.data is data
 
 
+@pytest.mark.parametrize("allocation", [1, 2, 5])
+def test_a_cache_that_finds_no_memory_to_shrink_stays_as_it_was(
+        model, tokens, monkeypatch, allocation):
+    """Of `data`, of `first`, or on the way; it goes on, and may shrink when there is memory."""
+    p, large = random_projection(model, 4, 1.0), random_ranks(model)
+    small = torch.full_like(large, model.config.head_dim // 8)
+    caches = [KVCache(p, large, batch=3, max_len=24) for _ in range(2)]
+    for cache in caches:
+        model(tokens[:, :9], cache=cache)
+    calls = itertools.count(1)
+
+    def full(make):
+        def allocate(*arguments, **options):
+            if next(calls) == allocation:
+                raise MemoryError
+            return make(*arguments, **options)
+        return allocate
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "empty", full(torch.empty))
+        patch.setattr(torch, "zeros", full(torch.zeros))
+        patch.setattr(torch.Tensor, "clone", full(torch.Tensor.clone))
+        caches[0].shrink(small)
+    assert (caches[0].ranks == large).all()
+    for part, plan in ((tokens[:, 9:11], None), (tokens[:, 11:13], small)):
+        if plan is not None:
+            for cache in caches:
+                cache.shrink(plan)
+        a, b = (model(part, cache=cache) for cache in caches)
+        assert torch.equal(a, b)
+
+
 def test_values_that_stay_whole_stay_in_the_models_own_weights(model):
     """While its keys shrink, a layer makes no second copy of W_o."""
     cache = full_cache(model, batch=1, max_len=5)
